@@ -1,0 +1,129 @@
+"""The document: the JSON description of a version, its canonical bytes and their checks.
+
+The fields are explained in ``docs/format.md``; ``root`` is a value of the value codec.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+from ckpt.core.errors import IntegrityError
+
+FORMAT = 1
+
+State = Literal["module", "values", "files"]
+
+
+class Tensor(Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
+    """One tensor entry. Exactly one of these says where its bytes are: ``chunks`` (none for an
+    empty tensor), ``region`` (a view into the bytes of another entry), ``components``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    kind: str = "tensor"
+    device: str = "cpu"
+    requires_grad: bool = False
+    strides: tuple[int, ...] | None = None
+    chunks: tuple[str, ...] = ()
+    region: int | None = None
+    offset: int = 0
+    align: int = 0
+    layout: str = "strided"
+    components: dict[str, int] | None = None
+    details: dict[str, Any] | None = None
+
+
+class SafetensorsFile(
+    Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True
+):
+    """What a pushed ``.safetensors`` file had beside its tensors: its first bytes, as base64."""
+
+    header: bytes
+
+
+class Document(Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything about a version but the bytes of its tensors and the facts of its push."""
+
+    format: int
+    state: State
+    root: Any
+    tensors: tuple[Tensor, ...]
+    environment: str
+    order: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    safetensors: SafetensorsFile | None = None
+
+
+_decoder = msgspec.json.Decoder(Document)
+_tensors_decoder = msgspec.json.Decoder(tuple[tuple[str, ...], ...])
+
+
+def canonical(value: Any) -> bytes:
+    """The one JSON encoding of a value: sorted keys, no blanks, UTF-8, no NaN literals."""
+    return msgspec.json.encode(value, order="sorted")
+
+
+def encode_document(document: Document) -> bytes:
+    """The canonical bytes of ``document``."""
+    return canonical(document)
+
+
+def decode_document(body: bytes) -> Document:
+    """The document in ``body``, refused unless ``body`` is its canonical encoding.
+
+    Raises:
+        IntegrityError: ``document-format`` for a newer format, else ``document-damaged``.
+    """
+    try:
+        document = _decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise _damaged(str(error)) from None
+    if document.format != FORMAT:
+        raise IntegrityError(
+            "document-format",
+            f"the document has format {document.format}, this ckpt reads {FORMAT}",
+            hint="install a newer ckpt",
+        )
+    if encode_document(document) != body:
+        raise _damaged("it is not in canonical form, or has fields that this ckpt does not know")
+    return document
+
+
+def identity_bytes(document: Document) -> bytes:
+    """What a version's digest is taken of: root, modules and tensors, without the devices."""
+    tensors = [msgspec.structs.replace(tensor, device="cpu") for tensor in document.tensors]
+    return canonical({"root": document.root, "modules": [], "tensors": tensors})
+
+
+def split_document(document: Document) -> tuple[bytes, bytes]:
+    """``(structure, chunks)``: the part that successive versions share, and the digests."""
+    bare = tuple(msgspec.structs.replace(tensor, chunks=()) for tensor in document.tensors)
+    structure = encode_document(msgspec.structs.replace(document, tensors=bare))
+    return structure, canonical([tensor.chunks for tensor in document.tensors])
+
+
+def join_document(structure: bytes, chunks: bytes) -> Document:
+    """The inverse of :func:`split_document`."""
+    bare = decode_document(structure)
+    try:
+        digests = _tensors_decoder.decode(chunks)
+    except msgspec.MsgspecError as error:
+        raise _damaged(str(error)) from None
+    if len(digests) != len(bare.tensors):
+        raise _damaged("its tensors and its digests do not match")
+    tensors = tuple(
+        msgspec.structs.replace(tensor, chunks=own)
+        for tensor, own in zip(bare.tensors, digests, strict=True)
+    )
+    return msgspec.structs.replace(bare, tensors=tensors)
+
+
+def _damaged(reason: str) -> IntegrityError:
+    return IntegrityError(
+        "document-damaged",
+        f"a document cannot be read: {reason}",
+        hint="run `ckpt registry rebuild`, which reads the copies in the store",
+    )

@@ -1,0 +1,138 @@
+"""The grammar of the names that users give: models, aliases, labels, metrics, runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from ckpt.core.errors import UsageError
+from ckpt.core.printable import escape, is_printable
+
+_SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
+_NUMBER_LIKE = re.compile(r"v?\d+\Z", re.IGNORECASE)
+_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,127}\Z")
+_DEVICES = frozenset(
+    ["con", "prn", "aux", "nul"]
+    + [f"{port}{digit}" for port in ("com", "lpt") for digit in range(1, 10)]
+)
+_MODEL_LIMIT = 255
+
+NEWEST = "latest"
+
+
+def check_model(name: str) -> str:
+    """Return ``name`` if it is a valid model name, e.g. ``vision/resnet``.
+
+    Raises:
+        UsageError: ``name-invalid``, with the reason.
+    """
+    if len(name) > _MODEL_LIMIT:
+        raise _invalid("model", name, f"it has {len(name)} characters, the limit is {_MODEL_LIMIT}")
+    for segment in name.split("/"):
+        reason = _segment_fault(segment)
+        if reason:
+            raise _invalid("model", name, reason)
+    return name
+
+
+def check_alias(name: str) -> str:
+    """Return ``name`` if it can be an alias: a single segment, not a number, not ``latest``."""
+    reason = _segment_fault(name)
+    if reason is None and _NUMBER_LIKE.match(name):
+        reason = "it would read as a version number"
+    if reason is None and name.lower() == NEWEST:
+        reason = f'"{NEWEST}" always means the newest version'
+    if reason:
+        raise _invalid("alias", name, reason)
+    return name
+
+
+def check_aliases(names: str | Iterable[str]) -> tuple[str, ...]:
+    """The aliases of one push, each checked, in order, without repeats."""
+    given = (names,) if isinstance(names, str) else tuple(names)
+    return tuple(dict.fromkeys(check_alias(name) for name in given))
+
+
+def check_run(name: str) -> str:
+    """Return ``name`` if it can name a run."""
+    reason = _segment_fault(name)
+    if reason:
+        raise _invalid("run", name, reason)
+    return name
+
+
+def check_step(step: int | None) -> int | None:
+    """Return ``step`` if it is a whole number of at least 0, or None."""
+    if step is None:
+        return None
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**63:
+        raise UsageError(
+            "step-invalid", f"step {step!r} is not a whole number", hint="give an int >= 0"
+        )
+    return step
+
+
+def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
+    """The metrics as floats, sorted by name; NaN and infinities are allowed."""
+    checked = {}
+    for key, value in sorted((metrics or {}).items()):
+        _check_key("metric", key)
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise UsageError(
+                "metric-invalid",
+                f'metric "{key}" is {type(value).__name__}, not a number',
+                hint="pass a float, e.g. float(loss)",
+            ) from None
+        checked[key] = number
+    return checked
+
+
+def check_labels(labels: Mapping[str, str] | None) -> dict[str, str]:
+    """The labels, sorted by key; a value is any text, shown escaped."""
+    checked = {}
+    for key, value in sorted((labels or {}).items()):
+        _check_key("label", key)
+        if not isinstance(value, str):
+            raise UsageError(
+                "label-invalid",
+                f'label "{key}" is {type(value).__name__}, not text',
+                hint="pass a str",
+            )
+        checked[key] = value
+    return checked
+
+
+def _check_key(kind: str, key: str) -> None:
+    if not isinstance(key, str) or not _KEY.match(key):
+        raise _invalid(kind, str(key), "letters, digits and _ . / - are allowed, up to 128")
+
+
+def _segment_fault(segment: str) -> str | None:
+    """Why ``segment`` cannot be one part of a name, or None."""
+    if not segment:
+        return "a part of it is empty"
+    if not is_printable(segment):
+        return "it holds hidden characters"
+    if segment in (".", ".."):
+        return f'"{segment}" is not allowed'
+    if len(segment) > 128:
+        return f"a part of it has {len(segment)} characters, the limit is 128"
+    if segment.endswith("."):
+        return "a part of it ends with a dot"
+    if segment.split(".")[0].lower() in _DEVICES:
+        return f'"{segment}" is a reserved device name'
+    if not _SEGMENT.match(segment):
+        return "allowed are letters, digits and . _ - , beginning with a letter or a digit"
+    return None
+
+
+def _invalid(kind: str, name: str, reason: str) -> UsageError:
+    return UsageError(
+        "name-invalid",
+        f'"{escape(name, 80)}" cannot name a {kind}: {reason}',
+        hint="use a name like mlp or vision/resnet-50"
+        if kind == "model"
+        else "use a name like best or val_loss",
+    )

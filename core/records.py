@@ -1,0 +1,145 @@
+"""Frozen records that pass between the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+
+class PackState(StrEnum):
+    """Whether a pack may be relied on; only a live one may."""
+
+    LIVE = "live"
+    CONDEMNED = "condemned"
+    BROKEN = "broken"
+
+
+class PushState(StrEnum):
+    """The life of a push; one that is not open never opens again."""
+
+    OPEN = "open"
+    COMMITTED = "committed"
+    ABORTED = "aborted"
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Where the bytes of a chunk lie: ``length`` stored bytes from ``offset`` of a pack's file.
+
+    ``codec`` None means that they are the raw bytes; ``base`` is the digest of the chunk that
+    an encoded difference refers to.
+    """
+
+    digest: str
+    pack: str
+    offset: int
+    length: int
+    raw_length: int
+    codec: str | None = None
+    base: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """One safetensors file in the store; ``push`` wrote it."""
+
+    id: str
+    key: str
+    size: int
+    push: str
+    state: PackState = PackState.LIVE
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedPack:
+    """A pack whose bytes are durable and whose size was checked, with its chunks."""
+
+    pack: Pack
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What a push ran on; ``digest`` is the BLAKE3 of the canonical ``body``."""
+
+    digest: str
+    body: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushFacts:
+    """What a push says about its version beside the document."""
+
+    model: str
+    digest: str
+    document_digest: str
+    nbytes: int
+    step: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    message: str | None = None
+    parent: str | None = None
+    run: str = "main"
+    author: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Version:
+    """One immutable pushed state. Two records are of the same version if ``push`` is equal.
+
+    Attributes:
+        digest: BLAKE3 (64 hex) of the weights and the structure.
+        nbytes: bytes of all tensors, ties once.
+        new_bytes: bytes that the push added to the store.
+        push: id of the push, unique for ever; numbers are unique within a model.
+        parent: reference of the parent, or None; it may belong to another model.
+    """
+
+    model: str
+    number: int
+    digest: str
+    document_digest: str
+    state: str
+    push: str
+    created_at: datetime
+    nbytes: int
+    new_bytes: int
+    step: int | None = None
+    run: str = "main"
+    parent: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    message: str | None = None
+    author: str = ""
+    environment: str = ""
+
+    @property
+    def reference(self) -> str:
+        """``model@number``."""
+        return f"{self.model}@{self.number}"
+
+    def __str__(self) -> str:
+        return self.reference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A named line of versions, with its newest."""
+
+    name: str
+    versions: int
+    newest: Version | None
+
+
+@dataclass(frozen=True, slots=True)
+class StoreCopy:
+    """An object that the store must hold because a row says so: a document or an event."""
+
+    id: str
+    key: str
+    body: bytes

@@ -1,0 +1,1 @@
+"""Live objects to documents and back; the only layer that knows torch."""

@@ -1,0 +1,278 @@
+"""A live state to a document and the bytes of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
+import torch
+from msgspec.structs import replace
+
+from ckpt.core.documents import Tensor
+from ckpt.core.dtypes import ITEM_SIZES
+from ckpt.core.tensors import TensorBytes
+from ckpt.loader.geometry import SharedBytes, find_shared, stored_form
+from ckpt.loader.sources import MemoryTensor, RegionTensor, from_array
+from ckpt.loader.values import Encoder, Path, RefusedError
+
+_SPARSE = {
+    torch.sparse_coo: ("indices", "values"),
+    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
+    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
+}
+
+# The characters of the numpy dtypes that torch has, in native byte order.
+_NUMPY_CHARS = "?bBhHiIlLqQefdFD"
+# What the address of a region is remembered of. Kernels differ in the last bits by an address
+# modulo 16; allocators align to that at least, so equal states give equal digests.
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A state, described. ``sources[i]`` has the bytes of ``tensors[i]``; None where that entry
+    has none of its own. The entries have no chunks yet."""
+
+    root: Any
+    tensors: tuple[Tensor, ...]
+    sources: tuple[TensorBytes | None, ...]
+    order: tuple[tuple[int, tuple[int, ...]], ...]
+
+
+def capture(state: Any) -> Captured:
+    """Describe any nesting of plain values with tensors in it; copies no tensor.
+
+    Raises:
+        UsageError: ``cannot-store``, naming everything that cannot be stored.
+    """
+    table = _TensorTable()
+    encoder = Encoder(table)
+    root = encoder.encode(state)
+    for path, reason in table.share():
+        encoder.refusals.append((path, reason))
+    encoder.raise_refusals()
+    entries, sources = table.finish()
+    return Captured(root, entries, sources, tuple(encoder.order))
+
+
+@dataclass(slots=True)
+class _Item:
+    """One tensor entry in the making; ``tensor`` is None where others hold its bytes."""
+
+    path: Path
+    entry: Tensor
+    tensor: torch.Tensor | None
+
+
+@dataclass(slots=True)
+class _TensorTable:
+    """The tensors of a state, each once, in the order in which they were met."""
+
+    _items: list[_Item] = field(default_factory=list)
+    _known: dict[int, int] = field(default_factory=dict)
+    _alive: list[Any] = field(default_factory=list)  # an id is only unique while its object lives
+    _names: set[str] = field(default_factory=set)
+    _regions: dict[int, RegionTensor] = field(default_factory=dict)
+
+    def take(self, value: Any, path: Path) -> int:
+        """The index of the entry of a tensor or array; the same object has one entry."""
+        if id(value) not in self._known:
+            _check_kind(value)
+            index = self._add(value, path)
+            self._known[id(value)] = index
+            self._alive.append(value)
+        return self._known[id(value)]
+
+    def _add(self, value: Any, path: Path) -> int:
+        if isinstance(value, numpy.ndarray):
+            return self._add_array(value, path)
+        kind = "parameter" if isinstance(value, torch.nn.Parameter) else "tensor"
+        entry = Tensor(
+            name=self._name(path),
+            dtype=_dtype_name(value.dtype),
+            shape=tuple(value.shape),
+            kind=kind,
+            device=str(value.device),
+            requires_grad=value.requires_grad and value.is_leaf,
+        )
+        if value.layout in _SPARSE:
+            return self._add_parts(path, _sparse_entry(value, entry), _sparse_parts(value))
+        if value.is_quantized:
+            return self._add_parts(path, _quantized_entry(value, entry), _quantized_parts(value))
+        return self._append(_Item(path, entry, value.detach().resolve_conj().resolve_neg()))
+
+    def _add_array(self, value: numpy.ndarray, path: Path) -> int:
+        details = None
+        array = value
+        if value.dtype.isbuiltin != 1 or value.dtype.char not in _NUMPY_CHARS:
+            if value.dtype.hasobject:
+                raise RefusedError("an array of Python objects; use a list")
+            descr = numpy.lib.format.dtype_to_descr(value.dtype)
+            details = {"numpy": descr, "shape": list(value.shape)}
+            array = numpy.frombuffer(value.tobytes(), numpy.uint8)
+        elif any(step < 0 or step % value.itemsize for step in value.strides):
+            array = numpy.ascontiguousarray(value)
+        tensor = from_array(array)
+        entry = Tensor(
+            name=self._name(path),
+            dtype=_dtype_name(tensor.dtype),
+            shape=tuple(tensor.shape),
+            kind="ndarray",
+            details=details,
+        )
+        return self._append(_Item(path, entry, tensor))
+
+    def _add_parts(self, path: Path, entry: Tensor, parts: Iterable[tuple[str, Any]]) -> int:
+        index = self._append(_Item(path, entry, None))
+        roles = {}
+        for role, part in parts:
+            component = Tensor(
+                name=self._name((*path, role)),
+                dtype=_dtype_name(part.dtype),
+                shape=tuple(part.shape),
+                kind="component",
+                device=str(part.device),
+            )
+            roles[role] = self._append(_Item((*path, role), component, part.detach()))
+        self._items[index].entry = replace(entry, components=roles)
+        return index
+
+    def _append(self, item: _Item) -> int:
+        self._items.append(item)
+        return len(self._items) - 1
+
+    def _name(self, path: Path) -> str:
+        """The canonical name: the path, made unique."""
+        base = ".".join(path) or "tensor"
+        base = base.encode("utf-8", "backslashreplace").decode()
+        name, count = base, 1
+        while name in self._names:
+            count += 1
+            name = f"{base}~{count}"
+        self._names.add(name)
+        return name
+
+    def share(self) -> Iterator[tuple[Path, str]]:
+        """Find the tensors that share bytes, and make views of them; yields refusals."""
+        for item in self._items:
+            if item.tensor is not None:
+                strides = stored_form(item.tensor)[1]
+                if strides is not None:
+                    item.entry = replace(item.entry, strides=strides)
+        for group in find_shared([item.tensor for item in self._items]):
+            align = 0 if group.host is not None else group.low % _ALIGNMENT
+            for index in group.members:
+                tensor = self._items[index].tensor
+                assert tensor is not None
+                if (tensor.data_ptr() - group.low + align) % tensor.element_size():
+                    yield self._items[index].path, "shares memory at an odd address; clone() it"
+                    break
+            else:
+                self._make_views(group, align)
+
+    def _make_views(self, group: SharedBytes, align: int) -> None:
+        members = [(index, self._items[index]) for index in group.members]
+        host = group.host
+        if host is None:
+            host = len(self._items)
+            views = [
+                (item.tensor.data_ptr() - group.low, item.tensor)
+                for _, item in members
+                if item.tensor is not None
+            ]
+            name = self._name((f"region-{host}",))
+            region = RegionTensor(name, group.high - group.low, align, views)
+            entry = Tensor(
+                name=name,
+                dtype="uint8",
+                shape=(region.nbytes,),
+                kind="region",
+                device=members[0][1].entry.device,
+                align=align,
+            )
+            self._append(_Item((), entry, None))
+            self._regions[host] = region
+        for index, item in members:
+            if index == host:
+                continue
+            assert item.tensor is not None
+            offset = item.tensor.data_ptr() - group.low
+            strides = tuple(item.tensor.stride())
+            item.entry = replace(item.entry, region=host, offset=offset, strides=strides)
+            item.tensor = None
+
+    def finish(self) -> tuple[tuple[Tensor, ...], tuple[TensorBytes | None, ...]]:
+        """The entries, and the bytes of those that have their own."""
+        sources: list[TensorBytes | None] = []
+        for index, item in enumerate(self._items):
+            if item.tensor is None:
+                sources.append(self._regions.get(index))
+            else:
+                once, _ = stored_form(item.tensor)
+                sources.append(MemoryTensor(item.entry.name, item.entry.dtype, once))
+        return tuple(item.entry for item in self._items), tuple(sources)
+
+
+def _check_kind(value: Any) -> None:
+    """Refuse what is no plain tensor or array."""
+    if isinstance(value, numpy.ndarray):
+        if type(value) is not numpy.ndarray:
+            raise RefusedError(f"an array of type {type(value).__qualname__}; use numpy.asarray(x)")
+        return
+    kind = type(value)
+    if kind.__name__ == "DTensor":
+        raise RefusedError("a DTensor; gather it first with full_tensor()")
+    if torch.nn.parameter.is_lazy(value):
+        raise RefusedError("an uninitialized parameter of a lazy module; run one forward first")
+    if kind not in (torch.Tensor, torch.nn.Parameter) or value.is_nested:
+        raise RefusedError(
+            f"tensor subclass {kind.__module__}.{kind.__qualname__} is not supported"
+        )
+    if value.device.type == "meta":
+        raise RefusedError("on device meta, it has no bytes; materialise it first")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if name not in ITEM_SIZES:
+        raise RefusedError(f"dtype {name} is not supported; convert it")
+    return name
+
+
+def _sparse_entry(value: torch.Tensor, entry: Tensor) -> Tensor:
+    layout = str(value.layout).removeprefix("torch.")
+    coalesced = {"coalesced": value.is_coalesced()} if layout == "sparse_coo" else None
+    return replace(entry, layout=layout, details=coalesced)
+
+
+def _sparse_parts(value: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    value = value.detach()
+    if value.layout == torch.sparse_coo:
+        return [("indices", value._indices()), ("values", value._values())]
+    return [(role, getattr(value, role)()) for role in _SPARSE[value.layout]]
+
+
+def _quantized_entry(value: torch.Tensor, entry: Tensor) -> Tensor:
+    if value.qscheme() == torch.per_tensor_affine:
+        details: dict[str, Any] = {
+            "scheme": "per_tensor_affine",
+            "scale": value.q_scale(),
+            "zero_point": value.q_zero_point(),
+        }
+    elif value.qscheme() == torch.per_channel_affine:
+        details = {"scheme": "per_channel_affine", "axis": value.q_per_channel_axis()}
+    else:
+        raise RefusedError(f"quantised by {value.qscheme()}; dequantize() it")
+    return replace(entry, layout="quantized", details=details)
+
+
+def _quantized_parts(value: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    parts = [("integers", value.int_repr())]
+    if value.qscheme() == torch.per_channel_affine:
+        parts.append(("scales", value.q_per_channel_scales()))
+        parts.append(("zero_points", value.q_per_channel_zero_points()))
+    return parts

@@ -1,0 +1,131 @@
+"""How tensors lie in memory: address intervals, dense layouts, and who shares bytes with whom."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """The bytes ``[low, high)`` of a device that a tensor's elements lie between."""
+
+    device: str
+    low: int
+    high: int
+
+
+@dataclass(frozen=True, slots=True)
+class SharedBytes:
+    """Tensors whose intervals overlap, by index. ``host`` covers all of the bytes densely, or
+    is None."""
+
+    low: int
+    high: int
+    members: tuple[int, ...]
+    host: int | None
+
+
+def interval_of(tensor: torch.Tensor) -> Interval | None:
+    """Where a strided tensor lies; None when it has no bytes."""
+    if tensor.numel() == 0 or tensor.device.type == "meta":
+        return None
+    span = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    low = tensor.data_ptr()
+    return Interval(str(tensor.device), low, low + (span + 1) * tensor.element_size())
+
+
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the elements fill their interval without gaps and without overlap, in any order
+    of the dimensions."""
+    expected = 1
+    dimensions = [(step, size) for size, step in zip(shape, strides, strict=True) if size != 1]
+    for step, size in sorted(dimensions):
+        if step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def find_shared(tensors: Sequence[torch.Tensor | None]) -> list[SharedBytes]:
+    """Groups of tensors with overlapping bytes; ``None`` entries take no part.
+
+    By address and not by storage: two arrays over one memory have different storages. The sweep
+    keeps the greatest end so far, so that a tensor inside an early, long one is not missed.
+    """
+    spans: list[tuple[str, int, int, int]] = []
+    for index, tensor in enumerate(tensors):
+        found = None if tensor is None else interval_of(tensor)
+        if found is not None:
+            spans.append((found.device, found.low, -found.high, index))
+    spans.sort()
+    groups: list[list[tuple[str, int, int, int]]] = []
+    device, end = "", 0
+    for span in spans:
+        if span[0] == device and span[1] < end:
+            groups[-1].append(span)
+            end = max(end, -span[2])
+        else:
+            groups.append([span])
+            device, end = span[0], -span[2]
+    return [_shared(group, tensors) for group in groups if len(group) > 1]
+
+
+def _shared(
+    group: Sequence[tuple[str, int, int, int]], tensors: Sequence[torch.Tensor | None]
+) -> SharedBytes:
+    low = group[0][1]
+    high = max(-span[2] for span in group)
+    members = tuple(sorted(span[3] for span in group))
+    hosts = [index for index in members if _covers(tensors[index], high - low)]
+    # Rather one that lies as it is stored: other readers then see it as it is.
+    hosts.sort(key=lambda index: not _is_contiguous(tensors[index]))
+    return SharedBytes(low, high, members, hosts[0] if hosts else None)
+
+
+def _covers(tensor: torch.Tensor | None, nbytes: int) -> bool:
+    assert tensor is not None
+    fills = tensor.numel() * tensor.element_size() == nbytes
+    return fills and is_dense(tensor.shape, tensor.stride())
+
+
+def _is_contiguous(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and tensor.is_contiguous()
+
+
+def stored_form(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...] | None]:
+    """``(what is stored, strides to restore)``: a dimension of stride 0 is stored once, and a
+    view with gaps is compacted. Strides are None when the restored tensor is C-contiguous."""
+    if tensor.is_contiguous():
+        return tensor, None
+    strides = tensor.stride()
+    repeated = [step == 0 and size > 1 for size, step in zip(tensor.shape, strides, strict=True)]
+    once = tensor
+    for dimension, is_repeated in enumerate(repeated):
+        if is_repeated:
+            once = once.narrow(dimension, 0, 1)
+    if is_dense(once.shape, once.stride()):
+        return once, strides
+    if not any(repeated):
+        return once, None
+    compact = contiguous_strides(once.shape)
+    pairs = zip(repeated, compact, strict=True)
+    return once, tuple(0 if is_repeated else step for is_repeated, step in pairs)
+
+
+def stored_shape(shape: Sequence[int], strides: Sequence[int] | None) -> tuple[int, ...]:
+    """The shape of the stored bytes: a dimension of stride 0 counts once."""
+    if strides is None:
+        return tuple(shape)
+    pairs = zip(shape, strides, strict=True)
+    return tuple(1 if step == 0 and size > 1 else size for size, step in pairs)
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a C-contiguous tensor of this shape."""
+    return tuple(
+        math.prod(max(1, size) for size in shape[place + 1 :]) for place in range(len(shape))
+    )

@@ -1,0 +1,283 @@
+"""A document and its bytes to the live state that was captured."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
+import torch
+
+from ckpt.core.documents import Document, Tensor
+from ckpt.core.dtypes import ITEM_SIZES
+from ckpt.core.errors import IntegrityError, UsageError
+from ckpt.loader.geometry import stored_shape
+from ckpt.loader.sources import as_bytes, typed_view
+from ckpt.loader.values import Decoder
+
+DeviceMap = str | torch.device | Mapping[str, str] | None
+
+
+class CkptWarning(UserWarning):
+    """Something that was done is not quite what was recorded."""
+
+
+class MemorySpace:
+    """Room for the bytes of one entry, on the CPU."""
+
+    def __init__(self, entry: Tensor) -> None:
+        self._align = entry.align
+        dtype = dtype_of(entry)
+        shape = stored_shape(entry.shape, entry.strides)
+        nbytes = math.prod(shape) * dtype.itemsize
+        if self._align:
+            self._memory = torch.empty(self._align + nbytes, dtype=torch.uint8)
+            self.tensor = self._memory[self._align :]
+        else:
+            self._memory = self.tensor = torch.empty(shape, dtype=dtype)
+        self._view = as_bytes(self.tensor)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self._view[offset : offset + len(data)] = data
+
+    def view(self, offset: int, length: int) -> memoryview | None:
+        return self._view[offset : offset + length]
+
+
+def dtype_of(entry: Tensor) -> torch.dtype:
+    """torch's dtype of an entry; IntegrityError ``dtype-unknown``."""
+    dtype = getattr(torch, entry.dtype, None) if entry.dtype in ITEM_SIZES else None
+    if not isinstance(dtype, torch.dtype):
+        raise IntegrityError(
+            "dtype-unknown",
+            f'"{entry.name}" has dtype {entry.dtype}, which this torch lacks',
+            hint="install a newer torch",
+        )
+    return dtype
+
+
+def stored_nbytes(entry: Tensor) -> int:
+    """How many bytes an entry with chunks has."""
+    return math.prod(stored_shape(entry.shape, entry.strides)) * dtype_of(entry).itemsize
+
+
+@dataclass(slots=True)
+class Restorer:
+    """Builds live tensors from filled spaces; each entry becomes one object, however often the
+    state refers to it."""
+
+    document: Document
+    spaces: Mapping[int, MemorySpace]
+    devices: DeviceMap = None
+    _built: dict[int, Any] = field(default_factory=dict)
+    _bases: dict[int, torch.Tensor] = field(default_factory=dict)
+    _absent: set[str] = field(default_factory=set)
+    _open: set[int] = field(default_factory=set)
+
+    def state(self) -> Any:
+        """The state as it was pushed."""
+        order = dict(self.document.order)
+        decoder = Decoder(self.tensor, order, self._generator)
+        state = decoder.decode(self.document.root)
+        if self._absent:
+            names = ", ".join(sorted(self._absent))
+            warnings.warn(
+                f"{names} is not available here; loaded on cpu", CkptWarning, stacklevel=4
+            )
+        return state
+
+    def tensor(self, index: int) -> Any:
+        """The live object of one entry.
+
+        Raises:
+            IntegrityError: ``document-damaged`` when the entry contradicts itself.
+        """
+        if index not in self._built:
+            if not isinstance(index, int) or not 0 <= index < len(self.document.tensors):
+                raise _damaged(f"there is no tensor {index}")
+            entry = self.document.tensors[index]
+            if index in self._open:
+                raise _damaged(f'"{entry.name}" refers to itself')
+            self._open.add(index)
+            try:
+                self._built[index] = self._finish(entry, self._build(index, entry))
+            except (RuntimeError, ValueError, TypeError, KeyError) as error:
+                raise _damaged(f'"{entry.name}": {error}') from None
+            self._open.discard(index)
+        return self._built[index]
+
+    def _build(self, index: int, entry: Tensor) -> torch.Tensor:
+        if entry.region is not None:
+            return self._view(entry)
+        if entry.components is not None:
+            return self._composed(entry)
+        return self._base(index)
+
+    def _base(self, index: int) -> torch.Tensor:
+        """The tensor of an entry with bytes of its own, on its device."""
+        if index not in self._bases:
+            entry = self.document.tensors[index]
+            if index not in self.spaces:
+                raise _damaged(f'"{entry.name}" has no bytes')
+            self._bases[index] = self._placed(entry, self.spaces[index].tensor)
+        return self._bases[index]
+
+    def _placed(self, entry: Tensor, stored: torch.Tensor) -> torch.Tensor:
+        device = self.device(entry.device)
+        if entry.strides is None:
+            return stored if device.type == "cpu" else stored.to(device)
+        shape = stored.shape
+        steps = [
+            1 if step == 0 and size > 1 else step
+            for size, step in zip(entry.shape, entry.strides, strict=True)
+        ]
+        out = torch.empty_strided(shape, steps, dtype=stored.dtype, device=device)
+        out.copy_(stored)
+        return out.as_strided(entry.shape, entry.strides)
+
+    def _view(self, entry: Tensor) -> torch.Tensor:
+        """A view into the bytes of another entry; as_strided checks its bounds."""
+        assert entry.region is not None
+        if not 0 <= entry.region < len(self.document.tensors) or entry.offset < 0:
+            raise _damaged(f'"{entry.name}" is a view of nothing')
+        host = self.document.tensors[entry.region]
+        base = self._base(entry.region).detach()
+        align = 0
+        if host.kind == "region":
+            align = host.align
+            # The region was allocated with its alignment in front; step back to the start.
+            base = base.as_strided((base.numel() + align,), (1,), base.storage_offset() - align)
+        flat = base.as_strided((base.numel(),), (1,)).view(torch.uint8)
+        window = typed_view(flat, align + entry.offset, dtype_of(entry))
+        strides = (1,) * len(entry.shape) if entry.strides is None else entry.strides
+        return window.as_strided(entry.shape, strides)
+
+    def _composed(self, entry: Tensor) -> torch.Tensor:
+        parts = {role: self.tensor(index) for role, index in (entry.components or {}).items()}
+        details = entry.details or {}
+        if entry.layout == "quantized":
+            return _quantized(parts, details, dtype_of(entry))
+        shape = entry.shape
+        if entry.layout == "sparse_coo":
+            indices, values = parts["indices"], parts["values"]
+            made = torch.sparse_coo_tensor(indices, values, shape, check_invariants=True)
+            return made._coalesced_(bool(details["coalesced"]))
+        layout, compressed, plain = _COMPRESSED[entry.layout]
+        indices = parts[compressed], parts[plain]
+        return torch.sparse_compressed_tensor(
+            *indices, parts["values"], shape, layout=layout, check_invariants=True
+        )
+
+    def _finish(self, entry: Tensor, tensor: torch.Tensor) -> Any:
+        if entry.kind == "ndarray":
+            return _array(entry, tensor)
+        if entry.kind == "parameter":
+            return torch.nn.Parameter(tensor, requires_grad=entry.requires_grad)
+        return tensor.requires_grad_() if entry.requires_grad else tensor
+
+    def _generator(self, device: str, state: torch.Tensor) -> torch.Generator:
+        generator = torch.Generator(self.device(device))
+        generator.set_state(state.cpu())
+        return generator
+
+    def device(self, recorded: str) -> torch.device:
+        """Where a tensor that was on ``recorded`` goes now."""
+        wanted = self.devices
+        if isinstance(wanted, Mapping):
+            wanted = wanted.get(recorded)
+        if wanted is not None:
+            return parse_device(wanted)
+        device = parse_device(recorded)
+        if _is_available(device):
+            return device
+        self._absent.add(recorded)
+        return torch.device("cpu")
+
+
+def parse_device(name: str | torch.device) -> torch.device:
+    """torch's device of this name; UsageError ``device-invalid``."""
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError):
+        raise UsageError(
+            "device-invalid", f"{name!r} is not a device", hint='use "cpu" or "cuda:0"'
+        ) from None
+
+
+def check_devices(devices: DeviceMap) -> None:
+    """Refuse a device that is unknown or absent before any byte is read.
+
+    Raises:
+        UsageError: ``device-invalid``, ``device-absent``.
+    """
+    wanted = devices.values() if isinstance(devices, Mapping) else [devices]
+    for name in wanted:
+        if name is not None and not _is_available(parse_device(name)):
+            raise UsageError(
+                "device-absent", f"{name} is not available here", hint='use device="cpu"'
+            )
+
+
+def _is_available(device: torch.device) -> bool:
+    if device.type == "cpu":
+        return True
+    module = getattr(torch, device.type, None)
+    if not hasattr(module, "is_available") or not module.is_available():
+        return False
+    return device.index is None or device.index < int(module.device_count())
+
+
+_COMPRESSED = {
+    "sparse_csr": (torch.sparse_csr, "crow_indices", "col_indices"),
+    "sparse_csc": (torch.sparse_csc, "ccol_indices", "row_indices"),
+    "sparse_bsr": (torch.sparse_bsr, "crow_indices", "col_indices"),
+    "sparse_bsc": (torch.sparse_bsc, "ccol_indices", "row_indices"),
+}
+
+
+def _quantized(
+    parts: Mapping[str, torch.Tensor], details: Mapping[str, Any], dtype: torch.dtype
+) -> torch.Tensor:
+    integers = parts["integers"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch announces the end of these types
+        if details["scheme"] == "per_tensor_affine":
+            return torch._make_per_tensor_quantized_tensor(
+                integers, details["scale"], details["zero_point"]
+            )
+        return torch._make_per_channel_quantized_tensor(
+            integers, parts["scales"], parts["zero_points"], details["axis"]
+        )
+
+
+def _array(entry: Tensor, tensor: torch.Tensor) -> numpy.ndarray:
+    array = tensor.cpu().numpy()
+    if not entry.details:
+        return array
+    descr = _as_descr(entry.details["numpy"])
+    dtype = numpy.lib.format.descr_to_dtype(descr)
+    if dtype.hasobject:
+        raise ValueError("an array of Python objects")
+    return array.view(dtype).reshape(entry.details["shape"])
+
+
+def _as_descr(value: Any) -> Any:
+    """A numpy dtype description, whose pairs JSON made lists."""
+    if isinstance(value, str):
+        return value
+    return [
+        tuple(
+            tuple(part) if place == 2 else _as_descr(part) if place == 1 else part
+            for place, part in enumerate(item)
+        )
+        for item in value
+    ]
+
+
+def _damaged(reason: str) -> IntegrityError:
+    return IntegrityError(
+        "document-damaged", f"the document contradicts itself: {reason}", hint="run `ckpt fsck`"
+    )

@@ -1,0 +1,120 @@
+"""Tensors in memory as ``TensorBytes``: read in pieces, without a second copy of the whole."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+import torch
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied; writable where the tensor is."""
+    if tensor.numel() == 0:
+        return memoryview(bytearray())
+    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    return flat.numpy().data
+
+
+def from_array(array: numpy.ndarray) -> torch.Tensor:
+    """A tensor over the memory of an array that torch can describe."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # read-only arrays: nothing is written here
+        return torch.from_numpy(array)
+
+
+class MemoryTensor:
+    """The stored bytes of one tensor: its logical values in C order."""
+
+    def __init__(self, name: str, dtype: str, tensor: torch.Tensor) -> None:
+        self.name = name
+        self.dtype = dtype
+        self.shape = tuple(tensor.shape)
+        self.nbytes = tensor.numel() * tensor.element_size()
+        self._tensor = tensor.detach()
+        direct = tensor.device.type == "cpu" and tensor.is_contiguous()
+        self._view = as_bytes(tensor) if direct else None
+
+    def read(self, offset: int, length: int) -> memoryview:
+        if self._view is not None:
+            return self._view[offset : offset + length]
+        size = self._tensor.element_size()
+        first, last = offset // size, -(-(offset + length) // size)
+        part = _logical_elements(self._tensor, first, last)
+        start = offset - first * size
+        return as_bytes(part)[start : start + length]
+
+
+def laid_out(name: str, value: Any) -> MemoryTensor:
+    """Any restored tensor or array as plain values in C order; sparse and quantised ones dense."""
+    tensor = value if isinstance(value, torch.Tensor) else from_array(value)
+    tensor = tensor.detach()
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    elif tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return MemoryTensor(name, dtype, tensor.contiguous())
+
+
+class RegionTensor:
+    """The bytes that several overlapping tensors lie in; those that none covers are zero, so
+    that no stale memory is stored and equal tensors give equal bytes."""
+
+    dtype = "uint8"
+
+    def __init__(
+        self, name: str, nbytes: int, align: int, views: Sequence[tuple[int, torch.Tensor]]
+    ) -> None:
+        self.name = name
+        self.nbytes = nbytes
+        self.shape = (nbytes,)
+        self._align = align
+        self._views = views
+        self._bytes: memoryview | None = None
+
+    def read(self, offset: int, length: int) -> memoryview:
+        if self._bytes is None:
+            self._bytes = as_bytes(self._gather())
+        return self._bytes[offset : offset + length]
+
+    def _gather(self) -> torch.Tensor:
+        region = torch.zeros(self._align + self.nbytes, dtype=torch.uint8)
+        for offset, view in self._views:
+            window = typed_view(region, self._align + offset, view.dtype)
+            # By index: a view may refer to one byte twice, where copy_ would refuse.
+            window[_element_offsets(view)] = view.detach().reshape(-1).cpu()
+        return region[self._align :]
+
+
+def typed_view(region: torch.Tensor, offset: int, dtype: torch.dtype) -> torch.Tensor:
+    """The elements of ``dtype`` that lie in a flat uint8 tensor from byte ``offset`` on.
+
+    The byte address must be a multiple of the item size, or torch raises.
+    """
+    room = (region.numel() - offset) // dtype.itemsize * dtype.itemsize
+    return region[offset : offset + room].view(dtype)
+
+
+def _element_offsets(view: torch.Tensor) -> torch.Tensor:
+    """The distance of each logical element from the first one, in elements."""
+    offsets = torch.zeros((), dtype=torch.int64)
+    for size, step in zip(view.shape, view.stride(), strict=True):
+        offsets = offsets.unsqueeze(-1) + torch.arange(size) * step
+    return offsets.reshape(-1)
+
+
+def _logical_elements(tensor: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """Elements ``[first, last)`` in C order, contiguous on the CPU; copies no more than the rows
+    that they lie in."""
+    if tensor.dim() > 1:
+        row = math.prod(tensor.shape[1:])
+        low, high = first // row, -(-last // row)
+        if high - low == 1:
+            return _logical_elements(tensor[low], first - low * row, last - low * row)
+        part = tensor[low:high].cpu().contiguous().reshape(-1)
+        return part[first - low * row : last - low * row]
+    return tensor.reshape(-1)[first:last].cpu().contiguous()

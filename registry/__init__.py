@@ -1,0 +1,1 @@
+"""Facts by SQL: rows in, frozen records out."""

@@ -1,0 +1,203 @@
+"""Acts on committed versions: tag, untag, label, rm; each leaves an event in the same transaction."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Row, delete, insert, select, update
+
+from ckpt.core.documents import canonical
+from ckpt.core.errors import ConflictError, NotFoundError
+from ckpt.core.references import Reference
+from ckpt.registry.commit import (
+    lock_model,
+    next_counter,
+    number_text,
+    set_alias,
+    set_labels,
+    set_metrics,
+)
+from ckpt.registry.engine import Database, Transaction
+from ckpt.registry.queries import resolve
+from ckpt.registry.tables import (
+    aliases,
+    documents,
+    events,
+    labels,
+    metrics,
+    models,
+    refs,
+    structures,
+    versions,
+)
+
+
+class Changes:
+    """Acts that change what is said of a version, or end it. Each returns the event's id, to be
+    acknowledged only after its copy is in the store (rule (j))."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def tag(self, reference: Reference, alias: str, expect: Reference | None, author: str) -> str:
+        """Make ``alias`` name a version; with ``expect``, only if it names that one now.
+
+        Raises:
+            ConflictError: ``alias-moved`` when the alias names another version than expected.
+        """
+
+        def act(transaction: Transaction) -> str:
+            row, model = _locked(transaction, reference)
+            if expect is not None:
+                self._check_expected(transaction, model.id, alias, expect)
+            set_alias(transaction, model.id, alias, row.id)
+            return _note(transaction, "tag", model, author, alias=alias, push=row.push)
+
+        return self._database.write(act)
+
+    @staticmethod
+    def _check_expected(
+        transaction: Transaction, model: int, alias: str, expect: Reference
+    ) -> None:
+        expected = resolve(transaction, expect)
+        same = (aliases.c.model == model) & (aliases.c.name == alias)
+        query = select(versions.c.number, versions.c.id).join(aliases).where(same)
+        now = transaction.row(query)
+        if now is None or now.id != expected.id:
+            names = "nothing" if now is None else f"@{now.number}"
+            raise ConflictError(
+                "alias-moved",
+                f'the alias "{alias}" names {names}, not {expect}',
+                hint="look again and decide anew",
+            )
+
+    def untag(self, reference: Reference, author: str) -> str:
+        """Remove the alias of a reference ``model:alias``."""
+
+        def act(transaction: Transaction) -> str:
+            row, model = _locked(transaction, reference)
+            same = (aliases.c.model == model.id) & (aliases.c.name == reference.alias)
+            transaction.run(delete(aliases).where(same))
+            return _note(transaction, "untag", model, author, alias=reference.alias, push=row.push)
+
+        return self._database.write(act)
+
+    def annotate(
+        self,
+        reference: Reference,
+        metric_values: Mapping[str, float],
+        label_values: Mapping[str, str],
+        removed: Sequence[str],
+        author: str,
+    ) -> str:
+        """Set metrics and labels of a version, and remove labels or metrics by key."""
+
+        def act(transaction: Transaction) -> str:
+            row, model = _locked(transaction, reference)
+            for table in (labels, metrics):
+                gone = table.c.name.in_(removed) & (table.c.version == row.id)
+                transaction.run(delete(table).where(gone))
+            set_metrics(transaction, row.id, metric_values)
+            set_labels(transaction, row.id, label_values)
+            said = {
+                "labels": dict(label_values),
+                "metrics": {name: number_text(value) for name, value in metric_values.items()},
+                "removed": list(removed),
+            }
+            return _note(transaction, "label", model, author, push=row.push, **said)
+
+        return self._database.write(act)
+
+    def remove(self, push: str, author: str) -> str:
+        """End the version that ``push`` made (T6); its bytes go with a later collection.
+
+        Raises:
+            ConflictError: ``aliased`` while an alias names it.
+            NotFoundError: ``version-missing`` when it is gone already.
+        """
+
+        def act(transaction: Transaction) -> str:
+            query = select(versions, models.c.name).join(models).where(versions.c.push == push)
+            found = transaction.row(query)
+            if found is None:
+                raise NotFoundError("version-missing", "the version was removed meanwhile")
+            model = lock_model(transaction, found.name)
+            row = transaction.row(select(versions).where(versions.c.push == push).with_for_update())
+            if row is None:
+                raise NotFoundError("version-missing", "the version was removed meanwhile")
+            self._refuse_aliased(transaction, row, model)
+            transaction.run(delete(refs).where(refs.c.version == row.id))
+            transaction.run(delete(versions).where(versions.c.id == row.id))
+            self._drop_document(transaction, row.document)
+            return _note(transaction, "rm", model, author, push=push, number=row.number)
+
+        return self._database.write(act)
+
+    @staticmethod
+    def _refuse_aliased(transaction: Transaction, row: Row[Any], model: Row[Any]) -> None:
+        named = transaction.rows(select(aliases.c.name).where(aliases.c.version == row.id))
+        if named:
+            shown = f"{model.name}:{named[0].name}"
+            raise ConflictError(
+                "aliased",
+                f"{model.name}@{row.number} is kept by the alias {shown}",
+                hint=f"run `ckpt untag {shown}` first",
+            )
+
+    @staticmethod
+    def _drop_document(transaction: Transaction, digest: str) -> None:
+        """Drop the document, and then its structure, unless another version has it."""
+        query = select(versions.c.id).where(versions.c.document == digest).limit(1)
+        if transaction.row(query) is not None:
+            return
+        found = transaction.row(select(documents).where(documents.c.digest == digest))
+        assert found is not None
+        transaction.run(delete(documents).where(documents.c.digest == digest))
+        same = documents.c.structure == found.structure
+        if transaction.row(select(documents.c.digest).where(same).limit(1)) is None:
+            transaction.run(delete(structures).where(structures.c.digest == found.structure))
+
+
+def _locked(transaction: Transaction, reference: Reference) -> tuple[Row[Any], Row[Any]]:
+    """``(version, model)`` with the model's row locked, so that acts on it have an order."""
+    name = resolve(transaction, reference).model_name
+    model = lock_model(transaction, name)
+    return resolve(transaction, reference), model
+
+
+def _note(transaction: Transaction, kind: str, model: Row[Any], author: str, **said: object) -> str:
+    """Write the event of an act, in the act's transaction; returns its id."""
+    identity = secrets.token_hex(16)
+    epoch, counter = next_counter(transaction)
+    now = transaction.now()
+    body = {
+        "format": 1,
+        "id": identity,
+        "epoch": epoch,
+        "counter": counter,
+        "kind": kind,
+        "author": author,
+        "time": now,
+        "model": model.name,
+        "sequence": model.next_event,
+        **said,
+    }
+    row = {
+        "id": identity,
+        "kind": kind,
+        "epoch": epoch,
+        "counter": counter,
+        "model": model.id,
+        "model_seq": model.next_event,
+        "created_at": now,
+        "author": author,
+        "body": canonical(body),
+        "copied": False,
+    }
+    transaction.run(insert(events), row)
+    transaction.run(
+        update(models).where(models.c.id == model.id), {"next_event": model.next_event + 1}
+    )
+    return identity

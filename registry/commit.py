@@ -1,0 +1,311 @@
+"""The commit of a push: one transaction that makes its version, or nothing (rule (d))."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import zstandard
+from sqlalchemy import Table, delete, insert, select, update
+
+from ckpt.core.digests import digest_of
+from ckpt.core.documents import Document, canonical, split_document
+from ckpt.core.errors import ConflictError, IntegrityError
+from ckpt.core.printable import escape
+from ckpt.core.records import Environment, FinishedPack, PackState, PushFacts, PushState
+from ckpt.registry.books import insert_pack, lock_packs, require_open
+from ckpt.registry.engine import Transaction, batches
+from ckpt.registry.tables import (
+    aliases,
+    chunks,
+    claims,
+    documents,
+    environments,
+    events,
+    labels,
+    meta,
+    metrics,
+    models,
+    pushes,
+    refs,
+    runs,
+    structures,
+    versions,
+)
+
+
+def commit_push(
+    transaction: Transaction,
+    push: str,
+    facts: PushFacts,
+    document: Document,
+    environment: Environment,
+    finished: Sequence[FinishedPack],
+    needed: Collection[str],
+    new_bytes: int,
+) -> None:
+    """Make the version of ``push`` (T4).
+
+    Args:
+        finished: packs of the push that have no rows yet.
+        needed: ids of all packs that the version refers to.
+
+    Raises:
+        ConflictError: ``push-expired``, or ``pack-gone`` when a pack is not there and live.
+        IntegrityError: ``undecodable`` when a digest cannot be read from these packs alone.
+    """
+    require_open(transaction, push, shared=False)
+    model = lock_model(transaction, facts.model)
+    for pack in finished:
+        insert_pack(transaction, pack)
+    _check_packs(transaction, needed)
+    _check_decodable(transaction, document, needed)
+
+    run = _run_id(transaction, model.id, facts.run)
+    parent = facts.parent or _parent(transaction, model, run)
+    epoch, counter = next_counter(transaction)
+    now = transaction.now()
+    said = _facts_body(facts, push, model, parent, epoch, counter, now, new_bytes, needed)
+    _insert_document(transaction, facts.document_digest, document)
+    insert_missing(
+        transaction, environments, "digest", environment.digest, body=canonical(environment.body)
+    )
+    row = {
+        "model": model.id,
+        "number": model.next_number,
+        "push": push,
+        "run": run,
+        "digest": facts.digest,
+        "document": facts.document_digest,
+        "environment": environment.digest,
+        "state": document.state,
+        "step": facts.step,
+        "parent": parent,
+        "message": facts.message,
+        "author": facts.author,
+        "created_at": now,
+        "nbytes": facts.nbytes,
+        "new_bytes": new_bytes,
+        "sequence": model.next_event,
+        "epoch": epoch,
+        "counter": counter,
+        "facts": canonical(said),
+        "copied": False,
+    }
+    version = transaction.run(insert(versions).returning(versions.c.id), row).scalar_one()
+    transaction.run(
+        update(models).where(models.c.id == model.id),
+        {"next_number": model.next_number + 1, "next_event": model.next_event + 1},
+    )
+    if needed:
+        transaction.run(insert(refs), [{"version": version, "pack": p} for p in sorted(needed)])
+    set_metrics(transaction, version, facts.metrics)
+    set_labels(transaction, version, facts.labels)
+    for alias in facts.aliases:
+        set_alias(transaction, model.id, alias, version)
+    _insert_audit(transaction, push, epoch, model, now, facts.author)
+    transaction.run(delete(claims).where(claims.c.push == push))
+    transaction.run(
+        update(pushes).where(pushes.c.id == push),
+        {"state": PushState.COMMITTED.value, "version": version, "epoch": epoch},
+    )
+
+
+def lock_model(transaction: Transaction, name: str) -> Any:
+    """The locked row of the model, made when there is none.
+
+    Raises:
+        ConflictError: ``name-clash`` when another model has this name but for the case.
+    """
+    query = select(models).where(models.c.folded == name.lower()).with_for_update()
+    row = transaction.row(query)
+    if row is None:
+        fresh = {"name": name, "folded": name.lower(), "next_number": 1, "next_event": 1}
+        transaction.run(insert(models), fresh)
+        row = transaction.row(query)
+    assert row is not None
+    if row.name != name:
+        raise name_clash(name, row.name)
+    return row
+
+
+def name_clash(name: str, taken: str) -> ConflictError:
+    """The error for a model name that differs from another only in case."""
+    return ConflictError(
+        "name-clash",
+        f'the model "{escape(name)}" would differ from "{escape(taken)}" only in case',
+        hint=f'use "{escape(taken)}" or another name',
+    )
+
+
+def next_counter(transaction: Transaction) -> tuple[int, int]:
+    """``(epoch, counter)`` for one more document or event in the store."""
+    step = update(meta).values(next_counter=meta.c.next_counter + 1)
+    row = transaction.row(step.returning(meta.c.epoch, meta.c.next_counter))
+    assert row is not None
+    return row.epoch, row.next_counter - 1
+
+
+def set_metrics(transaction: Transaction, version: int, values: Any) -> None:
+    """Set metrics of a version; one that is not finite has no value, so it never compares."""
+    if not values:
+        return
+    names = metrics.c.name.in_(list(values))
+    transaction.run(delete(metrics).where(metrics.c.version == version, names))
+    rows = [
+        {
+            "version": version,
+            "name": name,
+            "value": value if math.isfinite(value) else None,
+            "special": None if math.isfinite(value) else str(value),
+        }
+        for name, value in values.items()
+    ]
+    transaction.run(insert(metrics), rows)
+
+
+def set_labels(transaction: Transaction, version: int, values: Any) -> None:
+    """Set labels of a version."""
+    if not values:
+        return
+    names = labels.c.name.in_(list(values))
+    transaction.run(delete(labels).where(labels.c.version == version, names))
+    rows = [{"version": version, "name": name, "value": text} for name, text in values.items()]
+    transaction.run(insert(labels), rows)
+
+
+def set_alias(transaction: Transaction, model: int, alias: str, version: int) -> None:
+    """Make ``alias`` name this version, whatever it named before."""
+    same = (aliases.c.model == model) & (aliases.c.name == alias)
+    transaction.run(delete(aliases).where(same))
+    transaction.run(insert(aliases), {"model": model, "name": alias, "version": version})
+
+
+def insert_missing(
+    transaction: Transaction, table: Table, column: str, digest: str, **values: object
+) -> None:
+    """Insert a row that is named by a digest, unless it is there."""
+    if transaction.row(select(table.c[column]).where(table.c[column] == digest)) is None:
+        transaction.run(insert(table), {column: digest, **values})
+
+
+def number_text(value: float) -> float | str:
+    """A metric as JSON has it: a number, or ``nan``, ``inf``, ``-inf``."""
+    return value if math.isfinite(value) else str(value)
+
+
+def _check_packs(transaction: Transaction, needed: Collection[str]) -> None:
+    found = lock_packs(transaction, needed)
+    live = {pack.id for pack in found if pack.state is PackState.LIVE}
+    gone = sorted(set(needed) - live)
+    if gone:
+        raise ConflictError(
+            "pack-gone", f"the pack {gone[0]} is not there any more", hint="run the push again"
+        )
+
+
+def _check_decodable(transaction: Transaction, document: Document, needed: Collection[str]) -> None:
+    """Every digest has a raw chunk in these packs, or a difference whose base has one."""
+    wanted = {digest for tensor in document.tensors for digest in tensor.chunks}
+    raw: set[str] = set()
+    bases: dict[str, set[str]] = {}
+    for some in batches(sorted(needed)):
+        query = select(chunks.c.digest, chunks.c.base).where(chunks.c.pack.in_(some))
+        for row in transaction.rows(query):
+            if row.base is None:
+                raw.add(row.digest)
+            else:
+                bases.setdefault(row.digest, set()).add(row.base)
+    lost = [digest for digest in wanted - raw if not bases.get(digest, set()) & raw]
+    if lost:
+        raise IntegrityError(
+            "undecodable",
+            f"chunk {min(lost)} cannot be read from the packs of this push",
+            hint="run the push again",
+        )
+
+
+def _run_id(transaction: Transaction, model: int, name: str) -> int:
+    query = select(runs.c.id).where(runs.c.model == model, runs.c.name == name)
+    row = transaction.row(query)
+    if row is None:
+        fresh = insert(runs).returning(runs.c.id)
+        return int(transaction.run(fresh, {"model": model, "name": name}).scalar_one())
+    return int(row.id)
+
+
+def _parent(transaction: Transaction, model: Any, run: int) -> str | None:
+    """The run's previous version, else the newest of the model."""
+    for where in (versions.c.run == run, versions.c.model == model.id):
+        query = select(versions.c.number).where(where).order_by(versions.c.number.desc()).limit(1)
+        row = transaction.row(query)
+        if row is not None:
+            return f"{model.name}@{row.number}"
+    return None
+
+
+def _facts_body(
+    facts: PushFacts,
+    push: str,
+    model: Any,
+    parent: str | None,
+    epoch: int,
+    counter: int,
+    now: int,
+    new_bytes: int,
+    needed: Collection[str],
+) -> dict[str, object]:
+    """The version's file in the store, without document and environment (format section 4)."""
+    return {
+        "format": 1,
+        "epoch": epoch,
+        "counter": counter,
+        "push": push,
+        "model": facts.model,
+        "number": model.next_number,
+        "sequence": model.next_event,
+        "digest": facts.digest,
+        "document_digest": facts.document_digest,
+        "parent": parent,
+        "run": facts.run,
+        "step": facts.step,
+        "metrics": {name: number_text(value) for name, value in facts.metrics.items()},
+        "labels": dict(facts.labels),
+        "aliases": list(facts.aliases),
+        "message": facts.message,
+        "author": facts.author,
+        "time": now,
+        "nbytes": facts.nbytes,
+        "new_bytes": new_bytes,
+        "packs": sorted(needed),
+    }
+
+
+def _insert_document(transaction: Transaction, digest: str, document: Document) -> None:
+    if transaction.row(select(documents.c.digest).where(documents.c.digest == digest)) is not None:
+        return
+    structure, body = split_document(document)
+    pack = zstandard.ZstdCompressor(level=3).compress
+    name = digest_of(structure)
+    insert_missing(transaction, structures, "digest", name, body=pack(structure))
+    row = {"digest": digest, "structure": name, "body": pack(body)}
+    transaction.run(insert(documents), row)
+
+
+def _insert_audit(
+    transaction: Transaction, push: str, epoch: int, model: Any, now: int, author: str
+) -> None:
+    """The push in the history; its copy in the store is the document."""
+    row = {
+        "id": push,
+        "kind": "push",
+        "epoch": epoch,
+        "model": model.id,
+        "model_seq": model.next_event,
+        "created_at": now,
+        "author": author,
+        "body": canonical({"number": model.next_number}),
+        "copied": True,
+    }
+    transaction.run(insert(events), row)

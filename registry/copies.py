@@ -1,0 +1,109 @@
+"""What the store must hold of the registry: documents and events that wait for their copy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import zstandard
+from sqlalchemy import Row, false, select, update
+
+from ckpt.core.documents import canonical, join_document
+from ckpt.core.records import StoreCopy
+from ckpt.registry.engine import Database, Transaction, batches
+from ckpt.registry.tables import documents, environments, events, meta, structures, versions
+
+
+class Copies:
+    """Documents and events on their way into the store.
+
+    A copy is noted as done with the next transaction that writes anyway; until then it is at
+    worst made again, and finds its own bytes.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._done: set[str] = set()
+
+    def pending(self) -> list[StoreCopy]:
+        """All copies that are not known to be in the store, in the order of their counters."""
+        found: list[tuple[int, StoreCopy]] = []
+        with self._database.read() as transaction:
+            for row in transaction.rows(_UNCOPIED_VERSIONS):
+                found.append((row.counter, _document_copy(row)))
+            for row in transaction.rows(_UNCOPIED_EVENTS):
+                found.append((row.counter, _event_copy(row)))
+        self._done &= {copy.id for _, copy in found}  # the others are written down by now
+        copies = [copy for _, copy in sorted(found, key=lambda pair: pair[0])]
+        return [copy for copy in copies if copy.id not in self._done]
+
+    def document(self, push: str) -> StoreCopy | None:
+        """The copy of one version's document, done or not; None when the version is gone."""
+        with self._database.read() as transaction:
+            row = transaction.row(_VERSIONS.where(versions.c.push == push))
+        return None if row is None else _document_copy(row)
+
+    def note(self, copy: StoreCopy) -> None:
+        """Remember that ``copy`` is in the store."""
+        self._done.add(copy.id)
+
+    def flush(self, transaction: Transaction) -> None:
+        """Write down what was noted, in a transaction that writes anyway."""
+        for some in batches(sorted(self._done)):
+            transaction.run(update(versions).where(versions.c.push.in_(some)).values(copied=True))
+            transaction.run(update(events).where(events.c.id.in_(some)).values(copied=True))
+
+    def close(self) -> None:
+        """Write down what was noted, in a transaction of its own."""
+        if self._done:
+            self._database.write(self.flush)
+            self._done.clear()
+
+    def event_stands(self, event: str) -> bool:
+        """(j): whether the event's row is there and the registry is of the same epoch."""
+        current = select(meta.c.epoch).scalar_subquery()
+        query = select(events.c.id).where(events.c.id == event, events.c.epoch == current)
+        with self._database.read() as transaction:
+            return transaction.row(query) is not None
+
+
+def document_key(epoch: int, counter: int, push: str) -> str:
+    """Where in the store the document of a push is copied to."""
+    return f"documents/{epoch}/{counter:012d}-{push}.json"
+
+
+def event_key(epoch: int, counter: int, event: str) -> str:
+    """Where in the store an event is copied to."""
+    return f"events/{epoch}/{counter:012d}-{event}.json"
+
+
+_VERSIONS = (
+    select(
+        versions.c.push,
+        versions.c.epoch,
+        versions.c.counter,
+        versions.c.facts,
+        documents.c.body,
+        structures.c.body.label("structure"),
+        environments.c.body.label("environment"),
+    )
+    .join(documents, documents.c.digest == versions.c.document)
+    .join(structures, structures.c.digest == documents.c.structure)
+    .join(environments, environments.c.digest == versions.c.environment)
+)
+_UNCOPIED_VERSIONS = _VERSIONS.where(versions.c.copied == false())
+_UNCOPIED_EVENTS = select(events).where(events.c.copied == false(), events.c.counter.is_not(None))
+
+
+def _document_copy(row: Row[Any]) -> StoreCopy:
+    """Pure: the same row gives the same bytes in every process and release."""
+    unpack = zstandard.ZstdDecompressor().decompress
+    body = msgspec.json.decode(row.facts) | {
+        "document": join_document(unpack(row.structure), unpack(row.body)),
+        "environment": msgspec.json.decode(row.environment),
+    }
+    return StoreCopy(row.push, document_key(row.epoch, row.counter, row.push), canonical(body))
+
+
+def _event_copy(row: Row[Any]) -> StoreCopy:
+    return StoreCopy(row.id, event_key(row.epoch, row.counter, row.id), row.body)

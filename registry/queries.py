@@ -1,0 +1,258 @@
+"""Reading the registry: references resolved, versions and models listed, as frozen records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+import zstandard
+from sqlalchemy import Row, Select, func, select
+
+from ckpt.core.documents import Document, join_document
+from ckpt.core.errors import NotFoundError, UsageError
+from ckpt.core.names import NEWEST
+from ckpt.core.records import Environment, Model, Version
+from ckpt.core.references import Reference, parse_reference
+from ckpt.registry.engine import Database, Transaction, batches
+from ckpt.registry.tables import (
+    aliases,
+    documents,
+    environments,
+    labels,
+    metrics,
+    models,
+    runs,
+    structures,
+    versions,
+)
+
+_VERSIONS = (
+    select(versions, models.c.name.label("model_name"), runs.c.name.label("run_name"))
+    .join(models, models.c.id == versions.c.model)
+    .join(runs, runs.c.id == versions.c.run)
+)
+
+
+class Queries:
+    """Questions to the registry; each is one snapshot."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def get(self, reference: Reference) -> Version:
+        """The version that a reference means.
+
+        Raises:
+            NotFoundError: ``model-missing``, ``version-missing``, ``alias-missing``.
+            UsageError: ``ambiguous`` when a digest prefix begins several digests.
+        """
+        with self._database.read() as transaction:
+            return _records(transaction, [resolve(transaction, reference)])[0]
+
+    def by_push(self, push: str) -> Version | None:
+        """The version that a push made, or None."""
+        with self._database.read() as transaction:
+            row = transaction.row(_VERSIONS.where(versions.c.push == push))
+            return None if row is None else _records(transaction, [row])[0]
+
+    def newest(self, model: str) -> Version | None:
+        """The newest version of a model, or None when it has none."""
+        with self._database.read() as transaction:
+            row = transaction.row(_newest_first(model).limit(1))
+            return None if row is None else _records(transaction, [row])[0]
+
+    def log(self, model: str, before: int | None = None, limit: int = 100) -> list[Version]:
+        """Versions of a model, newest first, from below number ``before``; at most ``limit``."""
+        with self._database.read() as transaction:
+            require_model(transaction, model)
+            query = _newest_first(model).limit(limit)
+            if before is not None:
+                query = query.where(versions.c.number < before)
+            return _records(transaction, transaction.rows(query))
+
+    def models(self) -> list[Model]:
+        """All models by name, each with the number of its versions and the newest one."""
+        newest = (
+            select(
+                versions.c.model,
+                func.max(versions.c.number).label("number"),
+                func.count().label("total"),
+            )
+            .group_by(versions.c.model)
+            .subquery()
+        )
+        with self._database.read() as transaction:
+            query = (
+                select(models.c.name, newest.c.total)
+                .outerjoin(newest, newest.c.model == models.c.id)
+                .order_by(models.c.folded)
+            )
+            counts = {row.name: row.total or 0 for row in transaction.rows(query)}
+            same = (newest.c.model == versions.c.model) & (newest.c.number == versions.c.number)
+            found = _records(transaction, transaction.rows(_VERSIONS.join(newest, same)))
+        by_name = {version.model: version for version in found}
+        return [
+            Model(name=name, versions=count, newest=by_name.get(name))
+            for name, count in counts.items()
+        ]
+
+    def taken_name(self, model: str) -> str | None:
+        """The model that has this name when case is ignored, or None."""
+        with self._database.read() as transaction:
+            query = select(models.c.name).where(models.c.folded == model.lower())
+            row = transaction.row(query)
+        return None if row is None else str(row.name)
+
+    def document(self, version: Version) -> Document:
+        """The document of a version; NotFoundError when the version was deleted meanwhile."""
+        query = (
+            select(documents.c.body, structures.c.body.label("structure"))
+            .join(structures, structures.c.digest == documents.c.structure)
+            .where(documents.c.digest == version.document_digest)
+        )
+        with self._database.read() as transaction:
+            row = transaction.row(query)
+        if row is None:
+            raise _version_missing(version.reference)
+        unpack = zstandard.ZstdDecompressor().decompress
+        return join_document(unpack(row.structure), unpack(row.body))
+
+    def environment(self, version: Version) -> Environment:
+        """What the version was pushed on."""
+        query = select(environments).where(environments.c.digest == version.environment)
+        with self._database.read() as transaction:
+            row = transaction.row(query)
+        if row is None:
+            raise _version_missing(version.reference)
+        return Environment(row.digest, msgspec.json.decode(row.body))
+
+
+def resolve(transaction: Transaction, reference: Reference) -> Row[Any]:
+    """The row of the version that a reference means."""
+    name = require_model(transaction, reference.model)
+    row = _first(transaction, name, reference)
+    for _ in range(reference.back):
+        if row.parent is None:
+            raise NotFoundError(
+                "version-missing",
+                f"{row.model_name}@{row.number} has no parent",
+                hint=f"run `ckpt log {name}`",
+            )
+        row = resolve(transaction, parse_reference(row.parent))
+    return row
+
+
+def require_model(transaction: Transaction, name: str) -> str:
+    """The model's name as it is spelled; NotFoundError ``model-missing`` when there is none."""
+    query = select(models.c.name).where(models.c.folded == name.lower())
+    row = transaction.row(query)
+    if row is None:
+        raise NotFoundError(
+            "model-missing", f'there is no model "{name}"', hint="run `ckpt ls` to see all"
+        )
+    return str(row.name)
+
+
+def _first(transaction: Transaction, name: str, reference: Reference) -> Row[Any]:
+    """The version before any step back."""
+    query = _newest_first(name)
+    if reference.number is not None:
+        query = query.where(versions.c.number == reference.number)
+    elif reference.alias is not None:
+        named = (aliases.c.version == versions.c.id) & (aliases.c.name == reference.alias)
+        query = query.join(aliases, named)
+    elif reference.digest is not None:
+        query = query.where(versions.c.digest.startswith(reference.digest))
+        _refuse_ambiguous(transaction, query, reference)
+    row = transaction.row(query.limit(1))
+    if row is None:
+        raise _not_there(reference)
+    return row
+
+
+def _refuse_ambiguous(transaction: Transaction, query: Select[Any], reference: Reference) -> None:
+    digests = {row.digest for row in transaction.rows(query)}
+    if len(digests) > 1:
+        shown = ", ".join(digest[:16] for digest in sorted(digests)[:4])
+        raise UsageError(
+            "ambiguous",
+            f"{reference} has {len(digests)} matches: {shown}",
+            hint="give more digits",
+        )
+
+
+def _not_there(reference: Reference) -> NotFoundError:
+    if reference.alias is not None:
+        return NotFoundError(
+            "alias-missing",
+            f'the model "{reference.model}" has no alias "{reference.alias}"',
+            hint=f"run `ckpt log {reference.model}`, or use :{NEWEST}",
+        )
+    return _version_missing(str(reference))
+
+
+def _version_missing(reference: str) -> NotFoundError:
+    model = reference.partition("@")[0]
+    return NotFoundError(
+        "version-missing", f"there is no version {reference}", hint=f"run `ckpt log {model}`"
+    )
+
+
+def _newest_first(model: str) -> Select[Any]:
+    wanted = models.c.folded == model.lower()
+    return _VERSIONS.where(wanted).order_by(versions.c.number.desc())
+
+
+def _records(transaction: Transaction, rows: Sequence[Row[Any]]) -> list[Version]:
+    ids = [row.id for row in rows]
+    named: dict[int, list[str]] = {}
+    labelled: dict[int, dict[str, str]] = {}
+    measured: dict[int, dict[str, float]] = {}
+    for some in batches(ids):
+        for row in transaction.rows(
+            select(aliases).where(aliases.c.version.in_(some)).order_by(aliases.c.name)
+        ):
+            named.setdefault(row.version, []).append(row.name)
+        for row in transaction.rows(
+            select(labels).where(labels.c.version.in_(some)).order_by(labels.c.name)
+        ):
+            labelled.setdefault(row.version, {})[row.name] = row.value
+        for row in transaction.rows(
+            select(metrics).where(metrics.c.version.in_(some)).order_by(metrics.c.name)
+        ):
+            value = row.value if row.special is None else float(row.special)
+            measured.setdefault(row.version, {})[row.name] = value
+    return [
+        _record(row, measured.get(row.id, {}), labelled.get(row.id, {}), named.get(row.id, []))
+        for row in rows
+    ]
+
+
+def _record(
+    row: Row[Any],
+    measured: Mapping[str, float],
+    labelled: Mapping[str, str],
+    named: Sequence[str],
+) -> Version:
+    return Version(
+        model=row.model_name,
+        number=row.number,
+        digest=row.digest,
+        document_digest=row.document,
+        state=row.state,
+        push=row.push,
+        created_at=datetime.fromtimestamp(row.created_at / 1e6, UTC),
+        nbytes=row.nbytes,
+        new_bytes=row.new_bytes,
+        step=row.step,
+        run=row.run_name,
+        parent=row.parent,
+        metrics=measured,
+        labels=labelled,
+        aliases=tuple(named),
+        message=row.message,
+        author=row.author,
+        environment=row.environment,
+    )

@@ -1,0 +1,85 @@
+"""The schema number of a registry: read at every open, changed only by migrations."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, insert, inspect, select, text
+
+from ckpt.core.effects import perform
+from ckpt.core.errors import IntegrityError, StorageError
+from ckpt.registry.engine import Database, Transaction
+from ckpt.registry.tables import meta
+
+SCHEMA = "0001"
+
+
+def schema_number(transaction: Transaction) -> str | None:
+    """The number of the last migration that ran, or None in an empty database."""
+    row = transaction.row(text("SELECT version_num FROM alembic_version"))
+    return None if row is None else str(row[0])
+
+
+def check_schema(database: Database, store: str) -> None:
+    """Refuse a registry of another schema, or one that belongs to another store.
+
+    Raises:
+        StorageError: ``schema-newer``, ``schema-older``, ``registry-corrupt``.
+        IntegrityError: ``foreign-store``.
+    """
+    with database.read() as transaction:
+        number = schema_number(transaction)
+        if number != SCHEMA:
+            raise _other_schema(database.name, number)
+        row = transaction.row(select(meta.c.store))
+    if row is None or row[0] != store:
+        raise IntegrityError(
+            "foreign-store",
+            f"the registry {database.name} belongs to another store",
+            hint="check the paths in config.toml",
+        )
+
+
+def migrate(database: Database, store: str) -> None:
+    """Bring the schema up to date and, the first time, note the store that it belongs to.
+
+    Everything happens in one transaction that locks first, so that any number of processes may
+    do this at once. Only this function imports Alembic.
+    """
+    with database.engine.connect() as plain:
+        connection = plain.execution_options(ckpt_writes=True)
+        with connection.begin() as begun:
+            transaction = Transaction(connection)
+            fresh = not inspect(connection).has_table("alembic_version")
+            number = None if fresh else schema_number(transaction)
+            if number == SCHEMA:
+                return
+            if number is not None and number > SCHEMA:
+                raise _other_schema(database.name, number)
+            perform("sql.migrate", _upgrade, connection)
+            if fresh:
+                values = {"id": 1, "store": store, "epoch": 1, "next_counter": 1}
+                transaction.run(insert(meta), values)
+            perform("sql.commit", begun.commit)
+
+
+def _upgrade(connection: Connection) -> None:
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", "ckpt:migrations")
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
+
+
+def _other_schema(name: str, number: str | None) -> StorageError:
+    if number is not None and number > SCHEMA:
+        return StorageError(
+            "schema-newer",
+            f"the registry {name} has schema {number}, this ckpt knows {SCHEMA}",
+            hint="run `pip install -U ckpt-registry`",
+        )
+    return StorageError(
+        "schema-older",
+        f"the registry {name} has schema {number or 'none'}, this ckpt needs {SCHEMA}",
+        hint="run `ckpt db upgrade`",
+    )

@@ -1,0 +1,1 @@
+"""The verbs; joins loader, storage and registry."""

@@ -1,0 +1,41 @@
+"""Rule (j): nothing is acknowledged before its copy is in the store and the registry, asked
+again, still has it."""
+
+from __future__ import annotations
+
+from ckpt.core.errors import ConflictError
+from ckpt.registry.registry import Registry
+from ckpt.storage.store import Store
+
+
+def copy_pending(store: Store, registry: Registry) -> None:
+    """Bring every document and event that waits into the store, also those of others."""
+    for copy in registry.copies.pending():
+        store.put(copy.key, copy.body)
+        registry.copies.note(copy)
+
+
+def acknowledge_push(store: Store, registry: Registry, push: str) -> None:
+    """Return only when the version of ``push`` may be told to somebody.
+
+    Raises:
+        ConflictError: ``registry-changed`` when the registry was lost or rebuilt meanwhile.
+    """
+    copy_pending(store, registry)
+    if not registry.books.is_acknowledgeable(push) or registry.queries.by_push(push) is None:
+        raise _changed()
+
+
+def acknowledge_event(store: Store, registry: Registry, event: str) -> None:
+    """Return only when the act of ``event`` may be told to somebody."""
+    copy_pending(store, registry)
+    if not registry.copies.event_stands(event):
+        raise _changed()
+
+
+def _changed() -> ConflictError:
+    return ConflictError(
+        "registry-changed",
+        "the registry was rebuilt or the version removed while this was written",
+        hint="look with `ckpt log` and run again",
+    )

@@ -1,0 +1,151 @@
+"""A version as a ``.safetensors`` file: written beside its destination, checked, then named."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt.core.documents import Document, Tensor
+from ckpt.core.dtypes import ITEM_SIZES, PACK_CODES
+from ckpt.core.effects import perform
+from ckpt.core.errors import ConflictError, NotFoundError, SpaceError, TrustError, from_os_error
+from ckpt.core.tensors import TensorSpace
+from ckpt.storage.header import Header, parse_header
+
+
+@dataclass(frozen=True, slots=True)
+class FileSpace:
+    """Room for one tensor in an open file."""
+
+    handle: int
+    start: int
+
+    def write(self, offset: int, data: memoryview) -> None:
+        write_at(self.handle, self.start + offset, data)
+
+    def view(self, offset: int, length: int) -> memoryview | None:
+        return None
+
+
+def write_at(handle: int, offset: int, data: memoryview | bytes) -> None:
+    """Write all of ``data``; a disk may take it in parts."""
+    view = memoryview(data)
+    while view:
+        count = perform("write", os.pwrite, handle, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def pushed_header(document: Document) -> tuple[bytes, Header] | None:
+    """The first bytes of the file that was pushed, and what they say; None if it was no file."""
+    if document.safetensors is None:
+        return None
+    first = document.safetensors.header
+    end = len(first) + sum(math.prod(t.shape) * ITEM_SIZES[t.dtype] for t in document.tensors)
+    return first, parse_header(first[8:], end)
+
+
+def made_header(tensors: Sequence[Tensor]) -> tuple[bytes, list[int]]:
+    """``(first bytes, start of each tensor)`` of a new file with these tensors, by falling item
+    size; a dtype that safetensors lacks becomes U8 with one more dimension."""
+    order = sorted(range(len(tensors)), key=lambda place: -ITEM_SIZES[tensors[place].dtype])
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts = [0] * len(tensors)
+    end = 0
+    for place in order:
+        tensor = tensors[place]
+        shape = list(tensor.shape)
+        if tensor.dtype not in PACK_CODES:
+            shape.append(ITEM_SIZES[tensor.dtype])
+        nbytes = math.prod(tensor.shape) * ITEM_SIZES[tensor.dtype]
+        starts[place] = end
+        header[tensor.name] = {
+            "dtype": PACK_CODES.get(tensor.dtype, "U8"),
+            "shape": shape,
+            "data_offsets": [end, end + nbytes],
+        }
+        end += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return len(text).to_bytes(8, "little") + text, [8 + len(text) + start for start in starts]
+
+
+@contextmanager
+def new_file(destination: Path, nbytes: int, *, force: bool) -> Iterator[int]:
+    """A file that gets its name only when the block ends without an error; else it is removed.
+
+    Raises:
+        ConflictError: ``exists``; TrustError: ``symlink``; NotFoundError: ``no-folder``;
+        SpaceError: ``no-space`` when ``nbytes`` do not fit.
+    """
+    _check_destination(destination, force=force)
+    temporary = destination.with_name(f".{destination.name}.{secrets.token_hex(8)}.tmp")
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        _check_room(destination.parent, nbytes)
+        handle = perform("create", os.open, temporary, flags, 0o666)
+        try:
+            yield handle
+            perform("fsync", os.fsync, handle)
+            if force:
+                perform("rename", os.replace, temporary, destination)
+            else:
+                perform("link", os.link, temporary, destination)
+            _sync_folder(destination.parent)
+        finally:
+            os.close(handle)
+            temporary.unlink(missing_ok=True)
+    except FileExistsError:
+        raise _exists(destination) from None
+    except OSError as error:
+        raise from_os_error(error, f"writing {destination}") from error
+
+
+def _check_destination(destination: Path, *, force: bool) -> None:
+    if destination.is_symlink():
+        raise TrustError(
+            "symlink",
+            f"{destination} is a symbolic link",
+            hint="name the file that it points to, or another",
+        )
+    if destination.exists() and not force:
+        raise _exists(destination)
+    if not destination.parent.is_dir():
+        raise NotFoundError(
+            "no-folder", f"there is no folder {destination.parent}", hint="make it first"
+        )
+
+
+def _exists(destination: Path) -> ConflictError:
+    return ConflictError(
+        "exists", f"{destination} exists", hint="give another name, or --force to replace it"
+    )
+
+
+def _check_room(folder: Path, nbytes: int) -> None:
+    free = perform("statvfs", shutil.disk_usage, folder).free
+    if nbytes > free:
+        raise SpaceError(
+            "no-space",
+            f"{folder} needs {nbytes / 2**30:.1f} GiB and has {free / 2**30:.1f} GiB free",
+            hint="free some space and run again; nothing was left behind",
+        )
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        perform("fsync_folder", os.fsync, handle)
+    finally:
+        os.close(handle)
+
+
+def spaces(handle: int, starts: Sequence[int]) -> list[TensorSpace]:
+    """Room in the file for each tensor, by where it starts."""
+    return [FileSpace(handle, start) for start in starts]

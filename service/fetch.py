@@ -1,0 +1,173 @@
+"""Reading a version's chunks from the store: planned, in parallel, every one checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from ckpt.core.digests import digest_of
+from ckpt.core.errors import IntegrityError, NotFoundError
+from ckpt.core.printable import escape
+from ckpt.core.records import Chunk, Pack, Version
+from ckpt.core.tensors import CHUNK_BYTES, TensorSpace, chunk_spans
+from ckpt.registry.registry import Registry
+from ckpt.service.upload import Progress
+from ckpt.storage.store import Store
+
+_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One tensor to read: its chunks, and where its bytes go."""
+
+    name: str
+    nbytes: int
+    chunks: tuple[str, ...]
+    space: TensorSpace
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One chunk to read; ``offset`` is its place in the tensor."""
+
+    wanted: Wanted
+    digest: str
+    offset: int
+    length: int
+    rows: Sequence[Chunk]
+
+
+def fetch(
+    store: Store,
+    registry: Registry,
+    version: Version,
+    wanted: Sequence[Wanted],
+    progress: Progress | None = None,
+) -> None:
+    """Fill the spaces of ``wanted`` with checked bytes.
+
+    A pack may be replaced by another while we read; then the plan is made anew. What is missing
+    or wrong under an unchanged plan is an error.
+
+    Raises:
+        IntegrityError: ``object-missing``, ``object-short``, ``object-corrupt``, naming version,
+            tensor, key, and for the last the expected and the found digest.
+        NotFoundError: ``version-missing`` when the version was removed meanwhile.
+    """
+    before: set[str] | None = None
+    while True:
+        packs, rows = registry.books.read_plan(version.push)
+        try:
+            _read_all(store, version, packs, _plan(version, wanted, packs, rows), progress)
+            return
+        except IntegrityError:
+            if registry.queries.by_push(version.push) is None:
+                raise NotFoundError(
+                    "version-missing", f"{version.reference} was removed while it was read"
+                ) from None
+            if before == set(packs):
+                raise
+            before = set(packs)
+
+
+def _plan(
+    version: Version,
+    wanted: Sequence[Wanted],
+    packs: Mapping[str, Pack],
+    rows: Mapping[str, Sequence[Chunk]],
+) -> list[_Piece]:
+    pieces = []
+    for tensor in wanted:
+        spans = chunk_spans(tensor.nbytes)
+        if len(spans) != len(tensor.chunks):
+            raise IntegrityError(
+                "document-damaged",
+                f'{version.reference}: "{escape(tensor.name)}" has {len(tensor.chunks)} chunks '
+                f"for {tensor.nbytes} bytes",
+                hint="run `ckpt fsck`",
+            )
+        for (offset, length), digest in zip(spans, tensor.chunks, strict=True):
+            places = rows.get(digest, ())
+            fitting = [row for row in places if row.codec is None and row.raw_length == length]
+            if not fitting:
+                raise IntegrityError(
+                    "object-missing",
+                    f'{version.reference}: no pack has chunk {digest} of "{escape(tensor.name)}"',
+                    hint="run `ckpt fsck`",
+                )
+            pieces.append(_Piece(tensor, digest, offset, length, fitting))
+    # In the order of the bytes on the disk.
+    pieces.sort(key=lambda piece: (packs[piece.rows[0].pack].key, piece.rows[0].offset))
+    return pieces
+
+
+def _read_all(
+    store: Store,
+    version: Version,
+    packs: Mapping[str, Pack],
+    pieces: Sequence[_Piece],
+    progress: Progress | None,
+) -> None:
+    total = sum(piece.length for piece in pieces)
+    done = 0
+
+    def read(batch: Sequence[_Piece]) -> int:
+        for piece in batch:
+            _read_piece(store, version, packs, piece)
+        return sum(piece.length for piece in batch)
+
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="ckpt-pull") as pool:
+        futures = [pool.submit(read, batch) for batch in _batched(pieces)]
+        try:
+            for future in futures:
+                done += future.result()
+                if progress is not None:
+                    progress(done, total)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _read_piece(store: Store, version: Version, packs: Mapping[str, Pack], piece: _Piece) -> None:
+    """Read one chunk from the first of its places that has it."""
+    view = piece.wanted.space.view(piece.offset, piece.length)
+    target = memoryview(bytearray(piece.length)) if view is None else view
+    problem: IntegrityError | None = None
+    for row in piece.rows:
+        key = packs[row.pack].key
+        try:
+            store.read_into(key, row.offset, target)
+        except IntegrityError as error:
+            problem = IntegrityError(error.code, _at(version, piece, error.message), hint=_HINT)
+            continue
+        found = digest_of(target)
+        if found == piece.digest:
+            if view is None:
+                piece.wanted.space.write(piece.offset, target)
+            return
+        said = f"{key} holds other bytes: expected {piece.digest}, got {found}"
+        problem = IntegrityError("object-corrupt", _at(version, piece, said), hint=_HINT)
+    assert problem is not None
+    raise problem
+
+
+_HINT = "run `ckpt fsck`; pushing the same content again repairs it"
+
+
+def _at(version: Version, piece: _Piece, message: str) -> str:
+    return f'{version.reference}, tensor "{escape(piece.wanted.name)}": {message}'
+
+
+def _batched(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
+    """Pieces gathered so that one task reads about one chunk."""
+    batches: list[list[_Piece]] = []
+    room = 0
+    for piece in pieces:
+        if piece.length > room or len(batches[-1]) >= 256:
+            batches.append([])
+            room = CHUNK_BYTES
+        batches[-1].append(piece)
+        room -= piece.length
+    return batches

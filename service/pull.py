@@ -1,0 +1,203 @@
+"""Pull: a version's bytes, every one checked, into live tensors or into a file."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckpt.core.documents import Document, Tensor
+from ckpt.core.dtypes import ITEM_SIZES
+from ckpt.core.errors import NotFoundError
+from ckpt.core.printable import escape
+from ckpt.core.records import Version
+from ckpt.registry.registry import Registry
+from ckpt.service.export import made_header, new_file, pushed_header, spaces, write_at
+from ckpt.service.fetch import Wanted, fetch
+from ckpt.service.upload import Progress
+from ckpt.storage.store import Store
+
+if TYPE_CHECKING:
+    from ckpt.loader.restore import DeviceMap, MemorySpace
+
+
+def pull_state(
+    store: Store,
+    registry: Registry,
+    version: Version,
+    device: DeviceMap = None,
+    progress: Progress | None = None,
+) -> Any:
+    """The state as it was pushed, rebuilt from checked bytes."""
+    from ckpt.loader.restore import Restorer, check_devices
+
+    check_devices(device)
+    document = registry.queries.document(version)
+    own = [index for index, tensor in enumerate(document.tensors) if _has_bytes(tensor)]
+    filled = _fill(store, registry, version, document, own, progress)
+    return Restorer(document, filled, device).state()
+
+
+def pull_tensors(
+    store: Store,
+    registry: Registry,
+    version: Version,
+    pattern: str,
+    device: DeviceMap = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Only the tensors whose names match a pattern, by name; only their bytes are read.
+
+    Raises:
+        NotFoundError: ``tensor-missing`` when none matches.
+    """
+    from ckpt.loader.restore import Restorer, check_devices
+
+    check_devices(device)
+    document = registry.queries.document(version)
+    chosen = [
+        index
+        for index, tensor in enumerate(document.tensors)
+        if tensor.kind not in ("region", "component") and fnmatch.fnmatchcase(tensor.name, pattern)
+    ]
+    if not chosen:
+        raise NotFoundError(
+            "tensor-missing",
+            f'{version.reference} has no tensor like "{escape(pattern)}"',
+            hint=f"run `ckpt show {version.reference}` to see all",
+        )
+    needed = sorted(_with_bytes(document, chosen))
+    filled = _fill(store, registry, version, document, needed, progress)
+    restorer = Restorer(document, filled, device)
+    return {document.tensors[index].name: restorer.tensor(index) for index in chosen}
+
+
+def pull_file(
+    store: Store,
+    registry: Registry,
+    version: Version,
+    destination: Path,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Write the version as a ``.safetensors`` file: a pushed file byte for byte, any other state
+    as its tensors under their canonical names.
+
+    Raises:
+        ConflictError: ``exists``; TrustError: ``symlink``; SpaceError: ``no-space``.
+    """
+    document = registry.queries.document(version)
+    whole = all(_is_whole(tensor) for tensor in document.tensors)
+    if not whole:
+        _pull_file_by_torch(store, registry, version, document, destination, force, progress)
+        return
+    pushed = pushed_header(document)
+    if pushed is None:
+        first, starts = made_header(document.tensors)
+    else:
+        first, header = pushed
+        by_name = {entry.name: header.data_start + entry.start for entry in header.entries}
+        starts = [by_name[tensor.name] for tensor in document.tensors]
+    with new_file(destination, len(first) + version.nbytes, force=force) as handle:
+        write_at(handle, 0, first)
+        places = zip(document.tensors, spaces(handle, starts), strict=True)
+        wanted = [Wanted(t.name, _stored(t), t.chunks, space) for t, space in places]
+        fetch(store, registry, version, wanted, progress)
+
+
+def _pull_file_by_torch(
+    store: Store,
+    registry: Registry,
+    version: Version,
+    document: Document,
+    destination: Path,
+    force: bool,
+    progress: Progress | None,
+) -> None:
+    """Views, sparse and quantised tensors have to be laid out first."""
+    from ckpt.loader.restore import Restorer
+    from ckpt.loader.sources import laid_out
+
+    own = [index for index, tensor in enumerate(document.tensors) if _has_bytes(tensor)]
+    filled = _fill(store, registry, version, document, own, progress)
+    restorer = Restorer(document, filled, "cpu")
+    plain = [
+        laid_out(tensor.name, restorer.tensor(index))
+        for index, tensor in enumerate(document.tensors)
+        if tensor.kind not in ("region", "component")
+    ]
+    tensors = [Tensor(name=one.name, dtype=one.dtype, shape=one.shape) for one in plain]
+    first, starts = made_header(tensors)
+    nbytes = len(first) + sum(one.nbytes for one in plain)
+    with new_file(destination, nbytes, force=force) as handle:
+        write_at(handle, 0, first)
+        for one, start in zip(plain, starts, strict=True):
+            write_at(handle, start, one.read(0, one.nbytes))
+
+
+def unnamed_values(document: Document) -> int:
+    """How many plain values of the state a ``.safetensors`` file cannot carry."""
+    return _count_values(document.root)
+
+
+def _count_values(value: Any) -> int:
+    if isinstance(value, list):
+        return sum(map(_count_values, value))
+    if isinstance(value, dict):
+        ((tag, content),) = value.items()
+        if tag == "$tensor":
+            return 0
+        if tag in ("$dict", "$odict"):
+            return sum(_count_values(item) for _, item in content)
+        return _count_values(content) if tag == "$tuple" else 1
+    return 1
+
+
+def _fill(
+    store: Store,
+    registry: Registry,
+    version: Version,
+    document: Document,
+    indices: Iterable[int],
+    progress: Progress | None,
+) -> dict[int, MemorySpace]:
+    from ckpt.loader.restore import MemorySpace, stored_nbytes
+
+    filled = {index: MemorySpace(document.tensors[index]) for index in indices}
+    wanted = []
+    for index, space in filled.items():
+        tensor = document.tensors[index]
+        wanted.append(Wanted(tensor.name, stored_nbytes(tensor), tensor.chunks, space))
+    fetch(store, registry, version, wanted, progress)
+    return filled
+
+
+def _with_bytes(document: Document, chosen: Sequence[int]) -> set[int]:
+    """The entries whose bytes these ones need: their own, their host's, their components'."""
+    needed: set[int] = set()
+    for index in chosen:
+        tensor = document.tensors[index]
+        if tensor.region is not None:
+            needed.add(tensor.region)
+        elif tensor.components is not None:
+            needed |= _with_bytes(document, list(tensor.components.values()))
+        else:
+            needed.add(index)
+    return needed
+
+
+def _has_bytes(tensor: Tensor) -> bool:
+    return tensor.region is None and tensor.components is None
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether the stored bytes are all of the tensor's values, in C order."""
+    plain = _has_bytes(tensor) and tensor.kind in ("tensor", "parameter", "buffer", "ndarray")
+    return plain and 0 not in (tensor.strides or ())
+
+
+def _stored(tensor: Tensor) -> int:
+    return math.prod(tensor.shape) * ITEM_SIZES[tensor.dtype]

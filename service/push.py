@@ -1,0 +1,198 @@
+"""Push: a described state becomes a version (the order of steps is ``docs/safety.md``)."""
+
+from __future__ import annotations
+
+import getpass
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from msgspec.structs import replace
+
+from ckpt.core.digests import digest_of
+from ckpt.core.documents import (
+    FORMAT,
+    Document,
+    SafetensorsFile,
+    Tensor,
+    canonical,
+    encode_document,
+    identity_bytes,
+)
+from ckpt.core.errors import CkptError, StorageError
+from ckpt.core.records import Environment, PushFacts, Version
+from ckpt.core.tensors import TensorBytes
+from ckpt.registry.commit import name_clash
+from ckpt.registry.registry import Registry
+from ckpt.service.acknowledge import acknowledge_push
+from ckpt.service.upload import Progress, Upload
+from ckpt.storage.store import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Described:
+    """A state, ready to be pushed; ``sources[i]`` has the bytes of ``tensors[i]``, or is None.
+
+    ``check`` is called when all bytes were read, and raises if they changed meanwhile.
+    """
+
+    state: Literal["module", "values", "files"]
+    root: Any
+    tensors: Sequence[Tensor]
+    sources: Sequence[TensorBytes | None]
+    order: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    header: SafetensorsFile | None = None
+    check: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Said:
+    """What the caller says about the new version; every value is checked already."""
+
+    model: str
+    step: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    message: str | None = None
+    parent: str | None = None
+    run: str = "main"
+
+
+def push_described(
+    store: Store,
+    registry: Registry,
+    described: Described,
+    said: Said,
+    environment: Mapping[str, Any],
+    progress: Progress | None = None,
+) -> Version:
+    """Make a version of a described state; durable and acknowledged when this returns.
+
+    The newest version of the model is answered instead when it has the same content, step,
+    metrics and labels.
+    """
+    taken = registry.queries.taken_name(said.model)
+    if taken is not None and taken != said.model:
+        raise name_clash(said.model, taken)
+    sources = [source for source in described.sources if source is not None]
+    recorded = Environment(digest_of(canonical(environment)), environment)
+    with Upload(store, registry.books, sources, progress) as upload:
+        try:
+            upload.hash()
+            document = _document(described, upload.digests, recorded.digest)
+            digest = digest_of(identity_bytes(document))
+            same = None if upload.opened else _same_version(store, registry, said, document, digest)
+            if same is not None:
+                described.check()
+                return same
+            upload.finish()
+            described.check()
+            facts = _facts(said, document, digest, sources)
+            _commit(registry, upload, facts, document, recorded)
+        except BaseException as error:
+            _abort(registry, upload, error)
+            raise
+    acknowledge_push(store, registry, upload.push)
+    version = registry.queries.by_push(upload.push)
+    assert version is not None
+    return version
+
+
+def _document(
+    described: Described, digests: Sequence[tuple[str, ...]], environment: str
+) -> Document:
+    remaining = iter(digests)
+    tensors = tuple(
+        tensor if source is None else replace(tensor, chunks=next(remaining))
+        for tensor, source in zip(described.tensors, described.sources, strict=True)
+    )
+    return Document(
+        format=FORMAT,
+        state=described.state,
+        root=described.root,
+        tensors=tensors,
+        environment=environment,
+        order=described.order,
+        safetensors=described.header,
+    )
+
+
+def _same_version(
+    store: Store, registry: Registry, said: Said, document: Document, digest: str
+) -> Version | None:
+    """The model's newest version when a push of this would only repeat it, acknowledged anew."""
+    newest = registry.queries.newest(said.model)
+    if newest is None or newest.digest != digest or newest.step != said.step:
+        return None
+    if newest.labels != said.labels or repr(newest.metrics) != repr(dict(said.metrics)):
+        return None
+    # The digest leaves out what lies around the tensors of a pushed file.
+    if registry.queries.document(newest).safetensors != document.safetensors:
+        return None
+    packs, _ = registry.books.read_plan(newest.push)
+    if any(store.size(pack.key) != pack.size for pack in packs.values()):
+        return None
+    acknowledge_push(store, registry, newest.push)
+    return newest
+
+
+def _facts(
+    said: Said, document: Document, digest: str, sources: Sequence[TensorBytes]
+) -> PushFacts:
+    return PushFacts(
+        model=said.model,
+        digest=digest,
+        document_digest=digest_of(encode_document(document)),
+        nbytes=sum(source.nbytes for source in sources),
+        step=said.step,
+        metrics=said.metrics,
+        labels=said.labels,
+        aliases=said.aliases,
+        message=said.message,
+        parent=said.parent,
+        run=said.run,
+        author=author(),
+    )
+
+
+def _commit(
+    registry: Registry,
+    upload: Upload,
+    facts: PushFacts,
+    document: Document,
+    environment: Environment,
+) -> None:
+    try:
+        registry.commit(
+            upload.push,
+            facts,
+            document,
+            environment,
+            upload.unregistered,
+            upload.needed,
+            upload.new_bytes,
+        )
+    except StorageError:
+        # The connection may have broken after the commit: the push row knows, we never guess.
+        if not registry.books.is_acknowledgeable(upload.push):
+            raise
+
+
+def _abort(registry: Registry, upload: Upload, error: BaseException) -> None:
+    """End the push; if even that fails its lease will, and the first error is the one to show."""
+    if not upload.opened:
+        return
+    try:
+        registry.books.abort(upload.push)
+    except CkptError as failed:
+        error.add_note(f"the push {upload.push} stays open until its lease ends: {failed}")
+
+
+def author() -> str:
+    """Who does this: the name of the user, or the number where it has no name."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return str(os.getuid())

@@ -1,0 +1,352 @@
+"""The repository: a registry and a store, and what can be done with them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from ckpt.core.errors import NotFoundError, UsageError
+from ckpt.core.names import (
+    check_alias,
+    check_aliases,
+    check_labels,
+    check_metrics,
+    check_model,
+    check_run,
+    check_step,
+)
+from ckpt.core.records import Environment, Model, Version
+from ckpt.core.references import parse_reference
+from ckpt.registry.registry import Registry
+from ckpt.service.acknowledge import acknowledge_event
+from ckpt.service.config import Location, complete, local_path, locate, no_repository, prepare
+from ckpt.service.pull import pull_file, pull_state, pull_tensors, unnamed_values
+from ckpt.service.push import Described, Said, author, push_described
+from ckpt.service.safetensors_file import open_file
+from ckpt.service.upload import Progress
+from ckpt.storage.identity import ensure_identity, read_identity
+from ckpt.storage.local import LocalStore
+
+if TYPE_CHECKING:
+    from ckpt.core.documents import Document
+    from ckpt.loader.restore import DeviceMap
+
+PathLike = str | os.PathLike[str]
+VersionLike = str | Version
+
+
+class Repository:
+    """An open repository; also a context manager that closes it.
+
+    Methods may be called from several threads. A version is named by a reference such as
+    ``mlp``, ``mlp:best``, ``mlp@3`` or ``mlp@b3:0123abcd``, each with ``~1`` for its parent, or by
+    a :class:`Version`.
+    """
+
+    def __init__(self, location: Location, registry: Registry) -> None:
+        self.location = location
+        self._registry = registry
+        self._store = LocalStore(location.store)
+
+    def push(
+        self,
+        state: Any,
+        model: str,
+        *,
+        step: int | None = None,
+        metrics: Mapping[str, float] | None = None,
+        labels: Mapping[str, str] | None = None,
+        alias: str | Iterable[str] = (),
+        message: str | None = None,
+        parent: VersionLike | None = None,
+        run: str | None = None,
+        progress: Progress | None = None,
+    ) -> Version:
+        """Store a state as a new version of ``model``; durable when this returns.
+
+        The newest version is answered instead when its content, step, metrics and labels are
+        the same. Every tensor is stored once, however often it is pushed.
+
+        Args:
+            state: any nesting of dict, list, tuple and plain values with tensors in it, such as
+                ``{"model": net.state_dict(), "optimizer": opt.state_dict(), "step": 100}``.
+            step: training step, a whole number.
+            metrics: numbers by name; NaN and infinities are kept, and never compare.
+            labels: text by key.
+            alias: one or several names that move to this version.
+            parent: the version that this one comes from; by default the run's previous one, else
+                the model's newest.
+            run: the training job, ``main`` by default.
+            progress: called with ``(bytes done, bytes in all)``, also from other threads.
+
+        Raises:
+            UsageError: ``cannot-store``, naming everything that cannot be stored; ``name-invalid``.
+            ConflictError: ``name-clash``, ``push-expired``.
+            SpaceError, AccessError, StorageError: nothing was committed; run it again.
+        """
+        from ckpt.loader.capture import capture
+
+        said = self._said(model, step, metrics, labels, alias, message, parent, run)
+        captured = capture(state)
+        described = Described(
+            state="values",
+            root=captured.root,
+            tensors=captured.tensors,
+            sources=captured.sources,
+            order=captured.order,
+        )
+        return self._push(described, said, progress)
+
+    def push_file(
+        self,
+        path: PathLike,
+        model: str,
+        *,
+        step: int | None = None,
+        metrics: Mapping[str, float] | None = None,
+        labels: Mapping[str, str] | None = None,
+        alias: str | Iterable[str] = (),
+        message: str | None = None,
+        parent: VersionLike | None = None,
+        run: str | None = None,
+        progress: Progress | None = None,
+    ) -> Version:
+        """Store a ``.safetensors`` file, without importing torch; see :meth:`push`.
+
+        Pulling it as a file gives the identical bytes.
+
+        Raises:
+            IntegrityError: the file's header is damaged or hostile; the message says how.
+        """
+        said = self._said(model, step, metrics, labels, alias, message, parent, run)
+        with open_file(Path(path)) as file:
+            described = Described(
+                state="values",
+                root=file.root,
+                tensors=file.tensors,
+                sources=file.sources,
+                header=file.header,
+                check=file.check_unchanged,
+            )
+            return self._push(described, said, progress)
+
+    def _push(self, described: Described, said: Said, progress: Progress | None) -> Version:
+        from ckpt.loader.environment import describe_environment
+
+        environment = describe_environment()
+        return push_described(self._store, self._registry, described, said, environment, progress)
+
+    def _said(
+        self,
+        model: str,
+        step: int | None,
+        metrics: Mapping[str, float] | None,
+        labels: Mapping[str, str] | None,
+        alias: str | Iterable[str],
+        message: str | None,
+        parent: VersionLike | None,
+        run: str | None,
+    ) -> Said:
+        return Said(
+            model=check_model(model),
+            step=check_step(step),
+            metrics=check_metrics(metrics),
+            labels=check_labels(labels),
+            aliases=check_aliases(alias),
+            message=message,
+            parent=None if parent is None else self.get(parent).reference,
+            run="main" if run is None else check_run(run),
+        )
+
+    def pull(
+        self,
+        ref: VersionLike,
+        *,
+        tensors: str | None = None,
+        device: DeviceMap = None,
+        progress: Progress | None = None,
+    ) -> Any:
+        """The state as it was pushed, every byte checked.
+
+        Args:
+            tensors: a pattern such as ``"encoder.*"``: only these are read, and come as a dict
+                by canonical name.
+            device: a device, or a mapping from recorded to wanted devices. By default each
+                tensor goes where it was; where that device is absent, to the CPU with a
+                :class:`CkptWarning`.
+
+        Raises:
+            NotFoundError: ``model-missing``, ``version-missing``, ``tensor-missing``.
+            IntegrityError: ``object-missing``, ``object-corrupt``, ``document-damaged``.
+        """
+        version = self.get(ref)
+        if tensors is None:
+            return pull_state(self._store, self._registry, version, device, progress)
+        return pull_tensors(self._store, self._registry, version, tensors, device, progress)
+
+    def pull_file(
+        self,
+        ref: VersionLike,
+        destination: PathLike,
+        *,
+        force: bool = False,
+        progress: Progress | None = None,
+    ) -> Version:
+        """Write a version as a ``.safetensors`` file, checked, then named.
+
+        Raises:
+            ConflictError: ``exists`` without ``force``; TrustError: ``symlink``.
+        """
+        version = self.get(ref)
+        pull_file(
+            self._store, self._registry, version, Path(destination), force=force, progress=progress
+        )
+        return version
+
+    def get(self, ref: VersionLike) -> Version:
+        """The version that a reference means; NotFoundError when there is none."""
+        if isinstance(ref, Version):
+            found = self._registry.queries.by_push(ref.push)
+            if found is None:
+                raise NotFoundError("version-missing", f"{ref.reference} was removed")
+            return found
+        return self._registry.queries.get(parse_reference(ref))
+
+    def log(self, model: str, *, before: int | None = None, limit: int = 100) -> list[Version]:
+        """Versions of a model, newest first; ``before`` a number for the next page."""
+        return self._registry.queries.log(check_model(model), before, limit)
+
+    def models(self) -> list[Model]:
+        """All models by name, each with its newest version."""
+        return self._registry.queries.models()
+
+    def document(self, ref: VersionLike) -> Document:
+        """The document of a version, which describes all of it but the bytes."""
+        return self._registry.queries.document(self.get(ref))
+
+    def environment(self, ref: VersionLike) -> Environment:
+        """What a version was pushed on: devices, library versions, flags, host."""
+        return self._registry.queries.environment(self.get(ref))
+
+    def unnamed_values(self, ref: VersionLike) -> int:
+        """How many plain values of a version a ``.safetensors`` file would not carry."""
+        return unnamed_values(self.document(ref))
+
+    def tag(self, ref: VersionLike, alias: str, expect: str | None = None) -> Version:
+        """Make ``alias`` name a version.
+
+        Raises:
+            ConflictError: ``alias-moved`` when ``expect`` is given and the alias does not name
+                that version now.
+        """
+        check_alias(alias)
+        reference = self._reference(ref)
+        expected = None if expect is None else parse_reference(expect)
+        event = self._registry.changes.tag(reference, alias, expected, author())
+        return self._acknowledged(event, ref)
+
+    def untag(self, ref: str) -> None:
+        """Remove an alias, given as ``model:alias``."""
+        reference = parse_reference(ref)
+        if reference.alias is None or reference.back:
+            raise UsageError(
+                "reference-invalid", f'"{ref}" does not name an alias', hint="write model:alias"
+            )
+        event = self._registry.changes.untag(reference, author())
+        acknowledge_event(self._store, self._registry, event)
+
+    def annotate(
+        self,
+        ref: VersionLike,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        labels: Mapping[str, str] | None = None,
+        remove: Iterable[str] = (),
+    ) -> Version:
+        """Set metrics and labels of a version, and remove some by key."""
+        event = self._registry.changes.annotate(
+            self._reference(ref),
+            check_metrics(metrics),
+            check_labels(labels),
+            sorted(set(remove)),
+            author(),
+        )
+        return self._acknowledged(event, ref)
+
+    def rm(self, ref: VersionLike) -> Version:
+        """Remove a version; its bytes go with a later ``gc``. Returns what was removed.
+
+        Raises:
+            ConflictError: ``aliased`` while an alias names it.
+        """
+        version = self.get(ref)
+        event = self._registry.changes.remove(version.push, author())
+        acknowledge_event(self._store, self._registry, event)
+        return version
+
+    def _reference(self, ref: VersionLike) -> Any:
+        return parse_reference(ref.reference if isinstance(ref, Version) else ref)
+
+    def _acknowledged(self, event: str, ref: VersionLike) -> Version:
+        acknowledge_event(self._store, self._registry, event)
+        return self.get(ref)
+
+    def close(self) -> None:
+        """Close the registry; the repository cannot be used afterwards."""
+        self._registry.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<ckpt.Repository {self.location.root}>"
+
+
+def open_repository(
+    repo: PathLike | None = None,
+    *,
+    registry: str | None = None,
+    store: str | None = None,
+    create: bool = True,
+) -> Repository:
+    """Open a repository; the public name is ``ckpt.open``.
+
+    Args:
+        repo: a folder: itself if it is a repository, else its ``.ckpt/``. By default
+            ``CKPT_REPO``, else the nearest ``.ckpt/`` upwards, else the user's own.
+        registry, store: where they are, in place of what the repository's configuration says.
+        create: make the repository when there is none.
+
+    Raises:
+        NotFoundError: ``no-repository`` when there is none and ``create`` is false.
+        StorageError: ``registry-missing``, ``registry-corrupt``, ``schema-newer``.
+        IntegrityError: ``foreign-store``, ``store-format``.
+    """
+    location = locate(repo)
+    if registry is not None:
+        path = local_path(registry.removeprefix("sqlite:///"), "registry")
+        location = replace(location, registry=path)
+    if store is not None:
+        location = replace(location, store=local_path(store, "store"))
+    bytes_store = LocalStore(location.store)
+    identity = read_identity(bytes_store)
+    if location.exists and identity is not None:
+        return Repository(location, Registry.open(location.registry, identity))
+    if not create:
+        raise no_repository(location)
+    prepare(location)
+    opened = Registry.create(location.registry, ensure_identity(bytes_store))
+    complete(location)
+    return Repository(replace(location, exists=True), opened)

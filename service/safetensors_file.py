@@ -1,0 +1,123 @@
+"""A ``.safetensors`` file as a state: described from its header, without importing torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt.core.documents import SafetensorsFile, Tensor, canonical
+from ckpt.core.effects import perform
+from ckpt.core.errors import ConflictError, IntegrityError, UsageError, from_os_error
+from ckpt.core.tensors import TensorBytes
+from ckpt.storage.header import Entry, Header, header_length, parse_header
+
+
+class FileTensor:
+    """The bytes of one tensor of an open file."""
+
+    def __init__(self, handle: int, start: int, entry: Entry) -> None:
+        self.name = entry.name
+        self.dtype = entry.dtype
+        self.shape = entry.shape
+        self.nbytes = entry.nbytes
+        self._handle = handle
+        self._start = start + entry.start
+
+    def read(self, offset: int, length: int) -> memoryview:
+        data = bytearray(length)
+        _read(self._handle, self._start + offset, memoryview(data))
+        return memoryview(data)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFile:
+    """A file that is being pushed, described."""
+
+    tensors: tuple[Tensor, ...]
+    sources: tuple[TensorBytes, ...]
+    root: object
+    header: SafetensorsFile
+    path: Path
+    handle: int
+    status: tuple[int, int, int]
+
+    def check_unchanged(self) -> None:
+        """ConflictError ``file-changed`` when somebody wrote to the file meanwhile."""
+        if _status(self.handle) != self.status:
+            raise ConflictError(
+                "file-changed",
+                f"{self.path} changed while it was pushed",
+                hint="push it again when it is written completely",
+            )
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[OpenFile]:
+    """Open a ``.safetensors`` file for a push, its header checked strictly.
+
+    Raises:
+        NotFoundError, AccessError: the file cannot be read.
+        IntegrityError: its header is refused; the message names the file.
+    """
+    try:
+        handle = perform("open", os.open, path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise from_os_error(error, f"reading {path}") from error
+    try:
+        if not os.path.isfile(path):
+            raise UsageError("not-a-file", f"{path} is not a file", hint="give a .safetensors file")
+        yield _describe(path, handle)
+    finally:
+        os.close(handle)
+
+
+def _describe(path: Path, handle: int) -> OpenFile:
+    status = _status(handle)
+    try:
+        header, first = _read_header(handle, status[0])
+    except IntegrityError as error:
+        error.message = f"{path}: {error.message}"
+        raise
+    # The order in which a dict of these tensors would be captured: equal content, equal digest.
+    entries = sorted(header.entries, key=lambda entry: canonical(entry.name))
+    tensors = tuple(Tensor(name=e.name, dtype=e.dtype, shape=e.shape) for e in entries)
+    return OpenFile(
+        tensors,
+        tuple(FileTensor(handle, header.data_start, entry) for entry in entries),
+        {"$dict": [[entry.name, {"$tensor": index}] for index, entry in enumerate(entries)]},
+        SafetensorsFile(header=first),
+        path,
+        handle,
+        status,
+    )
+
+
+def _read_header(handle: int, size: int) -> tuple[Header, bytes]:
+    first = bytearray(min(8, size))
+    _read(handle, 0, memoryview(first))
+    length = header_length(bytes(first), size)
+    whole = bytearray(8 + length)
+    _read(handle, 0, memoryview(whole))
+    return parse_header(bytes(whole[8:]), size), bytes(whole)
+
+
+def _read(handle: int, offset: int, view: memoryview) -> None:
+    done = 0
+    while done < len(view):
+        try:
+            count = perform("read", os.preadv, handle, [view[done:]], offset + done)
+        except OSError as error:
+            raise from_os_error(error, "reading the file that is pushed") from error
+        if not count:
+            raise ConflictError(
+                "file-changed", "the file became shorter while it was pushed", hint="push it again"
+            )
+        done += count
+
+
+def _status(handle: int) -> tuple[int, int, int]:
+    status = os.fstat(handle)
+    return status.st_size, status.st_mtime_ns, status.st_ino

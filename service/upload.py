@@ -1,0 +1,320 @@
+"""The bytes of a push on their way into the store: hash, look up, claim, write what is new.
+
+Tensors are hashed ahead while earlier ones are being written. Nothing is shared with the store
+before its pack is claimed and its size was checked (rule (c)); what turns out not to be there
+any more is written again.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+from ckpt.core.digests import digest_of
+from ckpt.core.dtypes import ITEM_SIZES
+from ckpt.core.records import Chunk, FinishedPack, Pack
+from ckpt.core.tensors import CHUNK_BYTES, TensorBytes, chunk_spans
+from ckpt.registry.books import LEASE_SECONDS, Books
+from ckpt.storage.packs import PackWriter, chunk_cost, header_cost
+from ckpt.storage.store import Store
+
+Progress = Callable[[int, int], None]
+
+_THREADS = 2
+_HASHED_AHEAD = 12
+_WRITES_AHEAD = 24
+_FLUSH_BYTES = 64 << 20
+# Equal tensors up to this size are written under each name (docs/decisions/002).
+_REPEATED_BYTES = 1 << 20
+
+# (source, chunk number, offset, length)
+_Span = tuple[int, int, int, int]
+
+
+class Upload:
+    """Brings ``sources`` into the store under one push. Leaving the context without a commit
+    leaves no temporary file; finished packs stay, for the next push of the same content."""
+
+    def __init__(
+        self,
+        store: Store,
+        books: Books,
+        sources: Sequence[TensorBytes],
+        progress: Progress | None = None,
+    ) -> None:
+        self.push = secrets.token_hex(16)
+        self.opened = False
+        self.new_bytes = 0
+        self.needed: set[str] = set()
+        self.unregistered: list[FinishedPack] = []
+        self.digests: list[tuple[str, ...]] = [()] * len(sources)
+        self._store = store
+        self._books = books
+        self._sources = sources
+        sizes = [ITEM_SIZES[source.dtype] for source in sources]
+        self._order = sorted(range(len(sources)), key=lambda index: -sizes[index])
+        self._costs = [header_cost(source) for source in sources]
+        self._header_room = sum(self._costs)  # what is not known to be shared may still need
+        self._typed: list[int] = []
+        self._typed_bytes = 0
+        self._empty: list[int] = []
+        self._chunks: list[tuple[int, int]] = []
+        self._mine: set[str] = set()
+        self._hits: dict[str, tuple[list[Chunk], tuple[int, int]]] = {}
+        self._pack: PackWriter | None = None
+        self._packs = 0
+        self._writes: deque[Future[None]] = deque()
+        self._renewed = time.monotonic()
+        self._meter = _Meter(progress, sum(source.nbytes for source in sources))
+        self._stack = ExitStack()
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="ckpt-push")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._stack.close()
+
+    def hash(self) -> None:
+        """Take all digests; whole new tensors may already be written meanwhile."""
+        for group in self._hashed():
+            wanted = [digest for index in group for digest in self.digests[index]]
+            known = self._books.find_chunks(wanted) if wanted else {}
+            for index in group:
+                self._place(index, known)
+            if self._typed_bytes >= _FLUSH_BYTES:
+                self._write_typed()
+
+    def finish(self) -> None:
+        """Claim what is shared, write what is not, and finish the packs.
+
+        Afterwards ``needed`` names every pack that the version refers to.
+        """
+        self._share()
+        self._write_typed()
+        self._write_chunks()
+        self._drain()
+        if self._pack is not None:
+            self._close_pack(last=True)
+        if not self.opened:
+            self._open(())
+        self._meter.finish()
+
+    def _hashed(self) -> Iterator[list[int]]:
+        """Groups of sources, in writing order, whose digests are all taken."""
+        running: deque[tuple[list[_Span], Future[list[str]]]] = deque()
+        found: dict[int, list[str]] = {}
+        for spans in _batched(self._order, self._sources):
+            running.append((spans, self._pool.submit(self._digests_of, spans)))
+            if len(running) > _HASHED_AHEAD:
+                yield self._collect(*running.popleft(), found)
+        while running:
+            yield self._collect(*running.popleft(), found)
+
+    def _digests_of(self, spans: Sequence[_Span]) -> list[str]:
+        taken = []
+        for index, _, offset, length in spans:
+            taken.append(digest_of(self._sources[index].read(offset, length)))
+            self._meter.add(length)
+        return taken
+
+    def _collect(
+        self, spans: Sequence[_Span], future: Future[list[str]], found: dict[int, list[str]]
+    ) -> list[int]:
+        complete = []
+        for (index, _, offset, length), digest in zip(spans, future.result(), strict=True):
+            if length:
+                found.setdefault(index, []).append(digest)
+            if offset + length == self._sources[index].nbytes:
+                self.digests[index] = tuple(found.pop(index, ()))
+                complete.append(index)
+        return complete
+
+    def _place(self, index: int, known: dict[str, list[Chunk]]) -> None:
+        """Decide for one tensor: a typed entry, or chunks of which some may be shared."""
+        source, digests = self._sources[index], self.digests[index]
+        if not digests:
+            self._empty.append(index)
+            return
+        fresh = not any(digest in known for digest in digests)
+        own = len(set(digests)) == len(digests) and self._mine.isdisjoint(digests)
+        if fresh and (own or source.nbytes <= _REPEATED_BYTES):
+            self._typed.append(index)
+            self._typed_bytes += source.nbytes
+            self._mine.update(digests)
+            return
+        self._header_room -= self._costs[index]
+        for number, digest in enumerate(digests):
+            if digest in known:
+                self._hits.setdefault(digest, (known[digest], (index, number)))
+            elif digest not in self._mine:
+                self._mine.add(digest)
+                self._add_chunk(index, number)
+                continue
+            self._meter.add(chunk_spans(source.nbytes)[number][1])
+
+    def _add_chunk(self, index: int, number: int) -> None:
+        """One chunk of a tensor is to be written by itself."""
+        self._chunks.append((index, number))
+        self._header_room += chunk_cost(self._sources[index])
+
+    def _share(self) -> None:
+        """Claim the packs of the hits; a hit that cannot be relied on becomes a chunk to write."""
+        left = dict(self._hits)
+        tried: set[str] = set()
+        while left:
+            wanted = _fewest_packs([rows for rows, _ in left.values()], tried)
+            if not wanted:
+                break
+            tried |= wanted
+            usable = self._claim(wanted)
+            for digest, (rows, _) in list(left.items()):
+                pack = next((row.pack for row in rows if row.pack in usable), None)
+                if pack is not None:
+                    self.needed.add(pack)
+                    del left[digest]
+        for _, place in left.values():
+            self._add_chunk(*place)
+
+    def _claim(self, wanted: set[str]) -> set[str]:
+        """Claim packs, then check that the store still has them whole."""
+        claimed = self._books.claim(self.push, wanted) if self.opened else self._open(wanted)
+        usable = set()
+        for pack in claimed:
+            size = self._store.size(pack.key)
+            if size == pack.size:
+                usable.add(pack.id)
+            else:
+                self._books.note_alarm(pack, size)
+        return usable
+
+    def _open(self, wanted: Iterable[str]) -> list[Pack]:
+        claimed = self._books.open_push(self.push, "push", set(wanted))
+        self.opened = True
+        return claimed
+
+    def _write_typed(self) -> None:
+        """Give the waiting tensors their typed entries, and start to write their bytes."""
+        if not self._typed:
+            return
+        self._store.check_room(self._typed_bytes)
+        for index in [*self._empty, *self._typed]:
+            source = self._sources[index]
+            pack = self._pack_for(self._costs[index])
+            place = pack.add_tensor(source, self.digests[index])
+            for offset, length in chunk_spans(source.nbytes):
+                self._write(pack, place + offset, index, offset, length)
+        self._empty, self._typed, self._typed_bytes = [], [], 0
+
+    def _write_chunks(self) -> None:
+        """Write the new chunks of tensors that are partly in the store."""
+        for index, number in self._chunks:
+            source = self._sources[index]
+            offset, length = chunk_spans(source.nbytes)[number]
+            self._store.check_room(length)
+            pack = self._pack_for(chunk_cost(source))
+            place = pack.add_chunk(source, number, self.digests[index][number])
+            self._write(pack, place, index, offset, length)
+
+    def _write(self, pack: PackWriter, place: int, index: int, offset: int, length: int) -> None:
+        source = self._sources[index]
+
+        def act() -> None:
+            pack.upload.write(place, source.read(offset, length))
+            self._meter.add(length)
+
+        if length <= _REPEATED_BYTES:
+            act()  # a hand-over would cost more than the write
+            return
+        if len(self._writes) >= _WRITES_AHEAD:
+            self._writes.popleft().result()
+        self._writes.append(self._pool.submit(act))
+
+    def _drain(self) -> None:
+        while self._writes:
+            self._writes.popleft().result()
+        if self.opened and time.monotonic() - self._renewed > LEASE_SECONDS / 4:
+            self._books.renew(self.push)
+            self._renewed = time.monotonic()
+
+    def _pack_for(self, cost: int) -> PackWriter:
+        """The open pack, or a new one when it is full."""
+        if self._pack is not None and not self._pack.fits(cost):
+            self._close_pack(last=False)
+        if self._pack is None:
+            if not self.opened:
+                self._open(())
+            room = max(cost, self._header_room)
+            self._pack = PackWriter(self._store, self.push, self._packs, room)
+            self._stack.enter_context(self._pack.upload)
+            self._packs += 1
+        self._header_room -= cost
+        return self._pack
+
+    def _close_pack(self, *, last: bool) -> None:
+        """Finish the open pack; the last one gets its rows with the commit."""
+        assert self._pack is not None
+        self._drain()
+        finished = self._pack.finish()
+        self._pack = None
+        self.new_bytes += finished.pack.size
+        self.needed.add(finished.pack.id)
+        if last:
+            self.unregistered.append(finished)
+        else:
+            self._books.register(self.push, finished)
+
+
+class _Meter:
+    """Progress in bytes; each byte counts half when hashed and half when it is stored."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._halves = 0
+        self._lock = threading.Lock()
+
+    def add(self, length: int) -> None:
+        with self._lock:
+            self._halves += length
+        if self._progress is not None:
+            self._progress(min(self._halves // 2, self._total), self._total)
+
+    def finish(self) -> None:
+        if self._progress is not None:
+            self._progress(self._total, self._total)
+
+
+def _batched(order: Iterable[int], sources: Sequence[TensorBytes]) -> Iterator[list[_Span]]:
+    """Spans in order, gathered so that one task has about one chunk of work."""
+    batch: list[_Span] = []
+    room = CHUNK_BYTES
+    for index in order:
+        for number, (offset, length) in enumerate(chunk_spans(sources[index].nbytes) or [(0, 0)]):
+            if batch and (length > room or len(batch) >= 256):
+                yield batch
+                batch, room = [], CHUNK_BYTES
+            batch.append((index, number, offset, length))
+            room -= length
+    if batch:
+        yield batch
+
+
+def _fewest_packs(candidates: Iterable[Sequence[Chunk]], tried: set[str]) -> set[str]:
+    """A small set of untried packs that has a row for every digest which has any left."""
+    open_rows = [[row.pack for row in rows if row.pack not in tried] for rows in candidates]
+    uses = Counter(pack for packs in open_rows for pack in packs)
+    return {max(packs, key=lambda pack: (uses[pack], pack)) for packs in open_rows if packs}

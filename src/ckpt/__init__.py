@@ -1,0 +1,37 @@
+"""A checkpoint manager for PyTorch: ``repo = ckpt.open()``, ``repo.push(…)``, ``repo.pull(…)``.
+
+Names are loaded on use, so that importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ckpt.core.errors import CkptError
+    from ckpt.core.records import Version
+    from ckpt.loader.restore import CkptWarning
+    from ckpt.service.repository import Repository
+    from ckpt.service.repository import open_repository as open
+
+__all__ = ["CkptError", "CkptWarning", "Repository", "Version", "open"]
+
+_HOMES = {
+    "CkptError": ("ckpt.core.errors", "CkptError"),
+    "CkptWarning": ("ckpt.loader.restore", "CkptWarning"),
+    "Repository": ("ckpt.service.repository", "Repository"),
+    "Version": ("ckpt.core.records", "Version"),
+    "open": ("ckpt.service.repository", "open_repository"),
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Bytes by key: stores, packs, chunks, headers. Knows neither torch nor SQL."""

@@ -1,0 +1,207 @@
+"""Packs: safetensors files that are written while their tensors are still being hashed.
+
+The layout is ``docs/format.md`` section 3. Header space is reserved at its upper bound and
+written last, so that data goes straight to its place.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ckpt.core.dtypes import ITEM_SIZES, PACK_CODES
+from ckpt.core.errors import IntegrityError
+from ckpt.core.printable import is_printable
+from ckpt.core.records import Chunk, FinishedPack, Pack
+from ckpt.core.tensors import TensorBytes, chunk_spans
+from ckpt.storage.header import Entry, header_length, parse_header
+from ckpt.storage.store import Store
+
+PACK_BYTES = 512 << 20
+HEADER_BYTES = 8 << 20
+_PAGE = 4096
+_PAD = 64
+_METADATA = "__metadata__"
+# More than the longest digits, quotes and commas around one chunk of an entry in the header.
+_CHUNK_COST = 320
+_DIMENSION_COST = 21
+
+
+def pack_key(pack: str) -> str:
+    """The key of the pack with this id."""
+    return f"packs/{pack[:2]}/{pack}.safetensors"
+
+
+def header_cost(source: TensorBytes) -> int:
+    """An upper bound of what ``source`` adds to a header, typed or in chunks."""
+    shape = _DIMENSION_COST * (len(source.shape) + 1)
+    return shape + chunk_cost(source) * max(1, len(chunk_spans(source.nbytes)))
+
+
+def chunk_cost(source: TensorBytes) -> int:
+    """An upper bound of what one chunk of ``source`` adds to a header."""
+    name = json.dumps(source.name)
+    return len(json.dumps(name)) + len(name) + _CHUNK_COST
+
+
+@dataclass(slots=True)
+class _Written:
+    """One entry of the header in the making; ``offset`` counts from the first byte of data."""
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    chunks: list[tuple[str, int, int]] = field(default_factory=list)
+
+
+class PackWriter:
+    """One pack in the making. Places are given out at once; bytes may be written in any order
+    and from several threads. Leaving the context without ``finish`` leaves nothing behind."""
+
+    def __init__(self, store: Store, push: str, number: int, header_room: int) -> None:
+        self.id = f"{push}-{number}"
+        self._store = store
+        self._push = push
+        room = min(header_room, HEADER_BYTES) + 200
+        self._data_start = -(-(8 + room) // _PAGE) * _PAGE
+        self._room = self._data_start - 8 - 200
+        self._used = 0
+        self._end = 0
+        self._entries: list[_Written] = []
+        self._names = {_METADATA}
+        self.upload = store.create(pack_key(self.id))
+
+    def fits(self, cost: int) -> bool:
+        """Whether the pack takes one more entry that may cost so much of the header."""
+        return self._end < PACK_BYTES and self._used + cost <= self._room
+
+    def add_tensor(self, source: TensorBytes, digests: Sequence[str]) -> int:
+        """Give ``source`` a typed entry; returns where in the file its bytes go."""
+        self._used += header_cost(source)
+        if source.dtype in PACK_CODES:
+            code, shape = PACK_CODES[source.dtype], source.shape
+        else:
+            code, shape = "U8", (*source.shape, ITEM_SIZES[source.dtype])
+        spans = chunk_spans(source.nbytes)
+        chunks = [(digest, at, length) for digest, (at, length) in zip(digests, spans, strict=True)]
+        return self._append(source.name, code, shape, source.nbytes, chunks)
+
+    def add_chunk(self, source: TensorBytes, index: int, digest: str) -> int:
+        """Give one chunk of ``source`` an entry of its own; returns where its bytes go."""
+        self._used += chunk_cost(source)
+        length = chunk_spans(source.nbytes)[index][1]
+        padded = -(-length // _PAD) * _PAD
+        name = f"{source.name}#{index}"
+        place = self._append(name, "U8", (padded,), padded, [(digest, 0, length)])
+        if padded > length:
+            self.upload.write(place + length, bytes(padded - length))
+        return place
+
+    def _append(
+        self,
+        name: str,
+        code: str,
+        shape: tuple[int, ...],
+        nbytes: int,
+        chunks: list[tuple[str, int, int]],
+    ) -> int:
+        entry = _Written(self._free_name(name), code, shape, self._end, nbytes, chunks)
+        self._entries.append(entry)
+        self._end += nbytes
+        return self._data_start + entry.offset
+
+    def _free_name(self, name: str) -> str:
+        """``name``, or another where a header cannot carry it."""
+        if not name or not is_printable(name) or name in self._names:
+            name = f"tensor-{len(self._entries)}"
+        while name in self._names:
+            name += "-"
+        self._names.add(name)
+        return name
+
+    def finish(self) -> FinishedPack:
+        """Write the header, publish the file, and say what is in it."""
+        self.upload.write(0, self._header())
+        size = self._data_start + self._end
+        self.upload.publish(size)
+        chunks = {
+            digest: Chunk(digest, self.id, self._data_start + entry.offset + at, length, length)
+            for entry in reversed(self._entries)
+            for digest, at, length in entry.chunks
+        }
+        pack = Pack(self.id, pack_key(self.id), size, self._push)
+        return FinishedPack(pack, tuple(chunks.values()))
+
+    def _header(self) -> bytes:
+        entries = {
+            entry.name: [(*chunk, chunk[2]) for chunk in entry.chunks] for entry in self._entries
+        }
+        description = {"chunks": entries, "push": self._push}
+        header: dict[str, object] = {
+            _METADATA: {"ckpt": _compact(description), "format": "pt"},
+        }
+        for entry in self._entries:
+            header[entry.name] = {
+                "dtype": entry.code,
+                "shape": entry.shape,
+                "data_offsets": [entry.offset, entry.offset + entry.nbytes],
+            }
+        text = _compact(header).encode()
+        room = self._data_start - 8
+        if len(text) > room:
+            raise AssertionError(f"a pack header of {len(text)} bytes has room for {room}")
+        return room.to_bytes(8, "little") + text.ljust(room)
+
+
+def read_pack(store: Store, pack: Pack) -> FinishedPack:
+    """The chunks that the header of a pack in the store names.
+
+    Raises:
+        IntegrityError: the object is missing, cut, or its header is damaged.
+    """
+    first = bytearray(8)
+    store.read_into(pack.key, 0, memoryview(first))
+    length = header_length(bytes(first), pack.size)
+    text = bytearray(length)
+    store.read_into(pack.key, 8, memoryview(text))
+    header = parse_header(bytes(text), pack.size)
+    entries = {entry.name: entry for entry in header.entries}
+    try:
+        described = json.loads(header.metadata["ckpt"])["chunks"]
+        chunks = [
+            _described(pack, entries[name], header.data_start, row)
+            for name, rows in described.items()
+            for row in rows
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(
+            "pack-damaged", f"{pack.key} does not describe its chunks: {error!r}"
+        ) from None
+    return FinishedPack(pack, tuple({chunk.digest: chunk for chunk in reversed(chunks)}.values()))
+
+
+def _described(pack: Pack, entry: Entry, data_start: int, row: Sequence[object]) -> Chunk:
+    digest, at, length, raw_length, codec, base = (*row, None, None)[:6]
+    if not isinstance(digest, str) or len(digest) != 64:
+        raise ValueError("not a digest")
+    if not isinstance(at, int) or not isinstance(length, int) or not isinstance(raw_length, int):
+        raise TypeError("not a range")
+    if not 0 <= at <= at + length <= entry.nbytes:
+        raise ValueError("a chunk outside its entry")
+    start = data_start + entry.start + at
+    return Chunk(
+        digest,
+        pack.id,
+        start,
+        length,
+        raw_length,
+        None if codec is None else str(codec),
+        None if base is None else str(base),
+    )
+
+
+def _compact(value: Mapping[str, object]) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
