@@ -224,8 +224,8 @@ def check_devices(devices: DeviceMap) -> None:
 def _is_available(device: torch.device) -> bool:
     if device.type == "cpu":
         return True
-    module = getattr(torch, device.type, None)
-    if not hasattr(module, "is_available") or not module.is_available():
+    module: Any = getattr(torch, device.type, None)
+    if module is None or not module.is_available():
         return False
     return device.index is None or device.index < int(module.device_count())
 

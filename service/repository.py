@@ -350,3 +350,13 @@ def open_repository(
     opened = Registry.create(location.registry, ensure_identity(bytes_store))
     complete(location)
     return Repository(replace(location, exists=True), opened)
+
+
+def upgrade_registry(repo: PathLike | None = None) -> Path:
+    """Bring the schema of a repository's registry up to date; returns where it is."""
+    location = locate(repo)
+    identity = read_identity(LocalStore(location.store))
+    if not location.exists or identity is None:
+        raise no_repository(location)
+    Registry.upgrade(location.registry, identity)
+    return location.registry

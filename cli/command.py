@@ -1,0 +1,65 @@
+"""What every command shares: its common options, the settings they make, opening the repository."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from ckpt.service.repository import Repository
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass
+class Settings:
+    """What the common options say, wherever on the line they stand."""
+
+    repo: str | None = None
+    as_json: bool = False
+    quiet: bool = False
+    debug: bool = False
+
+    def open(self, *, create: bool = False) -> Repository:
+        """Open the repository that is meant."""
+        from ckpt.service.repository import open_repository
+
+        return open_repository(self.repo, create=create)
+
+    def say(self, text: str) -> None:
+        """Tell the person something on stderr; stdout is for results."""
+        if not self.quiet:
+            click.echo(text, err=True)
+
+
+def _setter(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
+    def set_value(context: click.Context, _: click.Parameter, value: Any) -> None:
+        if value:
+            setattr(context.ensure_object(Settings), name, value)
+
+    return set_value
+
+
+def _option(name: str, *declarations: str, **attributes: Any) -> Callable[[F], F]:
+    return click.option(*declarations, expose_value=False, callback=_setter(name), **attributes)
+
+
+def common_options(function: F) -> F:
+    """Add the options that every command takes."""
+    repo = "The repository: a folder. Default: $CKPT_REPO, the nearest .ckpt/, or your own."
+    function = _option("debug", "--debug", is_flag=True, help="Show tracebacks.")(function)
+    function = _option("quiet", "-q", "--quiet", is_flag=True, help="Say only results.")(function)
+    function = _option("as_json", "--json", is_flag=True, help="Print JSON.")(function)
+    return _option("repo", "-r", "--repo", metavar="DIR", help=repo)(function)
+
+
+def command(name: str, **attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:
+    """A command whose function gets the settings first."""
+
+    def wrap(function: Callable[..., Any]) -> click.Command:
+        return click.command(name, **attributes)(common_options(click.pass_obj(function)))
+
+    return wrap

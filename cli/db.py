@@ -1,0 +1,28 @@
+"""``ckpt db upgrade``: bring a registry's schema up to date."""
+
+from __future__ import annotations
+
+import click
+
+from ckpt.cli.command import Settings, command
+from ckpt.cli.render import print_json
+
+
+@click.group("db")
+def db() -> None:
+    """Work on the registry's schema."""
+
+
+@command("upgrade")
+def upgrade(settings: Settings) -> None:
+    """Bring the registry's schema up to date; harmless when it is."""
+    from ckpt.service.repository import upgrade_registry
+
+    path = upgrade_registry(settings.repo)
+    settings.say(f"{path} is up to date")
+    if settings.as_json:
+        print_json({"registry": str(path)})
+
+
+db.add_command(upgrade)
+COMMANDS = {"db": db}

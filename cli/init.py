@@ -1,0 +1,29 @@
+"""``ckpt init``: make a repository."""
+
+from __future__ import annotations
+
+import click
+
+from ckpt.cli.command import Settings, command
+from ckpt.cli.render import print_json
+
+
+@command("init")
+@click.argument("folder", required=False)
+def init(settings: Settings, folder: str | None) -> None:
+    """Make a repository in FOLDER/.ckpt (default: here), unless there is one."""
+    from ckpt.service.config import locate
+    from ckpt.service.repository import open_repository
+
+    chosen = folder or settings.repo or "."
+    existed = locate(chosen).exists
+    with open_repository(chosen) as repository:
+        root = repository.location.root.resolve()
+    settings.say(f"{'found' if existed else 'made'} the repository {root}")
+    if settings.as_json:
+        print_json({"repository": str(root), "created": not existed})
+    else:
+        click.echo(str(root))
+
+
+COMMANDS = {"init": init}

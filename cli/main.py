@@ -1,0 +1,128 @@
+"""``ckpt``: finds the command, runs it, and turns every failure into one line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from ckpt.cli.command import Settings, common_options
+from ckpt.core.errors import CkptError
+from ckpt.core.printable import escape
+
+# Command -> the module in ckpt.cli that has it.
+COMMANDS = {
+    "init": "init",
+    "push": "push",
+    "pull": "pull",
+    "ls": "listing",
+    "log": "listing",
+    "show": "show",
+    "inspect": "show",
+    "tag": "names",
+    "untag": "names",
+    "label": "names",
+    "rm": "rm",
+    "db": "db",
+    "completion": "completion",
+}
+_HIDDEN = {"inspect"}
+
+
+class _Commands(click.Group):
+    """Commands that are imported when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name in COMMANDS if name not in _HIDDEN]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"ckpt.cli.{COMMANDS[cmd_name]}")
+        found = module.COMMANDS[cmd_name]
+        assert isinstance(found, click.Command)
+        return found
+
+
+def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        click.echo(f"ckpt {version('ckpt-registry')}")
+        context.exit()
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
+@common_options
+def ckpt() -> None:
+    """Store PyTorch checkpoints once, find them again, and get back exactly what you stored.
+
+    Begin with: ckpt push model.safetensors net
+    """
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived; an exception, so that everything is cleaned up on the way out."""
+
+
+def _on_terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def main() -> None:
+    """The entry point of the command ``ckpt``."""
+    signal.signal(signal.SIGTERM, _on_terminate)
+    settings = Settings()
+    try:
+        status = ckpt.main(prog_name="ckpt", standalone_mode=False, obj=settings)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    except (KeyboardInterrupt, click.Abort):
+        status = _fail("interrupted", "stopped by you; nothing is left half-done, run it again", 130)
+    except _Terminated:
+        status = _fail("terminated", "stopped; nothing is left half-done, run it again", 143)
+    except click.ClickException as error:
+        status = _usage(error)
+    except CkptError as error:
+        status = _ckpt_error(error, settings)
+    except Exception as error:
+        if settings.debug:
+            traceback.print_exc()
+        said = escape(f"{type(error).__name__}: {error}")
+        status = _fail("bug", f"{said}; please report it, with the output of --debug", 70)
+    sys.exit(status)
+
+
+def _usage(error: click.ClickException) -> int:
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "ckpt"
+    return _fail("usage", f"{escape(error.format_message())}; see `{path} --help`", 2)
+
+
+def _ckpt_error(error: CkptError, settings: Settings) -> int:
+    if settings.debug:
+        traceback.print_exc()
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    return _fail(error.code, escape(f"{error}{notes}", limit=4000), error.exit_code)
+
+
+def _fail(code: str, message: str, status: int) -> int:
+    click.echo(f"error[{code}]: {message}", err=True)
+    return status

@@ -1,0 +1,69 @@
+"""``ckpt tag``, ``untag`` and ``label``: what a version is called and what is said of it."""
+
+from __future__ import annotations
+
+import click
+
+from ckpt.cli.command import Settings, command
+from ckpt.cli.push import number, pairs
+from ckpt.cli.render import print_json, version_json
+from ckpt.core.errors import UsageError
+
+
+@command("tag")
+@click.argument("reference", metavar="REF")
+@click.argument("alias")
+@click.option("--expect", metavar="REF", help="Only if the alias names this version now.")
+def tag(settings: Settings, reference: str, alias: str, expect: str | None) -> None:
+    """Make ALIAS name the version REF, whatever it named before."""
+    with settings.open() as repository:
+        version = repository.tag(reference, alias, expect=expect)
+    if settings.as_json:
+        print_json(version_json(version))
+    else:
+        settings.say(f"{version.model}:{alias} is {version.reference}")
+
+
+@command("untag")
+@click.argument("reference", metavar="MODEL:ALIAS")
+def untag(settings: Settings, reference: str) -> None:
+    """Remove an alias; the version stays."""
+    with settings.open() as repository:
+        version = repository.get(reference)
+        repository.untag(reference)
+        version = repository.get(version)
+    if settings.as_json:
+        print_json(version_json(version))
+    else:
+        settings.say(f"{reference} is gone; {version.reference} stays")
+
+
+@command("label")
+@click.argument("reference", metavar="REF")
+@click.argument("labels", nargs=-1, metavar="[KEY=TEXT]...")
+@click.option("--metric", "metrics", multiple=True, metavar="NAME=NUMBER", help="Repeatable.")
+@click.option("--remove", multiple=True, metavar="KEY", help="Repeatable.")
+def label(
+    settings: Settings,
+    reference: str,
+    labels: tuple[str, ...],
+    metrics: tuple[str, ...],
+    remove: tuple[str, ...],
+) -> None:
+    """Set labels and metrics of a version, or remove some."""
+    if not labels and not metrics and not remove:
+        raise UsageError("usage", "nothing to set or remove", hint="write KEY=TEXT")
+    with settings.open() as repository:
+        version = repository.annotate(
+            reference,
+            labels=dict(pairs(labels, "label")),
+            metrics={key: number(key, text) for key, text in pairs(metrics, "--metric")},
+            remove=remove,
+        )
+    if settings.as_json:
+        print_json(version_json(version))
+    else:
+        settings.say(f"labelled {version.reference}")
+
+
+COMMANDS = {"tag": tag, "untag": untag, "label": label}

@@ -1,0 +1,41 @@
+"""``ckpt pull``: write a version to a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ckpt.cli.command import Settings, command
+from ckpt.cli.render import print_json, progress, size, version_json
+
+
+@command("pull")
+@click.argument("reference", metavar="REF")
+@click.argument("destination", metavar="[DEST]", required=False)
+@click.option("-f", "--force", is_flag=True, help="Replace DEST if it exists.")
+def pull(settings: Settings, reference: str, destination: str | None, force: bool) -> None:
+    """Write the version REF to the file DEST, every byte checked.
+
+    DEST is ./<model>-<number>.safetensors by default; a folder takes that name in it. A pushed
+    .safetensors file comes back byte for byte. Prints the path on stdout.
+    """
+    with settings.open() as repository:
+        version = repository.get(reference)
+        usual = f"{version.model.replace('/', '-')}-{version.number}.safetensors"
+        path = Path(destination or usual)
+        if path.is_dir():
+            path = path / usual
+        with progress(settings, f"pull {version.reference}") as meter:
+            repository.pull_file(version, path, force=force, progress=meter)
+        left = repository.unnamed_values(version)
+    if left:
+        settings.say(f"{left} plain values are not in the file; pull from Python to get them")
+    settings.say(f"{version.reference}: {size(version.nbytes)}, every byte checked")
+    if settings.as_json:
+        print_json({"path": str(path), "version": version_json(version)})
+    else:
+        click.echo(str(path))
+
+
+COMMANDS = {"pull": pull}

@@ -1,0 +1,107 @@
+"""``ckpt push``: store a file as a new version."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ckpt.cli.command import Settings, command
+from ckpt.cli.render import print_json, progress, size, version_json
+from ckpt.core.errors import TrustError, UsageError
+from ckpt.core.printable import escape
+
+_PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
+
+
+@command("push")
+@click.argument("path")
+@click.argument("model", metavar="MODEL[:ALIAS]")
+@click.option("--step", type=int, help="Training step.")
+@click.option("-m", "--message", help="What this version is.")
+@click.option("--metric", "metrics", multiple=True, metavar="NAME=NUMBER", help="Repeatable.")
+@click.option("--label", "labels", multiple=True, metavar="KEY=TEXT", help="Repeatable.")
+@click.option("--alias", "aliases", multiple=True, help="Move this name here. Repeatable.")
+@click.option("--parent", metavar="REF", help="Default: the run's previous version.")
+@click.option("--run", help="Training job. Default: main.")
+def push(
+    settings: Settings,
+    path: str,
+    model: str,
+    step: int | None,
+    message: str | None,
+    metrics: tuple[str, ...],
+    labels: tuple[str, ...],
+    aliases: tuple[str, ...],
+    parent: str | None,
+    run: str | None,
+) -> None:
+    """Store the .safetensors file PATH as the newest version of MODEL.
+
+    Prints the reference of the version, and nothing else, on stdout.
+    """
+    file = Path(path)
+    refuse_pickle(file)
+    name, colon, alias = model.partition(":")
+    given = (alias, *aliases) if colon else aliases
+    with settings.open(create=True) as repository, progress(settings, f"push {file.name}") as meter:
+        version = repository.push_file(
+            file,
+            name,
+            step=step,
+            metrics={key: number(key, text) for key, text in pairs(metrics, "--metric")},
+            labels=dict(pairs(labels, "--label")),
+            alias=given,
+            message=message,
+            parent=parent,
+            run=run,
+            progress=meter,
+        )
+        missing = [one for one in dict.fromkeys(given) if one not in version.aliases]
+        for one in missing:  # the newest version was answered; its aliases are moved all the same
+            version = repository.tag(version, one)
+        root = repository.location.root
+    settings.say(
+        f"{size(version.nbytes)} in {root}, {size(version.new_bytes)} of it added by this version"
+    )
+    if settings.as_json:
+        print_json(version_json(version))
+    else:
+        click.echo(version.reference)
+
+
+def refuse_pickle(path: Path) -> None:
+    """Refuse what only unpickling could read, and folders."""
+    if path.suffix.lower() in _PICKLES:
+        raise TrustError(
+            "pickle-refused",
+            f"{escape(str(path))} is a pickle, which can run code when it is read",
+            hint="load it with torch.load(path, weights_only=True) and push what you get from "
+            "Python: ckpt.open().push(state, model)",
+        )
+    if path.is_dir():
+        raise UsageError(
+            "is-folder", f"{escape(str(path))} is a folder", hint="give a .safetensors file"
+        )
+
+
+def pairs(given: tuple[str, ...], option: str) -> list[tuple[str, str]]:
+    """``KEY=VALUE`` arguments as pairs."""
+    split = [text.partition("=") for text in given]
+    for key, equals, _ in split:
+        if not equals:
+            raise UsageError("usage", f'{option} "{escape(key)}" has no "="', hint="write KEY=VALUE")
+    return [(key, value) for key, _, value in split]
+
+
+def number(key: str, text: str) -> float:
+    """The number of a ``NAME=NUMBER`` argument."""
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(
+            "metric-invalid", f'metric "{escape(key)}" is "{escape(text)}"', hint="give a number"
+        ) from None
+
+
+COMMANDS = {"push": push}

@@ -1,0 +1,157 @@
+"""How things look: tables, sizes, times, JSON, progress. Text from outside is always escaped."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+
+from ckpt.cli.command import Settings
+from ckpt.core.printable import escape
+from ckpt.core.records import Version
+
+_PROGRESS_BYTES = 64 << 20
+_LINE_SECONDS = 5.0
+
+
+def size(nbytes: int) -> str:
+    """``1.5 MiB``; bytes below 1 KiB."""
+    value = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{nbytes} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def age(moment: datetime) -> str:
+    """How long ago, in one unit."""
+    seconds = max(0, int((datetime.now(UTC) - moment).total_seconds()))
+    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= length:
+            return f"{seconds // length} {unit} ago"
+    return f"{seconds} s ago"
+
+
+def metrics(values: Mapping[str, float]) -> str:
+    """``loss=0.31 acc=0.9``."""
+    return " ".join(f"{name}={value:.6g}" for name, value in values.items())
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> str:
+    """Aligned columns without lines; an empty last cell leaves no blanks behind it."""
+    cells = [head, *([escape(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    lines = []
+    for row in cells:
+        padded = [
+            cell.rjust(width) if title in right else cell.ljust(width)
+            for cell, width, title in zip(row, widths, head, strict=True)
+        ]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def version_json(version: Version) -> dict[str, Any]:
+    """The stable JSON of a version; numbers that JSON lacks are text."""
+    return {
+        "reference": version.reference,
+        "model": version.model,
+        "number": version.number,
+        "digest": version.digest,
+        "state": version.state,
+        "step": version.step,
+        "run": version.run,
+        "parent": version.parent,
+        "metrics": {
+            name: value if math.isfinite(value) else str(value)
+            for name, value in version.metrics.items()
+        },
+        "labels": dict(version.labels),
+        "aliases": list(version.aliases),
+        "message": version.message,
+        "author": version.author,
+        "created_at": version.created_at.isoformat(),
+        "nbytes": version.nbytes,
+        "new_bytes": version.new_bytes,
+        "push": version.push,
+    }
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False))
+
+
+@contextmanager
+def progress(settings: Settings, what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A callback that shows progress on stderr: a bar in a terminal, a line now and then
+    elsewhere, nothing for what is done in a moment anyway."""
+    if settings.quiet:
+        yield None
+    elif sys.stderr.isatty():
+        with _bar(what) as update:
+            yield update
+    else:
+        yield _lines(what)
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    bars: list[Any] = []
+
+    def update(done: int, total: int) -> None:
+        if total < _PROGRESS_BYTES:
+            return
+        if not bars:
+            bars.append(_rich_bar(what, total))
+        bars[0].update(bars[0].task_ids[0], completed=done)
+
+    try:
+        yield update
+    finally:
+        for bar in bars:
+            bar.stop()
+
+
+def _rich_bar(what: str, total: int) -> Any:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    bar.add_task(what, total=total)
+    bar.start()
+    return bar
+
+
+def _lines(what: str) -> Callable[[int, int], None]:
+    said = time.monotonic()
+
+    def update(done: int, total: int) -> None:
+        nonlocal said
+        if total >= _PROGRESS_BYTES and time.monotonic() - said > _LINE_SECONDS:
+            said = time.monotonic()
+            click.echo(f"{what}: {size(done)} of {size(total)}", err=True)
+
+    return update
