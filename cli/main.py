@@ -95,14 +95,16 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except (KeyboardInterrupt, click.Abort):
-        status = _fail("interrupted", "stopped by you; nothing is left half-done, run it again", 130)
+        status = _fail(
+            "interrupted", "stopped by you; nothing is left half-done, run it again", 130
+        )
     except _Terminated:
         status = _fail("terminated", "stopped; nothing is left half-done, run it again", 143)
     except click.ClickException as error:
         status = _usage(error)
     except CkptError as error:
         status = _ckpt_error(error, settings)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  the last resort: a bug, told in one line
         if settings.debug:
             traceback.print_exc()
         said = escape(f"{type(error).__name__}: {error}")
@@ -113,7 +115,7 @@ def main() -> None:
 def _usage(error: click.ClickException) -> int:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "ckpt"
-    return _fail("usage", f"{escape(error.format_message())}; see `{path} --help`", 2)
+    return _fail("usage", f"{escape(error.format_message()).rstrip('.')}; see `{path} --help`", 2)
 
 
 def _ckpt_error(error: CkptError, settings: Settings) -> int:

@@ -57,9 +57,6 @@ def push(
             run=run,
             progress=meter,
         )
-        missing = [one for one in dict.fromkeys(given) if one not in version.aliases]
-        for one in missing:  # the newest version was answered; its aliases are moved all the same
-            version = repository.tag(version, one)
         root = repository.location.root
     settings.say(
         f"{size(version.nbytes)} in {root}, {size(version.new_bytes)} of it added by this version"
@@ -90,7 +87,9 @@ def pairs(given: tuple[str, ...], option: str) -> list[tuple[str, str]]:
     split = [text.partition("=") for text in given]
     for key, equals, _ in split:
         if not equals:
-            raise UsageError("usage", f'{option} "{escape(key)}" has no "="', hint="write KEY=VALUE")
+            raise UsageError(
+                "usage", f'{option} "{escape(key)}" has no "="', hint="write KEY=VALUE"
+            )
     return [(key, value) for key, _, value in split]
 
 

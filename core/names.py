@@ -78,7 +78,7 @@ def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
     for key, value in sorted((metrics or {}).items()):
         _check_key("metric", key)
         try:
-            number = float(value)
+            number = float(value) + 0.0  # no database keeps the sign of -0.0
         except (TypeError, ValueError, OverflowError):
             raise UsageError(
                 "metric-invalid",

@@ -127,12 +127,7 @@ versions = Table(
     UniqueConstraint("model", "number"),
     Index(None, "model", "digest"),
     Index(None, "run", "number"),
-)
-Index(
-    "ix_versions_uncopied",
-    versions.c.id,
-    sqlite_where=versions.c.copied == false(),
-    postgresql_where=versions.c.copied == false(),
+    Index(None, "copied", "counter"),
 )
 
 # ``value`` is NULL for a metric that is not finite; ``special`` then says which.
@@ -190,12 +185,7 @@ events = Table(
     Column("copied", Boolean, nullable=False, server_default=false()),
     UniqueConstraint("epoch", "counter"),
     Index(None, "model", "model_seq"),
-)
-Index(
-    "ix_events_uncopied",
-    events.c.counter,
-    sqlite_where=events.c.copied == false(),
-    postgresql_where=events.c.copied == false(),
+    Index(None, "copied", "counter"),
 )
 
 pushes = Table(

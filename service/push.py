@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,10 +20,12 @@ from ckpt.core.documents import (
 )
 from ckpt.core.errors import CkptError, StorageError
 from ckpt.core.records import Environment, PushFacts, Version
+from ckpt.core.references import parse_reference
 from ckpt.core.tensors import TensorBytes
 from ckpt.registry.commit import name_clash
 from ckpt.registry.registry import Registry
-from ckpt.service.acknowledge import acknowledge_push
+from ckpt.service.acknowledge import acknowledge_event, acknowledge_push
+from ckpt.service.author import author
 from ckpt.service.upload import Progress, Upload
 from ckpt.storage.store import Store
 
@@ -135,7 +135,11 @@ def _same_version(
     if any(store.size(pack.key) != pack.size for pack in packs.values()):
         return None
     acknowledge_push(store, registry, newest.push)
-    return newest
+    missing = [alias for alias in said.aliases if alias not in newest.aliases]
+    for alias in missing:
+        event = registry.changes.tag(parse_reference(newest.reference), alias, None, author())
+        acknowledge_event(store, registry, event)
+    return registry.queries.by_push(newest.push) if missing else newest
 
 
 def _facts(
@@ -188,11 +192,3 @@ def _abort(registry: Registry, upload: Upload, error: BaseException) -> None:
         registry.books.abort(upload.push)
     except CkptError as failed:
         error.add_note(f"the push {upload.push} stays open until its lease ends: {failed}")
-
-
-def author() -> str:
-    """Who does this: the name of the user, or the number where it has no name."""
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):
-        return str(os.getuid())

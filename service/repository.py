@@ -1,4 +1,7 @@
-"""The repository: a registry and a store, and what can be done with them."""
+"""The repository: a registry and a store, and what can be done with them.
+
+What only push or pull needs is imported by them, so that looking something up starts fast.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +26,16 @@ from ckpt.core.records import Environment, Model, Version
 from ckpt.core.references import parse_reference
 from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import acknowledge_event
+from ckpt.service.author import author
 from ckpt.service.config import Location, complete, local_path, locate, no_repository, prepare
-from ckpt.service.pull import pull_file, pull_state, pull_tensors, unnamed_values
-from ckpt.service.push import Described, Said, author, push_described
-from ckpt.service.safetensors_file import open_file
-from ckpt.service.upload import Progress
 from ckpt.storage.identity import ensure_identity, read_identity
 from ckpt.storage.local import LocalStore
 
 if TYPE_CHECKING:
     from ckpt.core.documents import Document
     from ckpt.loader.restore import DeviceMap
+    from ckpt.service.push import Described, Said
+    from ckpt.service.upload import Progress
 
 PathLike = str | os.PathLike[str]
 VersionLike = str | Version
@@ -89,6 +91,7 @@ class Repository:
             SpaceError, AccessError, StorageError: nothing was committed; run it again.
         """
         from ckpt.loader.capture import capture
+        from ckpt.service.push import Described
 
         said = self._said(model, step, metrics, labels, alias, message, parent, run)
         captured = capture(state)
@@ -122,6 +125,9 @@ class Repository:
         Raises:
             IntegrityError: the file's header is damaged or hostile; the message says how.
         """
+        from ckpt.service.push import Described
+        from ckpt.service.safetensors_file import open_file
+
         said = self._said(model, step, metrics, labels, alias, message, parent, run)
         with open_file(Path(path)) as file:
             described = Described(
@@ -136,6 +142,7 @@ class Repository:
 
     def _push(self, described: Described, said: Said, progress: Progress | None) -> Version:
         from ckpt.loader.environment import describe_environment
+        from ckpt.service.push import push_described
 
         environment = describe_environment()
         return push_described(self._store, self._registry, described, said, environment, progress)
@@ -151,6 +158,8 @@ class Repository:
         parent: VersionLike | None,
         run: str | None,
     ) -> Said:
+        from ckpt.service.push import Said
+
         return Said(
             model=check_model(model),
             step=check_step(step),
@@ -183,6 +192,8 @@ class Repository:
             NotFoundError: ``model-missing``, ``version-missing``, ``tensor-missing``.
             IntegrityError: ``object-missing``, ``object-corrupt``, ``document-damaged``.
         """
+        from ckpt.service.pull import pull_state, pull_tensors
+
         version = self.get(ref)
         if tensors is None:
             return pull_state(self._store, self._registry, version, device, progress)
@@ -201,6 +212,8 @@ class Repository:
         Raises:
             ConflictError: ``exists`` without ``force``; TrustError: ``symlink``.
         """
+        from ckpt.service.pull import pull_file
+
         version = self.get(ref)
         pull_file(
             self._store, self._registry, version, Path(destination), force=force, progress=progress
@@ -234,6 +247,8 @@ class Repository:
 
     def unnamed_values(self, ref: VersionLike) -> int:
         """How many plain values of a version a ``.safetensors`` file would not carry."""
+        from ckpt.service.pull import unnamed_values
+
         return unnamed_values(self.document(ref))
 
     def tag(self, ref: VersionLike, alias: str, expect: str | None = None) -> Version:

@@ -105,14 +105,7 @@ def upgrade() -> None:
     op.create_index(
         op.f("ix_events_model_model_seq"), "events", ["model", "model_seq"], unique=False
     )
-    op.create_index(
-        "ix_events_uncopied",
-        "events",
-        ["counter"],
-        unique=False,
-        sqlite_where=sa.text("copied = 0"),
-        postgresql_where=sa.text("copied = false"),
-    )
+    op.create_index(op.f("ix_events_copied_counter"), "events", ["copied", "counter"], unique=False)
     op.create_table(
         "packs",
         sa.Column("id", sa.String(length=64), nullable=False),
@@ -216,12 +209,7 @@ def upgrade() -> None:
     op.create_index(op.f("ix_versions_model_digest"), "versions", ["model", "digest"], unique=False)
     op.create_index(op.f("ix_versions_run_number"), "versions", ["run", "number"], unique=False)
     op.create_index(
-        "ix_versions_uncopied",
-        "versions",
-        ["id"],
-        unique=False,
-        sqlite_where=sa.text("copied = 0"),
-        postgresql_where=sa.text("copied = false"),
+        op.f("ix_versions_copied_counter"), "versions", ["copied", "counter"], unique=False
     )
     op.create_table(
         "aliases",

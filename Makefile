@@ -1,0 +1,37 @@
+# Every target makes its own .venv when there is none.
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test check docs bench clean
+help:  ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+demo: $(STAMP)  ## Push, change and pull a real checkpoint of 22.7 M parameters
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)  ## Run all tests; one: make test T="tests/test_stores.py -k durable"
+	$(BIN)/python -m pytest $(if $(T),$(T),-n 2 --dist loadfile)
+
+check: $(STAMP)  ## Lint, types, layers, documents, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python docs/generate.py --check
+	$(MAKE) test
+
+docs: $(STAMP)  ## Write the generated pages
+	$(BIN)/python docs/generate.py
+
+bench: $(STAMP)  ## Measure against peers in the same run; writes docs/benchmarks.md
+	$(BIN)/python -m benchmarks
+
+clean:  ## Remove what the other targets made
+	rm -rf $(VENV) build *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(STAMP): pyproject.toml constraints.txt
+	test -d $(VENV) || python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,check]'
+	touch $@
