@@ -19,11 +19,10 @@ def init(settings: Settings, folder: str | None) -> None:
     existed = locate(chosen).exists
     with open_repository(chosen) as repository:
         root = repository.location.root.resolve()
-    settings.say(f"{'found' if existed else 'made'} the repository {root}")
     if settings.as_json:
         print_json({"repository": str(root), "created": not existed})
     else:
-        click.echo(str(root))
+        click.echo(f"{'found' if existed else 'made'} the repository {root}")
 
 
 COMMANDS = {"init": init}

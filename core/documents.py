@@ -5,10 +5,12 @@ The fields are explained in ``docs/format.md``; ``root`` is a value of the value
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import force_setattr
 
 from ckpt.core.errors import IntegrityError
 
@@ -35,6 +37,11 @@ class Tensor(Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unkno
     layout: str = "strided"
     components: dict[str, int] | None = None
     details: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        # msgspec leaves a default out only if it is the same object, and "cpu" from outside is not.
+        for name in ("kind", "device", "layout"):
+            force_setattr(self, name, sys.intern(getattr(self, name)))
 
 
 class SafetensorsFile(

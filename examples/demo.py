@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ def say(text: str) -> None:
 
 def run(*command: str) -> None:
     """Type a command, and show what it prints."""
-    print(f"{BOLD}$ {' '.join(command)}{RESET}", flush=True)
+    print(f"{BOLD}$ {shlex.join(command)}{RESET}", flush=True)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     subprocess.run(command, check=True, env={**os.environ, "PATH": path}, stderr=subprocess.STDOUT)
 

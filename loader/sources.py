@@ -15,7 +15,8 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, not copied; writable where the tensor is."""
     if tensor.numel() == 0:
         return memoryview(bytearray())
-    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    # as_strided: a dimension of size 1 may carry any stride, which view would refuse.
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
     return flat.numpy().data
 
 

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any, NoReturn
 
 from ckpt.core.dtypes import CODES, ITEM_SIZES
@@ -28,10 +28,9 @@ _FIELDS = {"dtype", "shape", "data_offsets"}
 _PICKLE_OR_ZIP = re.compile(rb"\x80[\x02-\x05]|PK\x03\x04")
 _FIRST_CHARACTERS = {"[": "array", '"': "string", "t": "boolean", "f": "boolean", "n": "null"}
 _FIRST_CHARACTERS |= dict.fromkeys("-0123456789", "number")
-_KINDS: dict[type, str] = {dict: "object", list: "array", str: "string", bool: "boolean"}
-_KINDS |= {int: "number", float: "number", type(None): "null"}
+_KINDS: dict[type, str] = {dict: "an object", list: "an array", str: "a string"}
+_KINDS |= {bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
 _OBJECT, _ARRAY = b"{["
-_STEPS = {_OBJECT: 1, _ARRAY: 1, ord("}"): -1, ord("]"): -1}
 # A run of brackets and what stands before it, strings included. Possessive, so that megabytes of
 # strings or of escapes leave no backtracking stack. A string without its closing quote reaches to
 # the end: that it is no JSON is for the parser to say.
@@ -95,7 +94,11 @@ def header_length(first: bytes, file_size: int) -> int:
                 "the file begins like a pickle or a zip, not like a safetensors file",
                 "save its tensors as safetensors where you trust it",
             )
-        _refuse("header-too-large", f"the header declares {length}, limit {HEADER_LIMIT}")
+        _refuse(
+            "header-too-large",
+            f"the header declares {length}, limit {HEADER_LIMIT}",
+            "check that it is a safetensors file, or split it into smaller ones",
+        )
     present = file_size - _LENGTH_BYTES
     if length > present:
         needed = length + _LENGTH_BYTES
@@ -125,7 +128,7 @@ def parse_header(text: bytes, file_size: int) -> Header:
 
 
 def _refuse(code: str, message: str, hint: str = _SAVE_AGAIN) -> NoReturn:
-    raise IntegrityError(code, message, hint=hint)
+    raise IntegrityError(code, message, hint=hint) from None
 
 
 def _quote(text: str) -> str:
@@ -135,24 +138,29 @@ def _quote(text: str) -> str:
 
 def _check_brackets(text: bytes) -> None:
     """Refuse what would cost the JSON parser its stack or its memory, before it runs."""
-    opened = dict.fromkeys(_STEPS, 0)
-    depth = 0
-    for bracket in chain.from_iterable(run[1] for run in _BRACKETS.finditer(text)):
-        opened[bracket] += 1
-        depth += _STEPS[bracket]
+    depth = objects = arrays = 0
+    for bracket in chain.from_iterable(map(itemgetter(1), _BRACKETS.finditer(text))):
+        if bracket == _OBJECT:
+            depth += 1
+            objects += 1
+        elif bracket == _ARRAY:
+            depth += 1
+            arrays += 1
+        else:
+            depth -= 1
+            continue
         if depth > _DEPTH_LIMIT:
             _refuse("header-depth", f"the header is nested more than {_DEPTH_LIMIT} deep")
-        # A tensor has one object and two arrays; the header itself is an object.
-        if opened[_OBJECT] - 1 > _TENSOR_LIMIT or opened[_ARRAY] > 2 * _TENSOR_LIMIT:
-            _refuse("tensor-limit", f"the number of tensors is > {_TENSOR_LIMIT}")
+        # A tensor has one object and two arrays; the header and __metadata__ are objects too.
+        if objects > _TENSOR_LIMIT + 2 or arrays > 2 * _TENSOR_LIMIT:
+            _refuse("tensor-limit", f"the number of tensors is > {_TENSOR_LIMIT}", "split the file")
 
 
 def _load(text: bytes) -> dict[str, Any]:
     try:
         decoded = text.decode("utf-8")
     except UnicodeDecodeError as error:
-        where = f"invalid byte at offset {error.start}"
-        _refuse("header-encoding", f"the header is not UTF-8: {where}")
+        _refuse("header-encoding", f"the header is not UTF-8: invalid byte at offset {error.start}")
     if not decoded.startswith("{"):
         first = decoded[:1]
         if first in _FIRST_CHARACTERS:
@@ -161,7 +169,7 @@ def _load(text: bytes) -> dict[str, Any]:
     try:
         document, end = _DECODER.raw_decode(decoded)
     except json.JSONDecodeError as error:
-        _refuse("header-json", f"the header is not JSON: {error.msg} at character {error.pos}")
+        _refuse("header-json", f"the header is not JSON: {error.msg} (character {error.pos})")
     padding = decoded[end:].lstrip(" ")
     if padding:
         byte = padding[0].encode()[0]
@@ -173,27 +181,28 @@ def _load(text: bytes) -> dict[str, Any]:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        seen: set[str] = set()
         for key, _ in pairs:
-            if key in seen:
+            if key not in found:
                 _refuse("duplicate-key", f"{_quote(key)} appears twice")
-            seen.add(key)
+            del found[key]
     return found
 
 
 def _whole_number(text: str) -> int | float:
+    if len(text) > _NUMBER_LIMIT:
+        _refuse_number(text)
     # For the library -0 is the float -0.0, which is neither a size nor an offset.
-    return -0.0 if text == "-0" else int(_short(text))
+    return -0.0 if text == "-0" else int(text)
 
 
 def _fraction(text: str) -> float:
-    return float(_short(text))
+    if len(text) > _NUMBER_LIMIT:
+        _refuse_number(text)
+    return float(text)
 
 
-def _short(number: str) -> str:
-    if len(number) > _NUMBER_LIMIT:
-        _refuse("header-json", f"a number of {len(number)} characters, limit {_NUMBER_LIMIT}")
-    return number
+def _refuse_number(text: str) -> NoReturn:
+    _refuse("header-json", f"a number of {len(text)} characters, limit {_NUMBER_LIMIT}")
 
 
 def _constant(text: str) -> NoReturn:
@@ -210,10 +219,10 @@ _DECODER = json.JSONDecoder(
 
 def _metadata(value: Any) -> dict[str, str]:
     if not isinstance(value, dict):
-        _refuse("metadata-type", f"__metadata__ is a {_KINDS[type(value)]}, expected an object")
+        _refuse("metadata-type", f"__metadata__ is {_KINDS[type(value)]}, not an object")
     for key, text in value.items():
         if not isinstance(text, str):
-            _refuse("metadata-type", f"__metadata__ key {_quote(key)} is a {_KINDS[type(text)]}")
+            _refuse("metadata-type", f"__metadata__ key {_quote(key)} is {_KINDS[type(text)]}")
         if _SURROGATE.search(key) or _SURROGATE.search(text):
             where = f"__metadata__ key {_quote(key)}"
             _refuse("header-encoding", f"half of a surrogate pair in {where}")
@@ -222,9 +231,13 @@ def _metadata(value: Any) -> dict[str, str]:
 
 def _entry(name: str, fields: Any) -> Entry:
     if not is_printable(name):
-        _refuse("name-invalid", f"control or bidi character in the tensor name {_quote(name)}")
+        _refuse(
+            "name-invalid",
+            f"control or bidi character in the tensor name {_quote(name)}",
+            "rename the tensor and save the file again",
+        )
     if not isinstance(fields, dict):
-        _refuse("header-type", f"{_quote(name)}: expected object, got {_KINDS[type(fields)]}")
+        _refuse("header-type", f"{_quote(name)} is {_KINDS[type(fields)]}, not an object")
     if fields.keys() != _FIELDS:
         wrong = _FIELDS - fields.keys() or fields.keys() - _FIELDS
         verb = "has no" if wrong <= _FIELDS else "has an unknown"
@@ -238,7 +251,7 @@ def _entry(name: str, fields: Any) -> Entry:
 
 def _code(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        _refuse("header-type", f"dtype of {_quote(name)} is a {_KINDS[type(value)]}, not a string")
+        _refuse("header-type", f"dtype of {_quote(name)} is {_KINDS[type(value)]}, not a string")
     if value not in CODES:
         supported = ", ".join(CODES)
         _refuse(
@@ -251,23 +264,27 @@ def _code(name: str, value: Any) -> str:
 
 def _shape(name: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, list):
-        _refuse("header-type", f"shape of {_quote(name)} is a {_KINDS[type(value)]}, not an array")
+        _refuse("header-type", f"shape of {_quote(name)} is {_KINDS[type(value)]}, not an array")
     if len(value) > _RANK_LIMIT:
         _refuse(
-            "rank-limit", f"{_quote(name)} has too many dimensions: {len(value)} > {_RANK_LIMIT}"
+            "rank-limit",
+            f"{_quote(name)} has too many dimensions: {len(value)} > {_RANK_LIMIT}",
+            "save the tensor with fewer dimensions",
         )
     for size in value:
         if type(size) is not int or size < 0:
-            shown = escape(json.dumps(size), limit=40)
+            large = isinstance(size, (dict, list))
+            shown = _KINDS[type(size)] if large else escape(json.dumps(size), limit=40)
             _refuse("shape-invalid", f"shape of {_quote(name)}: {shown} is not a size")
     return tuple(value)
 
 
 def _offsets(name: str, value: Any) -> tuple[int, int]:
-    if not isinstance(value, list) or [*map(type, value)] != [int, int] or min(value) < 0:
-        _refuse("header-type", f"data_offsets of {_quote(name)} are not two whole numbers from 0")
-    start, end = value
-    return start, end
+    if isinstance(value, list) and len(value) == 2:
+        start, end = value
+        if type(start) is type(end) is int and start >= 0 and end >= 0:
+            return start, end
+    _refuse("header-type", f"data_offsets of {_quote(name)} are not two whole numbers from 0")
 
 
 def _check_size(name: str, code: str, shape: tuple[int, ...], found: int) -> None:
