@@ -52,7 +52,7 @@ def _push_table(folder: Path) -> str:
         f"Median of {ROUNDS}. ckpt hashes every byte, looks it up, writes it, and commits; everything is on the disk when it returns.\n\n"
         "| | s | GiB/s | speed of ckpt push over this |\n|---|---|---|---|\n"
         + "\n".join(rows)
-        + f"\n\nckpt push is {ratio:.2f} × as fast as `save_file` + fsync (promised: at least 0.8 ×). "
+        + f"\n\nckpt push is {ratio:.2f} times as fast as `save_file` + fsync (promised: at least 0.8 times). "
         f"Its peak memory beside the state was {peak / 2**20:.0f} MiB (promised: at most 128 MiB).\n"
     )
 

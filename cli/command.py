@@ -60,6 +60,7 @@ def command(name: str, **attributes: Any) -> Callable[[Callable[..., Any]], clic
     """A command whose function gets the settings first."""
 
     def wrap(function: Callable[..., Any]) -> click.Command:
-        return click.command(name, **attributes)(common_options(click.pass_obj(function)))
+        make: Callable[[Callable[..., Any]], click.Command] = click.command(name, **attributes)
+        return make(common_options(click.pass_obj(function)))
 
     return wrap

@@ -41,12 +41,12 @@ class Transaction:
     """One transaction; every statement of it goes through the seam of ``core.effects``."""
 
     def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+        self.connection = connection
 
     def run(self, statement: Executable, values: Parameters | None = None) -> CursorResult[Any]:
         """Execute one statement; ``values`` is a mapping, or a sequence of them."""
         result: CursorResult[Any] = perform(
-            "sql", self._connection.execute, statement, values or None
+            "sql", self.connection.execute, statement, values or None
         )
         return result
 
@@ -60,7 +60,7 @@ class Transaction:
 
     def now(self) -> int:
         """Microseconds since 1970, by the database's clock."""
-        if self._connection.dialect.name == "sqlite":
+        if self.connection.dialect.name == "sqlite":
             query = "SELECT CAST((julianday('now') - 2440587.5) * 86400000000.0 AS INTEGER)"
         else:
             query = "SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)"

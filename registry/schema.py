@@ -44,21 +44,20 @@ def migrate(database: Database, store: str) -> None:
     Everything happens in one transaction that locks first, so that any number of processes may
     do this at once. Only this function imports Alembic.
     """
-    with database.engine.connect() as plain:
-        connection = plain.execution_options(ckpt_writes=True)
-        with connection.begin() as begun:
-            transaction = Transaction(connection)
-            fresh = not inspect(connection).has_table("alembic_version")
-            number = None if fresh else schema_number(transaction)
-            if number == SCHEMA:
-                return
-            if number is not None and number > SCHEMA:
-                raise _other_schema(database.name, number)
-            perform("sql.migrate", _upgrade, connection)
-            if fresh:
-                values = {"id": 1, "store": store, "epoch": 1, "next_counter": 1}
-                transaction.run(insert(meta), values)
-            perform("sql.commit", begun.commit)
+
+    def act(transaction: Transaction) -> None:
+        fresh = not inspect(transaction.connection).has_table("alembic_version")
+        number = None if fresh else schema_number(transaction)
+        if number == SCHEMA:
+            return
+        if number is not None and number > SCHEMA:
+            raise _other_schema(database.name, number)
+        perform("sql.migrate", _upgrade, transaction.connection)
+        if fresh:
+            values = {"id": 1, "store": store, "epoch": 1, "next_counter": 1}
+            transaction.run(insert(meta), values)
+
+    database.write(act)
 
 
 def _upgrade(connection: Connection) -> None:

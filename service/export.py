@@ -16,6 +16,7 @@ from ckpt.core.documents import Document, Tensor
 from ckpt.core.dtypes import ITEM_SIZES, PACK_CODES
 from ckpt.core.effects import perform
 from ckpt.core.errors import ConflictError, NotFoundError, SpaceError, TrustError, from_os_error
+from ckpt.core.printable import is_printable
 from ckpt.core.tensors import TensorSpace
 from ckpt.storage.header import Header, parse_header
 
@@ -60,12 +61,15 @@ def made_header(tensors: Sequence[Tensor]) -> tuple[bytes, list[int]]:
     end = 0
     for place in order:
         tensor = tensors[place]
+        name = tensor.name
+        if name in header or not name or not is_printable(name):
+            name = f"tensor-{place}"  # as in a pack: a header cannot carry every name
         shape = list(tensor.shape)
         if tensor.dtype not in PACK_CODES:
             shape.append(ITEM_SIZES[tensor.dtype])
         nbytes = math.prod(tensor.shape) * ITEM_SIZES[tensor.dtype]
         starts[place] = end
-        header[tensor.name] = {
+        header[name] = {
             "dtype": PACK_CODES.get(tensor.dtype, "U8"),
             "shape": shape,
             "data_offsets": [end, end + nbytes],

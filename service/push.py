@@ -19,7 +19,7 @@ from ckpt.core.documents import (
     identity_bytes,
 )
 from ckpt.core.errors import CkptError, StorageError
-from ckpt.core.records import Environment, PushFacts, Version
+from ckpt.core.records import Environment, PackState, PushFacts, Version
 from ckpt.core.references import parse_reference
 from ckpt.core.tensors import TensorBytes
 from ckpt.registry.commit import name_clash
@@ -132,7 +132,11 @@ def _same_version(
     if registry.queries.document(newest).safetensors != document.safetensors:
         return None
     packs, _ = registry.books.read_plan(newest.push)
-    if any(store.size(pack.key) != pack.size for pack in packs.values()):
+    # What is damaged is not answered but written again.
+    if any(
+        pack.state is PackState.BROKEN or store.size(pack.key) != pack.size
+        for pack in packs.values()
+    ):
         return None
     acknowledge_push(store, registry, newest.push)
     missing = [alias for alias in said.aliases if alias not in newest.aliases]

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from ckpt.core.errors import NotFoundError, UsageError
+from ckpt.core.errors import NotFoundError, StorageError, UsageError
 from ckpt.core.names import (
     check_alias,
     check_aliases,
@@ -341,7 +341,7 @@ def open_repository(
     Args:
         repo: a folder: itself if it is a repository, else its ``.ckpt/``. By default
             ``CKPT_REPO``, else the nearest ``.ckpt/`` upwards, else the user's own.
-        registry, store: where they are, in place of what the repository's configuration says.
+        registry, store: in place of ``repo``, the file of the one and the folder of the other.
         create: make the repository when there is none.
 
     Raises:
@@ -349,21 +349,41 @@ def open_repository(
         StorageError: ``registry-missing``, ``registry-corrupt``, ``schema-newer``.
         IntegrityError: ``foreign-store``, ``store-format``.
     """
+    if registry is not None or store is not None:
+        if repo is not None or registry is None or store is None:
+            raise UsageError(
+                "usage", "a repository is one folder, or a registry and a store", hint="give both"
+            )
+        return _open_parts(registry, store, create)
     location = locate(repo)
-    if registry is not None:
-        path = local_path(registry.removeprefix("sqlite:///"), "registry")
-        location = replace(location, registry=path)
-    if store is not None:
-        location = replace(location, store=local_path(store, "store"))
-    bytes_store = LocalStore(location.store)
-    identity = read_identity(bytes_store)
-    if location.exists and identity is not None:
+    identity = read_identity(LocalStore(location.store))
+    if location.exists:
+        if identity is None:
+            raise StorageError(
+                "store-missing",
+                f"the store {location.store} is missing",
+                hint="put it back, or correct config.toml",
+            )
         return Repository(location, Registry.open(location.registry, identity))
     if not create:
         raise no_repository(location)
     prepare(location)
-    opened = Registry.create(location.registry, ensure_identity(bytes_store))
+    opened = Registry.create(location.registry, ensure_identity(LocalStore(location.store)))
     complete(location)
+    return Repository(replace(location, exists=True), opened)
+
+
+def _open_parts(registry: str, store: str, create: bool) -> Repository:
+    """Open a registry and a store that lie in different places."""
+    database = local_path(registry.removeprefix("sqlite:///"), "registry")
+    folder = local_path(store, "store")
+    location = Location(folder, database, folder, exists=database.exists())
+    identity = read_identity(LocalStore(folder))
+    if location.exists and identity is not None:
+        return Repository(location, Registry.open(database, identity))
+    if not create:
+        raise no_repository(location)
+    opened = Registry.create(database, ensure_identity(LocalStore(folder)))
     return Repository(replace(location, exists=True), opened)
 
 

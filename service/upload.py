@@ -269,6 +269,7 @@ class Upload:
         assert self._pack is not None
         self._drain()
         finished = self._pack.finish()
+        self._pack.upload.abort()  # only its temporary name and its handle are left
         self._pack = None
         self.new_bytes += finished.pack.size
         self.needed.add(finished.pack.id)

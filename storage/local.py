@@ -35,10 +35,12 @@ class LocalStore(Store):
 
     def put(self, key: str, body: bytes) -> None:
         with _typed(f"writing {key} in {self.root}"):
-            with _LocalUpload(self, key) as upload:
-                upload.write(0, body)
-                if not upload.link(len(body)) and self.get(key) != body:
-                    raise differs(self, key)
+            if self.size(key) is None:
+                with _LocalUpload(self, key) as upload:
+                    upload.write(0, body)
+                    upload.link(len(body))
+            if self.size(key) != len(body) or self.get(key) != body:
+                raise differs(self, key)
             # Also when the key was there: whoever wrote it may not have synced its name yet.
             self.sync_folder(self.path(key).parent)
 
@@ -147,7 +149,12 @@ class _LocalUpload(Upload):
         name = f"{self._final.name}.{secrets.token_hex(8)}"
         self._path: Path | None = store.root / _TEMPORARY / name
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._handle = perform("create", os.open, self._path, flags, 0o600)
+        try:
+            self._handle = perform("create", os.open, self._path, flags, 0o600)
+        except BaseException:  # the file may have been made all the same
+            with contextlib.suppress(OSError):
+                perform("unlink", os.unlink, self._path)
+            raise
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         view = memoryview(data).cast("B")

@@ -1,0 +1,216 @@
+"""What the commands print, and where: results on stdout, the rest on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+import ckpt
+from ckpt.cli import main as entry
+from ckpt.cli.main import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+
+
+class Shell:
+    """Runs commands in this process, in a folder of their own."""
+
+    def __init__(self, folder: Path, capture: pytest.CaptureFixture[str]) -> None:
+        self.folder = folder
+        self.capture = capture
+        self.err = ""
+
+    def __call__(self, *arguments: str, status: int = 0) -> str:
+        """Run ``ckpt`` and return its stdout; its stderr is in ``err``."""
+        before = sys.argv
+        sys.argv = ["ckpt", *arguments]
+        try:
+            with pytest.raises(SystemExit) as stop:
+                entry.main()
+        finally:
+            sys.argv = before
+        out, self.err = self.capture.readouterr()
+        assert (stop.value.code or 0) == status, self.err
+        return out
+
+    def save(self, name: str, **tensors: float) -> None:
+        arrays = {key: numpy.full(3, value, numpy.float32) for key, value in tensors.items()}
+        save_file(arrays, self.folder / name)
+
+
+@pytest.fixture
+def shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Shell:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CKPT_REPO", raising=False)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("signal.signal", lambda *given: None)
+    shell = Shell(tmp_path, capsys)
+    shell.save("net.safetensors", w=1)
+    return shell
+
+
+def test_push_prints_only_the_reference_on_stdout(shell: Shell) -> None:
+    shell("init")
+    assert shell("push", "net.safetensors", "net") == "net@1\n"
+    assert str(shell.folder / ".ckpt") in shell.err
+    assert shell("push", "-q", "net.safetensors", "net") == "net@1\n"
+    assert shell.err == ""
+
+
+def test_installing_and_pushing_is_enough_to_begin(shell: Shell) -> None:
+    assert shell("push", "net.safetensors", "net") == "net@1\n"
+    assert (shell.folder / "home" / "ckpt" / "repository" / "config.toml").is_file()
+
+
+def test_only_push_and_init_make_a_repository(shell: Shell) -> None:
+    for arguments in (["ls"], ["log", "net"], ["show", "net"], ["pull", "net"], ["rm", "net"]):
+        shell(*arguments, status=3)
+        assert "no-repository" in shell.err
+    assert not (shell.folder / "home").exists()
+    assert not (shell.folder / ".ckpt").exists()
+
+
+def test_the_nearest_repository_upwards_is_used(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell("init")
+    below = shell.folder / "a" / "b"
+    below.mkdir(parents=True)
+    monkeypatch.chdir(below)
+    shell("push", "../../net.safetensors", "net")
+    assert "net@1" in shell("ls")
+    assert "net@1" in shell("-r", str(shell.folder), "ls")
+    assert "net@1" in shell("ls", "--repo", str(shell.folder / ".ckpt"))
+    monkeypatch.setenv("CKPT_REPO", str(shell.folder / "other"))
+    shell("ls", status=3)
+
+
+def test_pull_writes_a_name_of_its_own_or_the_given_one(shell: Shell) -> None:
+    shell("init")
+    shell("push", "net.safetensors", "vision/net")
+    assert shell("pull", "vision/net") == "vision-net-1.safetensors\n"
+    (shell.folder / "out").mkdir()
+    assert shell("pull", "vision/net", "out") == "out/vision-net-1.safetensors\n"
+    shell("pull", "vision/net", "out", status=5)
+    shell("pull", "vision/net", "out", "--force")
+    same = (shell.folder / "net.safetensors").read_bytes()
+    assert (shell.folder / "out" / "vision-net-1.safetensors").read_bytes() == same
+
+
+def test_every_command_speaks_json(shell: Shell) -> None:
+    assert json.loads(shell("init", "--json"))["created"] is True
+    pushed = json.loads(
+        shell("push", "net.safetensors", "net:best", "--metric", "loss=nan", "--json")
+    )
+    assert pushed["reference"] == "net@1"
+    assert pushed["metrics"] == {"loss": "nan"}
+    assert json.loads(shell("ls", "--json"))[0]["newest"] == pushed
+    assert json.loads(shell("log", "net", "--json")) == [pushed]
+    shown = json.loads(shell("show", "net", "--json"))
+    assert {key: shown[key] for key in pushed} == pushed
+    assert shown["tensors"][0]["name"] == "w"
+    assert json.loads(shell("inspect", "net", "--json")) == shown
+    assert json.loads(shell("pull", "net", "--json"))["path"] == "net-1.safetensors"
+    assert json.loads(shell("tag", "net", "new", "--json"))["aliases"] == ["best", "new"]
+    assert json.loads(shell("label", "net", "a=b", "--json"))["labels"] == {"a": "b"}
+    assert json.loads(shell("untag", "net:new", "--json"))["aliases"] == ["best"]
+    shell("untag", "net:best")
+    assert json.loads(shell("rm", "net", "--yes", "--json"))["removed"] is True
+    assert json.loads(shell("db", "upgrade", "--json"))["registry"].endswith("registry.db")
+    assert "ckpt" in json.loads(shell("completion", "bash", "--json"))["script"]
+
+
+def test_log_shows_what_was_said_newest_first(shell: Shell) -> None:
+    shell("init")
+    for step in range(3):
+        shell.save("net.safetensors", w=step)
+        shell("push", "net.safetensors", "net", "--step", str(step), "--metric", f"loss={step / 2}",
+              "-m", f"step {step}")  # fmt: skip
+    lines = shell("log", "net").splitlines()
+    assert [line.split()[0] for line in lines] == ["VERSION", "net@3", "net@2", "net@1"]
+    assert "loss=0.5" in lines[2]
+    assert "step 1" in lines[2]
+    assert shell("log", "net", "-n", "1", "--before", "3").splitlines()[1].startswith("net@2")
+
+
+def test_rm_asks_and_dry_run_removes_nothing(shell: Shell) -> None:
+    shell("init")
+    shell("push", "net.safetensors", "net")
+    shell("rm", "net", "-n")
+    assert "would remove net@1" in shell.err
+    shell("rm", "net", status=2)
+    assert "add --yes" in shell.err
+    assert "net@1" in shell("ls")
+    shell("rm", "net", "-y")
+    shell("show", "net@1", status=3)
+
+
+def test_hostile_text_is_shown_escaped(shell: Shell) -> None:
+    shell("init")
+    evil = "<script>\x1b[31m\u202e"
+    shell("push", "net.safetensors", "net", "-m", evil, "--label", f"k={evil}")
+    for arguments in (["log", "net"], ["show", "net"]):
+        out = shell(*arguments)
+        assert "<script>" in out
+        assert "\x1b" not in out
+        assert "\u202e" not in out
+    assert json.loads(shell("show", "net", "--json"))["message"] == evil
+
+
+def test_a_state_from_python_comes_out_as_a_file(shell: Shell) -> None:
+    base = torch.arange(12.0)
+    with ckpt.open(shell.folder) as repo:
+        state = {
+            "net": {"w": base.reshape(3, 4), "view": base[2:5], "t": torch.ones(2, 3).t()},
+            "wide": torch.ones(1).expand(4),
+            "sparse": torch.eye(2).to_sparse(),
+            "low": torch.ones(2, dtype=torch.float8_e8m0fnu),
+            "step": 3,
+        }
+        repo.push(state, "state")
+    shell("pull", "state", "out.safetensors")
+    assert "1 plain values" in shell.err
+    read = load_file(shell.folder / "out.safetensors")
+    assert set(read) == {"net.w", "net.view", "net.t", "wide", "sparse", "low"}
+    assert read["net.view"].tolist() == [2, 3, 4]
+    assert read["wide"].tolist() == [1, 1, 1, 1]
+    assert read["sparse"].tolist() == [[1, 0], [0, 1]]
+    assert read["low"].shape == (2, 1)
+
+
+def test_a_bug_is_one_line_and_exit_70(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: object, **more: object) -> None:
+        raise ValueError("surprise")
+
+    monkeypatch.setattr("ckpt.service.repository.open_repository", broken)
+    shell("ls", status=70)
+    assert shell.err.startswith("error[bug]: ValueError: surprise")
+    assert "Traceback" not in shell.err
+    shell("ls", "--debug", status=70)
+    assert "Traceback" in shell.err
+
+
+def test_every_command_has_help_and_is_documented() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text()
+    for name in COMMANDS:
+        assert f"## ckpt {name}\n" in page or f"`{name}`" in page
+
+
+def test_the_installed_command_runs(tmp_path: Path) -> None:
+    program = Path(sys.executable).with_name("ckpt")
+    environment = {**os.environ, "CKPT_REPO": str(tmp_path)}
+    shown = subprocess.run(
+        [program, "ls"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == 3
+    assert shown.stderr.startswith("error[no-repository]: there is no repository at ")

@@ -1,0 +1,284 @@
+"""The registry's schema, its SQLite settings, and what its queries answer."""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+from pathlib import Path
+
+import pytest
+import torch
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import text
+
+import ckpt
+from ckpt.core.errors import ConflictError, IntegrityError, NotFoundError, StorageError, UsageError
+from ckpt.registry.engine import open_sqlite, wal_is_safe
+from ckpt.registry.registry import Registry
+from ckpt.registry.schema import SCHEMA, migrate
+from ckpt.registry.tables import metadata
+
+STORE = "00000000-0000-4000-8000-000000000000"
+
+
+def test_the_models_and_the_migrated_schema_agree(tmp_path: Path) -> None:
+    database = open_sqlite(tmp_path / "registry.db", create=True)
+    migrate(database, STORE)
+    with database.engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_server_default": True})
+        assert compare_metadata(context, metadata) == []
+    database.close()
+
+
+def test_only_migrations_make_tables() -> None:
+    root = Path(__file__).parents[1]
+    layers = ("core", "storage", "registry", "loader", "service", "cli", "migrations")
+    for folder in layers:
+        for file in (root / folder).rglob("*.py"):
+            assert "create_all" not in file.read_text(), file
+
+
+def test_migrating_twice_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "registry.db"
+    Registry.create(path, STORE).close()
+    before = path.read_bytes()
+    Registry.create(path, STORE).close()
+    Registry.upgrade(path, STORE)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "hint"),
+    [("9999", "schema-newer", "pip install -U"), ("0000", "schema-older", "ckpt db upgrade")],
+)
+def test_another_schema_is_refused_with_the_command_that_helps(
+    tmp_path: Path, number: str, code: str, hint: str
+) -> None:
+    path = tmp_path / "registry.db"
+    Registry.create(path, STORE).close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = ?", (number,))
+    connection.close()
+    with pytest.raises(StorageError) as caught:
+        Registry.open(path, STORE)
+    assert caught.value.code == code
+    assert hint in str(caught.value)
+    if number > SCHEMA:
+        with pytest.raises(StorageError, match="schema"):
+            Registry.upgrade(path, STORE)
+
+
+def test_a_registry_of_another_store_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "registry.db"
+    Registry.create(path, STORE).close()
+    with pytest.raises(IntegrityError) as caught:
+        Registry.open(path, STORE.replace("4", "5"))
+    assert caught.value.code == "foreign-store"
+
+
+@pytest.mark.parametrize(
+    ("version", "safe"),
+    [
+        ((3, 40, 1), False),
+        ((3, 44, 5), False),
+        ((3, 44, 6), True),
+        ((3, 45, 0), False),
+        ((3, 50, 6), False),
+        ((3, 50, 7), True),
+        ((3, 51, 2), False),
+        ((3, 51, 3), True),
+        ((4, 0, 0), True),
+    ],
+)
+def test_a_write_ahead_log_is_used_only_where_sqlite_is_fixed(
+    version: tuple[int, ...], safe: bool
+) -> None:
+    assert wal_is_safe(version) is safe
+
+
+def test_sqlite_runs_with_the_durable_settings(tmp_path: Path) -> None:
+    database = open_sqlite(tmp_path / "registry.db", create=True)
+    wal = wal_is_safe(sqlite3.sqlite_version_info)
+    wanted = {
+        "journal_mode": "wal" if wal else "delete",
+        "synchronous": 2 if wal else 3,
+        "foreign_keys": 1,
+        "trusted_schema": 0,
+        "cell_size_check": 1,
+    }
+    with database.read() as transaction:
+        found = {name: transaction.run(text(f"PRAGMA {name}")).scalar_one() for name in wanted}
+    assert found == wanted
+    database.close()
+
+
+class TestReferences:
+    """Every form of a reference finds its version."""
+
+    @pytest.fixture(autouse=True)
+    def _versions(self, repo: ckpt.Repository) -> None:
+        for step in range(3):
+            repo.push({"w": torch.tensor(float(step))}, "vision/net", step=step)
+        repo.tag("vision/net@2", "best")
+
+    @pytest.mark.parametrize(
+        ("reference", "number"),
+        [
+            ("vision/net", 3),
+            ("vision/net:latest", 3),
+            ("vision/net@1", 1),
+            ("vision/net@v1", 1),
+            ("vision/net:1", 1),
+            ("vision/net:v1", 1),
+            ("vision/net:best", 2),
+            ("vision/net~1", 2),
+            ("vision/net:best~1", 1),
+            ("vision/net~2", 1),
+            ("vision/net@3~", 2),
+            ("VISION/Net", 3),
+        ],
+    )
+    def test_it_is_found(self, repo: ckpt.Repository, reference: str, number: int) -> None:
+        assert repo.get(reference).number == number
+
+    def test_a_digest_prefix_finds_it(self, repo: ckpt.Repository) -> None:
+        version = repo.get("vision/net@2")
+        assert repo.get(f"vision/net@b3:{version.digest[:8]}") == version
+        assert repo.get(f"vision/net@b3:{version.digest}") == version
+
+    def test_an_ambiguous_prefix_is_refused(self, repo: ckpt.Repository) -> None:
+        path = repo.location.registry
+        with sqlite3.connect(path) as connection:
+            connection.execute("UPDATE versions SET digest = '0123abcd' || substr(digest, 9)")
+        connection.close()
+        with pytest.raises(UsageError) as caught:
+            repo.get("vision/net@b3:0123abcd")
+        assert caught.value.code == "ambiguous"
+        assert "3 matches" in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("reference", "code"),
+        [
+            ("other", "model-missing"),
+            ("vision/net@9", "version-missing"),
+            ("vision/net:nope", "alias-missing"),
+            ("vision/net~3", "version-missing"),
+            ("vision/net@b3:00000000", "version-missing"),
+        ],
+    )
+    def test_what_is_not_there_is_said(
+        self, repo: ckpt.Repository, reference: str, code: str
+    ) -> None:
+        with pytest.raises(NotFoundError) as caught:
+            repo.get(reference)
+        assert caught.value.code == code
+
+
+def test_the_same_content_step_metrics_and_labels_answer_the_newest(repo: ckpt.Repository) -> None:
+    state = {"w": torch.ones(3)}
+    facts = {"step": 1, "metrics": {"loss": math.nan, "acc": 0.5}, "labels": {"a": "b"}}
+    first = repo.push(state, "m", **facts)  # type: ignore[arg-type]
+    assert repo.push(state, "m", **facts).push == first.push  # type: ignore[arg-type]
+    assert repo.push(state, "m", step=2).number == 2
+    assert repo.push(state, "m").number == 3
+    assert repo.push({"w": torch.zeros(3)}, "m").number == 4
+    # Not the newest: a push of older content is a new version, or `m` would not be what was pushed.
+    again = repo.push(state, "m")
+    assert again.number == 5
+    assert again.new_bytes == 0
+    assert again.digest == first.digest
+
+
+def test_an_alias_of_a_repeated_push_moves(repo: ckpt.Repository) -> None:
+    state = {"w": torch.ones(3)}
+    repo.push(state, "m")
+    assert repo.push(state, "m", alias="best").aliases == ("best",)
+    assert repo.get("m:best").number == 1
+
+
+def test_a_parent_is_the_runs_previous_version_else_the_newest(repo: ckpt.Repository) -> None:
+    for number, run in enumerate(["a", "a", "b", "a", "b"]):
+        repo.push({"w": torch.tensor(number)}, "m", run=run)
+    assert [version.parent for version in repo.log("m")] == ["m@3", "m@2", "m@2", "m@1", None]
+    other = repo.push({"w": torch.tensor(9)}, "fine-tuned", parent="m@2")
+    assert other.parent == "m@2"
+    assert repo.get("fine-tuned~1").reference == "m@2"
+
+
+def test_names_that_differ_only_in_case_clash(repo: ckpt.Repository) -> None:
+    repo.push({"w": torch.ones(1)}, "Net")
+    with pytest.raises(ConflictError) as caught:
+        repo.push({"w": torch.ones(1)}, "net")
+    assert caught.value.code == "name-clash"
+    assert '"Net"' in str(caught.value)
+
+
+def test_metrics_come_back_also_those_that_are_not_finite(repo: ckpt.Repository) -> None:
+    given = {"nan": math.nan, "up": math.inf, "down": -math.inf, "third": 1 / 3, "zero": -0.0}
+    repo.push({"w": torch.ones(1)}, "m", metrics=given)
+    kept = {"down": -math.inf, "nan": math.nan, "third": 1 / 3, "up": math.inf, "zero": 0.0}
+    assert repr(repo.get("m").metrics) == repr(kept)
+
+
+def test_labels_and_metrics_can_be_set_and_removed(repo: ckpt.Repository) -> None:
+    repo.push({"w": torch.ones(1)}, "m", labels={"a": "1", "b": "2"}, metrics={"x": 1.0})
+    version = repo.annotate("m", labels={"b": "3", "c": "4"}, metrics={"y": 2.0}, remove=["a", "x"])
+    assert version.labels == {"b": "3", "c": "4"}
+    assert version.metrics == {"y": 2.0}
+
+
+def test_an_alias_moves_only_from_where_it_was_expected(repo: ckpt.Repository) -> None:
+    for number in range(3):
+        repo.push({"w": torch.tensor(number)}, "m")
+    repo.tag("m@1", "best")
+    repo.tag("m@2", "best", expect="m@1")
+    with pytest.raises(ConflictError) as caught:
+        repo.tag("m@3", "best", expect="m@1")
+    assert caught.value.code == "alias-moved"
+    assert repo.get("m:best").number == 2
+
+
+def test_a_version_with_an_alias_is_not_removed(repo: ckpt.Repository) -> None:
+    repo.push({"w": torch.ones(1)}, "m", alias="best")
+    with pytest.raises(ConflictError) as caught:
+        repo.rm("m")
+    assert caught.value.code == "aliased"
+    repo.untag("m:best")
+    repo.rm("m")
+    with pytest.raises(NotFoundError):
+        repo.get("m")
+    assert [model.versions for model in repo.models()] == [0]
+
+
+def test_every_act_lies_in_the_store_before_it_is_acknowledged(repo: ckpt.Repository) -> None:
+    version = repo.push({"w": torch.ones(1)}, "m", alias="a", metrics={"x": math.inf})
+    store = repo.location.store
+
+    def stored(folder: str) -> list[dict[str, object]]:
+        return [json.loads(path.read_bytes()) for path in sorted(store.glob(f"{folder}/1/*"))]
+
+    (document,) = stored("documents")
+    assert document["push"] == version.push
+    assert (document["number"], document["aliases"]) == (1, ["a"])
+    assert document["metrics"] == {"x": "inf"}
+    repo.tag(version, "b")
+    repo.untag("m:a")
+    repo.annotate(version, labels={"k": "v"})
+    repo.untag("m:b")
+    repo.rm(version)
+    kinds = [event["kind"] for event in stored("events")]
+    assert kinds == ["tag", "untag", "label", "untag", "rm"]
+    assert [event["sequence"] for event in stored("events")] == [2, 3, 4, 5, 6]
+    assert all(event["push"] == version.push for event in stored("events"))
+
+
+def test_a_copy_that_is_missing_is_made_by_the_next_act(repo: ckpt.Repository) -> None:
+    repo.push({"w": torch.ones(1)}, "m")
+    (document,) = repo.location.store.glob("documents/1/*")
+    body = document.read_bytes()
+    document.unlink()  # as if the process had died between the commit and the copy
+    with ckpt.open(repo.location.root) as another:
+        another.push({"w": torch.zeros(1)}, "other")
+    assert document.read_bytes() == body
