@@ -9,7 +9,7 @@ import sys
 from typing import Any, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, field
 from msgspec.structs import force_setattr
 
 from ckpt.core.errors import IntegrityError
@@ -38,10 +38,46 @@ class Tensor(Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unkno
     components: dict[str, int] | None = None
     details: dict[str, Any] | None = None
 
+    @property
+    def has_bytes(self) -> bool:
+        """Whether the entry has chunks of its own (none, for an empty tensor)."""
+        return (
+            self.region is None
+            and self.components is None
+            and not self.kind.startswith("uninitialized")
+        )
+
     def __post_init__(self) -> None:
         # msgspec leaves a default out only if it is the same object, and "cpu" from outside is not.
         for name in ("kind", "device", "layout"):
             force_setattr(self, name, sys.intern(getattr(self, name)))
+
+
+class Module(Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
+    """One module of the tree; others refer to it by its index.
+
+    ``params`` and ``buffers`` name tensor entries, ``children`` other modules; None is an entry
+    that the module registered as None. A buffer's third item says whether it is persistent.
+    """
+
+    path: str
+    reference: str = field(name="class")
+    training: bool = True
+    params: tuple[tuple[str, int | None], ...] = ()
+    buffers: tuple[tuple[str, int | None, bool], ...] = ()
+    children: tuple[tuple[str, int | None], ...] = ()
+    attrs: dict[str, Any] = {}
+    hooks: tuple[tuple[str, Any], ...] = ()
+    parametrized: tuple[str, ...] = ()
+
+
+class ModelClass(Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
+    """A class or function that a document names, as it was when it was pushed."""
+
+    reference: str
+    package: str | None = None
+    version: str | None = None
+    source_digest: str | None = None
 
 
 class SafetensorsFile(
@@ -60,6 +96,9 @@ class Document(Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unk
     root: Any
     tensors: tuple[Tensor, ...]
     environment: str
+    modules: tuple[Module, ...] = ()
+    classes: tuple[ModelClass, ...] = ()
+    wrappers: dict[str, tuple[str, ...]] = {}
     order: tuple[tuple[int, tuple[int, ...]], ...] = ()
     safetensors: SafetensorsFile | None = None
 
@@ -102,7 +141,7 @@ def decode_document(body: bytes) -> Document:
 def identity_bytes(document: Document) -> bytes:
     """What a version's digest is taken of: root, modules and tensors, without the devices."""
     tensors = [msgspec.structs.replace(tensor, device="cpu") for tensor in document.tensors]
-    return canonical({"root": document.root, "modules": [], "tensors": tensors})
+    return canonical({"root": document.root, "modules": document.modules, "tensors": tensors})
 
 
 def split_document(document: Document) -> tuple[bytes, bytes]:

@@ -10,7 +10,7 @@ import numpy
 import torch
 from msgspec.structs import replace
 
-from ckpt.core.documents import Tensor
+from ckpt.core.documents import ModelClass, Module, Tensor
 from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.tensors import TensorBytes
 from ckpt.loader.geometry import SharedBytes, find_shared, stored_form
@@ -31,16 +31,25 @@ _NUMPY_CHARS = "?bBhHiIlLqQefdFD"
 # modulo 16; allocators align to that at least, so equal states give equal digests.
 _ALIGNMENT = 16
 
+# Kinds of entries that have no shape and no bytes yet.
+UNINITIALIZED = {
+    torch.nn.UninitializedParameter: "uninitialized-parameter",
+    torch.nn.UninitializedBuffer: "uninitialized-buffer",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Captured:
     """A state, described. ``sources[i]`` has the bytes of ``tensors[i]``; None where that entry
-    has none of its own. The entries have no chunks yet."""
+    has none of its own. The entries have no chunks yet. Only a module has the last three."""
 
     root: Any
     tensors: tuple[Tensor, ...]
     sources: tuple[TensorBytes | None, ...]
     order: tuple[tuple[int, tuple[int, ...]], ...]
+    modules: tuple[Module, ...] = ()
+    classes: tuple[ModelClass, ...] = ()
+    wrappers: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def capture(state: Any) -> Captured:
@@ -49,7 +58,7 @@ def capture(state: Any) -> Captured:
     Raises:
         UsageError: ``cannot-store``, naming everything that cannot be stored.
     """
-    table = _TensorTable()
+    table = TensorTable()
     encoder = Encoder(table)
     root = encoder.encode(state)
     for path, reason in table.share():
@@ -69,9 +78,11 @@ class _Item:
 
 
 @dataclass(slots=True)
-class _TensorTable:
-    """The tensors of a state, each once, in the order in which they were met."""
+class TensorTable:
+    """The tensors of a state, each once, in the order in which they were met. With ``lazy``,
+    the uninitialized parameters of lazy modules have entries too."""
 
+    lazy: bool = False
     _items: list[_Item] = field(default_factory=list)
     _known: dict[int, int] = field(default_factory=dict)
     _alive: list[Any] = field(default_factory=list)  # an id is only unique while its object lives
@@ -81,8 +92,11 @@ class _TensorTable:
     def take(self, value: Any, path: Path) -> int:
         """The index of the entry of a tensor or array; the same object has one entry."""
         if id(value) not in self._known:
-            _check_kind(value)
-            index = self._add(value, path)
+            if self.lazy and isinstance(value, torch.Tensor) and torch.nn.parameter.is_lazy(value):
+                index = self._add_uninitialized(value, path)
+            else:
+                _check_kind(value)
+                index = self._add(value, path)
             self._known[id(value)] = index
             self._alive.append(value)
         return self._known[id(value)]
@@ -104,6 +118,23 @@ class _TensorTable:
         if value.is_quantized:
             return self._add_parts(path, _quantized_entry(value, entry), _quantized_parts(value))
         return self._append(_Item(path, entry, value.detach().resolve_conj().resolve_neg()))
+
+    def _add_uninitialized(self, value: torch.Tensor, path: Path) -> int:
+        entry = Tensor(
+            name=self._name(path),
+            dtype=_dtype_name(value.dtype),
+            shape=(),
+            kind=UNINITIALIZED[type(value)],
+            device=str(value.device),
+            requires_grad=value.requires_grad,
+        )
+        return self._append(_Item(path, entry, None))
+
+    def mark_buffer(self, index: int) -> None:
+        """Note that a module registered this tensor as a buffer."""
+        item = self._items[index]
+        if item.entry.kind == "tensor":
+            item.entry = replace(item.entry, kind="buffer")
 
     def _add_array(self, value: numpy.ndarray, path: Path) -> int:
         details = None

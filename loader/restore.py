@@ -14,11 +14,15 @@ import torch
 from ckpt.core.documents import Document, Tensor
 from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.errors import IntegrityError, UsageError
+from ckpt.loader.capture import UNINITIALIZED
 from ckpt.loader.geometry import stored_shape
 from ckpt.loader.sources import as_bytes, typed_view
 from ckpt.loader.values import Decoder
 
 DeviceMap = str | torch.device | Mapping[str, str] | None
+
+
+_UNINITIALIZED = {kind: made for made, kind in UNINITIALIZED.items()}
 
 
 class CkptWarning(UserWarning):
@@ -80,14 +84,18 @@ class Restorer:
     def state(self) -> Any:
         """The state as it was pushed."""
         order = dict(self.document.order)
-        decoder = Decoder(self.tensor, order, self._generator)
+        decoder = Decoder(self.tensor, order, self.generator)
         state = decoder.decode(self.document.root)
+        self.note_absent()
+        return state
+
+    def note_absent(self) -> None:
+        """Warn of the recorded devices that are not here."""
         if self._absent:
             names = ", ".join(sorted(self._absent))
             warnings.warn(
-                f"{names} is not available here; loaded on cpu", CkptWarning, stacklevel=4
+                f"{names} is not available here; loaded on cpu", CkptWarning, stacklevel=5
             )
-        return state
 
     def tensor(self, index: int) -> Any:
         """The live object of one entry.
@@ -110,11 +118,22 @@ class Restorer:
         return self._built[index]
 
     def _build(self, index: int, entry: Tensor) -> torch.Tensor:
+        if entry.kind in _UNINITIALIZED:
+            return self._uninitialized(entry)
         if entry.region is not None:
             return self._view(entry)
         if entry.components is not None:
             return self._composed(entry)
         return self._base(index)
+
+    def _uninitialized(self, entry: Tensor) -> torch.Tensor:
+        made = _UNINITIALIZED[entry.kind](
+            requires_grad=entry.requires_grad,
+            device=self.device(entry.device),
+            dtype=dtype_of(entry),
+        )
+        assert isinstance(made, torch.Tensor)
+        return made
 
     def _base(self, index: int) -> torch.Tensor:
         """The tensor of an entry with bytes of its own, on its device."""
@@ -172,13 +191,15 @@ class Restorer:
         )
 
     def _finish(self, entry: Tensor, tensor: torch.Tensor) -> Any:
+        if entry.kind in _UNINITIALIZED:
+            return tensor
         if entry.kind == "ndarray":
             return _array(entry, tensor)
         if entry.kind == "parameter":
             return torch.nn.Parameter(tensor, requires_grad=entry.requires_grad)
         return tensor.requires_grad_() if entry.requires_grad else tensor
 
-    def _generator(self, device: str, state: torch.Tensor) -> torch.Generator:
+    def generator(self, device: str, state: torch.Tensor) -> torch.Generator:
         generator = torch.Generator(self.device(device))
         generator.set_state(state.cpu())
         return generator

@@ -12,6 +12,7 @@ import pathlib
 import struct
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -75,21 +76,28 @@ class Encoder:
             state = self.tensors.take(value.get_state(), (*path, "state"))
             return {"$generator": [str(value.device), state]}
         if kind in _CONTAINERS:
-            return self._encode_container(value, kind, path)
+            with self.opened(value, path):
+                return self._encode_container(value, kind, path)
+        return self._encode_other(value, path)
+
+    def _encode_other(self, value: Any, path: Path) -> Any:
+        """What is no plain value; a module's encoder knows more of it."""
         raise RefusedError(_way_out(value))
 
-    def _encode_container(self, value: Any, kind: type, path: Path) -> Any:
+    @contextmanager
+    def opened(self, value: Any, path: Path) -> Iterator[None]:
+        """The time in which the items of a container are encoded; refuses cycles."""
         if id(value) in self._open:
             raise RefusedError("it contains itself; break the cycle")
         if len(path) > _DEPTH_LIMIT:
             raise RefusedError(f"it is nested deeper than {_DEPTH_LIMIT}; flatten it")
         self._open.add(id(value))
         try:
-            return self._encode_open(value, kind, path)
+            yield
         finally:
             self._open.discard(id(value))
 
-    def _encode_open(self, value: Any, kind: type, path: Path) -> Any:
+    def _encode_container(self, value: Any, kind: type, path: Path) -> Any:
         if kind is list:
             return self._encode_items(value, path)
         if kind is tuple:

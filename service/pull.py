@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ def pull_state(
     registry: Registry,
     version: Version,
     device: DeviceMap = None,
+    everything: bool = False,
     progress: Progress | None = None,
 ) -> Any:
     """The state as it was pushed, rebuilt from checked bytes."""
@@ -35,9 +37,49 @@ def pull_state(
 
     check_devices(device)
     document = registry.queries.document(version)
-    own = [index for index, tensor in enumerate(document.tensors) if _has_bytes(tensor)]
-    filled = _fill(store, registry, version, document, own, progress)
+    if document.state == "module":
+        return _pull_weights(store, registry, version, document, device, everything, progress)
+    own = [index for index, tensor in enumerate(document.tensors) if tensor.has_bytes]
+    filled = fill(store, registry, version, document, own, progress)
     return Restorer(document, filled, device).state()
+
+
+def _pull_weights(
+    store: Store,
+    registry: Registry,
+    version: Version,
+    document: Document,
+    device: DeviceMap,
+    everything: bool,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Of a module, what ``state_dict()`` gave, and with ``everything`` the tensors that it left
+    out, by canonical name; imports nothing that the document names."""
+    from ckpt.loader.restore import CkptWarning, Restorer
+    from ckpt.loader.verify import state_dict_names
+
+    names = state_dict_names(document)
+    known = {index for _, index in names}
+    left = [
+        (tensor.name, index)
+        for index, tensor in enumerate(document.tensors)
+        if index not in known and tensor.kind not in ("region", "component")
+    ]
+    if everything:
+        names += left
+    elif left:
+        shown = ", ".join(escape(name, 80) for name, _ in left[:5])
+        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+        warnings.warn(
+            f"{version.reference} has tensors outside its state_dict: {shown}{more}; "
+            "all=True brings them",
+            CkptWarning,
+            stacklevel=4,
+        )
+    needed = sorted(_with_bytes(document, [index for _, index in names]))
+    filled = fill(store, registry, version, document, needed, progress)
+    restorer = Restorer(document, filled, device)
+    return {name: restorer.tensor(index) for name, index in names}
 
 
 def pull_tensors(
@@ -69,7 +111,7 @@ def pull_tensors(
             hint=f"run `ckpt show {version.reference}` to see all",
         )
     needed = sorted(_with_bytes(document, chosen))
-    filled = _fill(store, registry, version, document, needed, progress)
+    filled = fill(store, registry, version, document, needed, progress)
     restorer = Restorer(document, filled, device)
     return {document.tensors[index].name: restorer.tensor(index) for index in chosen}
 
@@ -121,8 +163,8 @@ def _pull_file_by_torch(
     from ckpt.loader.restore import Restorer
     from ckpt.loader.sources import laid_out
 
-    own = [index for index, tensor in enumerate(document.tensors) if _has_bytes(tensor)]
-    filled = _fill(store, registry, version, document, own, progress)
+    own = [index for index, tensor in enumerate(document.tensors) if tensor.has_bytes]
+    filled = fill(store, registry, version, document, own, progress)
     restorer = Restorer(document, filled, "cpu")
     plain = [
         laid_out(tensor.name, restorer.tensor(index))
@@ -156,7 +198,7 @@ def _count_values(value: Any) -> int:
     return 1
 
 
-def _fill(
+def fill(
     store: Store,
     registry: Registry,
     version: Version,
@@ -164,6 +206,7 @@ def _fill(
     indices: Iterable[int],
     progress: Progress | None,
 ) -> dict[int, MemorySpace]:
+    """Read the bytes of these entries, checked, into memory."""
     from ckpt.loader.restore import MemorySpace, stored_nbytes
 
     filled = {index: MemorySpace(document.tensors[index]) for index in indices}
@@ -184,18 +227,14 @@ def _with_bytes(document: Document, chosen: Sequence[int]) -> set[int]:
             needed.add(tensor.region)
         elif tensor.components is not None:
             needed |= _with_bytes(document, list(tensor.components.values()))
-        else:
+        elif tensor.has_bytes:
             needed.add(index)
     return needed
 
 
-def _has_bytes(tensor: Tensor) -> bool:
-    return tensor.region is None and tensor.components is None
-
-
 def _is_whole(tensor: Tensor) -> bool:
     """Whether the stored bytes are all of the tensor's values, in C order."""
-    plain = _has_bytes(tensor) and tensor.kind in ("tensor", "parameter", "buffer", "ndarray")
+    plain = tensor.has_bytes and tensor.kind in ("tensor", "parameter", "buffer", "ndarray")
     return plain and 0 not in (tensor.strides or ())
 
 

@@ -12,6 +12,8 @@ from ckpt.core.digests import digest_of
 from ckpt.core.documents import (
     FORMAT,
     Document,
+    ModelClass,
+    Module,
     SafetensorsFile,
     Tensor,
     canonical,
@@ -42,6 +44,9 @@ class Described:
     tensors: Sequence[Tensor]
     sources: Sequence[TensorBytes | None]
     order: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    modules: tuple[Module, ...] = ()
+    classes: tuple[ModelClass, ...] = ()
+    wrappers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     header: SafetensorsFile | None = None
     check: Callable[[], None] = lambda: None
 
@@ -114,6 +119,9 @@ def _document(
         root=described.root,
         tensors=tensors,
         environment=environment,
+        modules=described.modules,
+        classes=described.classes,
+        wrappers=dict(described.wrappers),
         order=described.order,
         safetensors=described.header,
     )

@@ -32,8 +32,12 @@ from ckpt.storage.identity import ensure_identity, read_identity
 from ckpt.storage.local import LocalStore
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ckpt.core.documents import Document
     from ckpt.loader.restore import DeviceMap
+    from ckpt.loader.trust import TrustLike
+    from ckpt.loader.verify import Report
     from ckpt.service.push import Described, Said
     from ckpt.service.upload import Progress
 
@@ -74,7 +78,7 @@ class Repository:
         the same. Every tensor is stored once, however often it is pushed.
 
         Args:
-            state: any nesting of dict, list, tuple and plain values with tensors in it, such as
+            state: an ``nn.Module``, or any nesting of dict, list, tuple and plain values with tensors in it, such as
                 ``{"model": net.state_dict(), "optimizer": opt.state_dict(), "step": 100}``.
             step: training step, a whole number.
             metrics: numbers by name; NaN and infinities are kept, and never compare.
@@ -90,17 +94,20 @@ class Repository:
             ConflictError: ``name-clash``, ``push-expired``.
             SpaceError, AccessError, StorageError: nothing was committed; run it again.
         """
-        from ckpt.loader.capture import capture
+        from ckpt.loader.snapshot import capture_state
         from ckpt.service.push import Described
 
         said = self._said(model, step, metrics, labels, alias, message, parent, run)
-        captured = capture(state)
+        captured = capture_state(state)
         described = Described(
-            state="values",
+            state="module" if captured.modules else "values",
             root=captured.root,
             tensors=captured.tensors,
             sources=captured.sources,
             order=captured.order,
+            modules=captured.modules,
+            classes=captured.classes,
+            wrappers=captured.wrappers,
         )
         return self._push(described, said, progress)
 
@@ -177,9 +184,11 @@ class Repository:
         *,
         tensors: str | None = None,
         device: DeviceMap = None,
+        all: bool = False,
         progress: Progress | None = None,
     ) -> Any:
-        """The state as it was pushed, every byte checked.
+        """The state as it was pushed, every byte checked; of a module, what its ``state_dict()``
+        gave, ties as one object.
 
         Args:
             tensors: a pattern such as ``"encoder.*"``: only these are read, and come as a dict
@@ -187,6 +196,9 @@ class Repository:
             device: a device, or a mapping from recorded to wanted devices. By default each
                 tensor goes where it was; where that device is absent, to the CPU with a
                 :class:`CkptWarning`.
+
+            all: of a module, also the tensors that no ``state_dict()`` holds, by canonical name;
+                otherwise a :class:`CkptWarning` names them.
 
         Raises:
             NotFoundError: ``model-missing``, ``version-missing``, ``tensor-missing``.
@@ -196,8 +208,62 @@ class Repository:
 
         version = self.get(ref)
         if tensors is None:
-            return pull_state(self._store, self._registry, version, device, progress)
+            return pull_state(self._store, self._registry, version, device, all, progress)
         return pull_tensors(self._store, self._registry, version, tensors, device, progress)
+
+    def load(
+        self,
+        ref: VersionLike,
+        *,
+        trust: Iterable[TrustLike] = (),
+        device: DeviceMap = None,
+        require: str | None = None,
+    ) -> nn.Module:
+        """The module as it was pushed, rebuilt without pickle and proven.
+
+        Every tensor's digest is checked, and capturing the rebuilt module must give exactly the
+        structure that was pushed: the same tensors, ties, flags and attributes.
+
+        Args:
+            trust: classes, or names of modules, that may be imported; ``torch.nn`` always is.
+            device: as in :meth:`pull`.
+            require: the least verdict to accept.
+
+        Raises:
+            TrustError: ``class-not-allowed``, naming all classes; nothing was imported.
+            IntegrityError: ``structure-differs``, ``rebuild-failed``, ``verdict-too-low``.
+            UsageError: ``no-module`` when the version is no module.
+        """
+        from ckpt.service.load import load_module
+
+        version = self.get(ref)
+        module, _ = load_module(self._store, self._registry, version, trust, device, require)
+        return module
+
+    def verify(
+        self,
+        ref: VersionLike,
+        *,
+        trust: Iterable[TrustLike] = (),
+        device: DeviceMap = None,
+    ) -> Report:
+        """Load a version, drop it, and say what was proven; raises where :meth:`load` would."""
+        from ckpt.service.load import load_module
+
+        return load_module(self._store, self._registry, self.get(ref), trust, device)[1]
+
+    def load_into(self, module: nn.Module, ref: VersionLike) -> Report:
+        """Fill a module of yours with a version's weights: strict, without casts, ties kept.
+
+        One common wrapper prefix (``module.``, ``_orig_mod.``) on either side is accepted, and
+        reported. Nothing is changed unless everything fits.
+
+        Raises:
+            IntegrityError: ``keys-mismatch``, ``shape-mismatch``, ``dtype-mismatch``.
+        """
+        from ckpt.service.load import load_into
+
+        return load_into(self._store, self._registry, self.get(ref), module)
 
     def pull_file(
         self,

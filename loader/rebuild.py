@@ -1,0 +1,159 @@
+"""Records to a live module tree: classes by trust, attributes by value, no constructor called."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ckpt.core.documents import Document, Module
+from ckpt.core.errors import CkptError, IntegrityError
+from ckpt.core.printable import escape
+from ckpt.loader.restore import Restorer
+from ckpt.loader.snapshot import INTERNALS
+from ckpt.loader.trust import Named, Trust
+from ckpt.loader.values import Decoder
+
+
+def rebuild(document: Document, restorer: Restorer, trust: Trust) -> nn.Module:
+    """The module that a document describes; nothing is imported before all of it is allowed.
+
+    Raises:
+        TrustError: ``class-not-allowed``, ``class-type``, ``class-origin``.
+        NotFoundError: ``class-missing``.
+        IntegrityError: ``document-damaged``, ``rebuild-failed``.
+    """
+    trust.check(document)
+    builder = _Builder(document, restorer, trust)
+    try:
+        root = builder.decoder.decode(document.root)
+        restorer.note_absent()
+    except CkptError:
+        raise
+    except Exception as error:
+        raise IntegrityError(
+            "rebuild-failed",
+            f"the module cannot be rebuilt: {type(error).__name__}: {escape(str(error))}",
+            hint="its code may have changed since; get the weights with pull",
+        ) from error
+    if not isinstance(root, nn.Module):
+        raise IntegrityError("document-damaged", "the root of the document is no module")
+    return root
+
+
+@dataclass(slots=True)
+class _Builder:
+    """Builds each module once, however often the tree refers to it."""
+
+    document: Document
+    restorer: Restorer
+    trust: Trust
+    decoder: _ModuleDecoder = field(init=False)
+    _built: dict[int, nn.Module] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        order = dict(self.document.order)
+        self.decoder = _ModuleDecoder(
+            self.restorer.tensor, order, self.restorer.generator, builder=self
+        )
+
+    def module(self, index: Any) -> nn.Module:
+        if not isinstance(index, int) or not 0 <= index < len(self.document.modules):
+            raise IntegrityError("document-damaged", f"there is no module {index!r}")
+        if index not in self._built:
+            record = self.document.modules[index]
+            kind = self.trust.resolve(Named("$module", record.reference))
+            module = kind.__new__(kind)
+            nn.Module.__init__(module)
+            self._built[index] = module  # before its content: that may refer back to it
+            self._fill(module, record)
+        return self._built[index]
+
+    def _fill(self, module: nn.Module, record: Module) -> None:
+        state: dict[str, Any] = {"training": record.training}
+        state["_parameters"] = {name: self._tensor(index) for name, index in record.params}
+        state["_buffers"] = {name: self._tensor(index) for name, index, _ in record.buffers}
+        transient = {name for name, _, persistent in record.buffers if not persistent}
+        state["_non_persistent_buffers_set"] = transient
+        state["_modules"] = {
+            name: None if index is None else self.module(index) for name, index in record.children
+        }
+        for name, value in record.attrs.items():
+            self._check_name(module, name)
+            state[name] = self.decoder.decode(value)
+        kind: Any = type(module)
+        if kind.__setstate__ is vars(nn.Module)["__setstate__"]:
+            vars(module).update(state)
+        else:  # torch's own compatibility shims live there
+            kind.__setstate__(module, {**vars(module), **state})
+        for place, value in record.hooks:
+            hook = self.decoder.decode(value)
+            if place == "_forward_pre_hooks":
+                module.register_forward_pre_hook(hook)
+            else:
+                module.register_forward_hook(hook)
+        _make_lazy(module)
+        _inject(module, record.parametrized)
+
+    def _tensor(self, index: int | None) -> Any:
+        return None if index is None else self.restorer.tensor(index)
+
+    @staticmethod
+    def _check_name(module: nn.Module, name: str) -> None:
+        if name in INTERNALS or callable(getattr(type(module), name, None)):
+            raise IntegrityError(
+                "document-damaged",
+                f'attribute "{escape(name)}" would replace a method of {type(module).__qualname__}',
+            )
+
+    def instance(self, reference: str, attributes: Mapping[str, Any]) -> Any:
+        kind = self.trust.resolve(Named("$object", reference))
+        made = object.__new__(kind)
+        vars(made).update({name: self.decoder.decode(item) for name, item in attributes.items()})
+        return made
+
+
+@dataclass(slots=True)
+class _ModuleDecoder(Decoder):
+    """The value codec, and the tags that only a module may hold."""
+
+    builder: _Builder = field(kw_only=True)
+
+    def _decode_tag(self, tag: str, content: Any) -> Any:
+        if tag == "$module":
+            return self.builder.module(content)
+        if tag in ("$class", "$function"):
+            return self.builder.trust.resolve(Named(tag, content))
+        if tag == "$enum":
+            return self.builder.trust.resolve(Named(tag, content[0]))[content[1]]
+        if tag == "$object":
+            return self.builder.instance(*content)
+        if tag == "$partial":
+            function, arguments, keywords = map(self.decode, content)
+            return functools.partial(function, *arguments, **keywords)
+        return super(_ModuleDecoder, self)._decode_tag(tag, content)
+
+
+def _make_lazy(module: nn.Module) -> None:
+    """Give a module with uninitialized parameters the two hooks that its constructor gives it."""
+    if not isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return
+    lazy: Any = module
+    if not lazy.has_uninitialized_params():
+        return
+    lazy._load_hook = lazy._register_load_state_dict_pre_hook(lazy._lazy_load_hook)
+    lazy._initialize_hook = lazy.register_forward_pre_hook(lazy._infer_parameters, with_kwargs=True)
+
+
+def _inject(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Put the synthetic class of torch.nn.utils.parametrize in front again."""
+    if not names:
+        return
+    from torch.nn.utils import parametrize
+
+    parametrize._inject_new_class(module)
+    for name in names:
+        parametrize._inject_property(module, name)

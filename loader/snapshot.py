@@ -1,0 +1,249 @@
+"""A module tree to records: parameters, buffers, children, flags and every other attribute."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+
+from ckpt.core.documents import Module
+from ckpt.loader.capture import Captured, TensorTable, capture
+from ckpt.loader.classes import describe_class, is_plain_class, reference_of
+from ckpt.loader.trust import STORED_HOOKS
+from ckpt.loader.values import Encoder, Path, RefusedError
+
+# What nn.Module.__init__ makes; everything else in __dict__ is the module's own.
+INTERNALS = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
+_MADE_BY_COMPILE = {"_is_torch_compile"}
+_HOOKS = {
+    "_forward_hooks": "forward hook",
+    "_forward_pre_hooks": "forward pre-hook",
+    "_backward_hooks": "backward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+}
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_MADE_BY_LAZY = {"_load_hook", "_initialize_hook"}
+
+
+def capture_state(state: Any) -> Captured:
+    """Describe what is pushed: a module, or any nesting of plain values with tensors in it.
+
+    Raises:
+        UsageError: ``cannot-store``, naming everything that cannot be stored.
+    """
+    return capture_module(state) if isinstance(state, nn.Module) else capture(state)
+
+
+def capture_module(module: nn.Module) -> Captured:
+    """Describe a module and everything in it; copies no tensor and calls no hook.
+
+    Raises:
+        UsageError: ``cannot-store``, naming everything that cannot be stored.
+    """
+    table = TensorTable(lazy=True)
+    encoder = _ModuleEncoder(table, table=table)
+    root = encoder.encode(module)
+    for path, reason in table.share():
+        encoder.refusals.append((path, reason))
+    encoder.raise_refusals()
+    entries, sources = table.finish()
+    return Captured(
+        root,
+        entries,
+        sources,
+        tuple(encoder.order),
+        modules=tuple(record for record in encoder.modules if record is not None),
+        classes=tuple(describe_class(reference) for reference in sorted(encoder.references)),
+        wrappers=encoder.wrappers,
+    )
+
+
+@dataclass(slots=True)
+class _ModuleEncoder(Encoder):
+    """The value codec, and the things that only a module may hold."""
+
+    table: TensorTable = field(kw_only=True)
+    modules: list[Module | None] = field(default_factory=list)
+    references: set[str] = field(default_factory=set)
+    wrappers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    _seen: dict[int, int] = field(default_factory=dict)
+
+    def _encode_other(self, value: Any, path: Path) -> Any:
+        if isinstance(value, nn.Module):
+            return {"$module": self._take_module(value, path)}
+        if isinstance(value, Enum):
+            return {"$enum": [self._refer(type(value)), value.name]}
+        if isinstance(value, functools.partial):
+            parts = [value.func, value.args, value.keywords]
+            return {"$partial": [self._encode(part, path) for part in parts]}
+        if isinstance(value, types.MethodType):
+            raise RefusedError("a bound method; store its object and look the method up in forward")
+        if isinstance(value, type):
+            return {"$class": self._refer(value)}
+        if isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
+            return {"$function": self._refer(value)}
+        return self._encode_object(value, path)
+
+    def _encode_object(self, value: Any, path: Path) -> Any:
+        """A plain object: its class by name, its attributes as values."""
+        kind = type(value)
+        name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+        slots = any(vars(base).get("__slots__") for base in kind.__mro__)
+        if not is_plain_class(kind) or slots or not hasattr(value, "__dict__"):
+            raise RefusedError(
+                f'cannot store {name}; create it in __setstate__, or leave it out with drop=["…"]'
+            )
+        reference = self._refer(kind)
+        with self.opened(value, path):
+            attributes = {
+                key: self.encode(item, (*path, key)) for key, item in sorted(vars(value).items())
+            }
+        return {"$object": [reference, attributes]}
+
+    def _refer(self, value: Any) -> str:
+        reference = reference_of(value)
+        self.references.add(reference)
+        return reference
+
+    def _take_module(self, module: nn.Module, path: Path) -> int:
+        unwrapped, wrappers = unwrap(module)
+        if id(unwrapped) in self._seen:
+            return self._seen[id(unwrapped)]
+        index = self._seen[id(unwrapped)] = len(self.modules)
+        self.modules.append(None)
+        if wrappers:
+            self.wrappers[".".join(path)] = wrappers
+        self.modules[index] = self._describe(unwrapped, path)
+        return index
+
+    def _describe(self, module: nn.Module, path: Path) -> Module:
+        if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
+            name = type(module).__qualname__
+            raise RefusedError(f"{name} carries generated code; push the original module")
+        reference = self._refer(_own_class(module))
+        state = _state_of(module)
+        hooks = self._hooks(module, path)
+        params = self._named(state["_parameters"], path)
+        persistent = state["_non_persistent_buffers_set"]
+        buffers = tuple(
+            (name, entry, name not in persistent)
+            for name, entry in self._named(state["_buffers"], path)
+        )
+        for _, entry, _ in buffers:
+            if entry is not None:
+                self.table.mark_buffer(entry)
+        return Module(
+            path=".".join(path),
+            reference=reference,
+            training=bool(state["training"]),
+            params=params,
+            buffers=buffers,
+            children=self._children(state["_modules"], path),
+            attrs=self._attributes(module, state, path),
+            hooks=hooks,
+            parametrized=_parametrized(module),
+        )
+
+    def _named(self, tensors: Mapping[str, Any], path: Path) -> tuple[tuple[str, int | None], ...]:
+        found = []
+        for name, tensor in tensors.items():
+            entry = None if tensor is None else self.encode(tensor, (*path, name))
+            found.append((name, None if entry is None else entry["$tensor"]))
+        return tuple(found)
+
+    def _children(
+        self, modules: Mapping[Any, Any], path: Path
+    ) -> tuple[tuple[str, int | None], ...]:
+        found: list[tuple[str, int | None]] = []
+        for name, child in modules.items():
+            if not isinstance(name, str):
+                reason = (
+                    f"child key of type {type(name).__name__} is not a string; "
+                    "write self._modules[str(i)] = m or add_module(name, m)"
+                )
+                self.refusals.append((path, reason))
+                continue
+            entry = None if child is None else self.encode(child, (*path, name))
+            found.append((name, None if entry is None else entry["$module"]))
+        return tuple(found)
+
+    def _attributes(
+        self, module: nn.Module, state: Mapping[str, Any], path: Path
+    ) -> dict[str, Any]:
+        made = INTERNALS | _MADE_BY_COMPILE | (_MADE_BY_LAZY if _is_lazy(module) else frozenset())
+        found = {}
+        for name, value in sorted(state.items()):
+            if name in made:
+                continue
+            if callable(getattr(type(module), name, None)):
+                reason = f'attribute "{name}" would replace a method of {type(module).__qualname__}'
+                self.refusals.append(((*path, name), f"{reason}; rename it, or subclass"))
+                continue
+            found[name] = self.encode(value, (*path, name))
+        return found
+
+    def _hooks(self, module: nn.Module, path: Path) -> tuple[tuple[str, Any], ...]:
+        """Hooks change outputs and are refused, but for those of torch.nn.utils."""
+        stored = []
+        for place, word in _HOOKS.items():
+            for hook in getattr(module, place).values():
+                kind = type(hook)
+                if _is_lazy(module) and getattr(hook, "__name__", "") == "_infer_parameters":
+                    continue
+                if f"{kind.__module__}:{kind.__qualname__}" in STORED_HOOKS:
+                    stored.append((place, self._encode_object(hook, path)))
+                    continue
+                name = getattr(hook, "__qualname__", kind.__qualname__)
+                reason = f"{word} {name} changes outputs and cannot be stored; remove it first"
+                self.refusals.append((path, reason))
+        return tuple(stored)
+
+
+def unwrap(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    """The module inside wrappers that only change how it runs, and their names, outermost first."""
+    names: list[str] = []
+    while True:
+        if isinstance(module, _WRAPPERS):
+            names.append(type(module).__name__)
+            module = module.module
+        elif type(module).__qualname__ == "OptimizedModule" and "_orig_mod" in module._modules:
+            names.append("compile")
+            module = module._modules["_orig_mod"]  # type: ignore[assignment]
+        else:
+            if vars(module).get("_compiled_call_impl") is not None:
+                names.append("compile-in-place")
+            return module, tuple(names)
+
+
+def _own_class(module: nn.Module) -> type:
+    """The class that the user wrote; parametrize puts a synthetic subclass in front of it."""
+    kind = type(module)
+    return kind.__bases__[0] if nn.utils.parametrize.is_parametrized(module) else kind
+
+
+def _parametrized(module: nn.Module) -> tuple[str, ...]:
+    if not nn.utils.parametrize.is_parametrized(module):
+        return ()
+    return tuple(module.parametrizations)  # type: ignore[arg-type]
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    lazy = nn.modules.lazy.LazyModuleMixin
+    return isinstance(module, lazy) and hasattr(module, "_initialize_hook")
+
+
+def _state_of(module: nn.Module) -> Mapping[str, Any]:
+    """``__dict__``, or what the class itself gives for it."""
+    kind: Any = _own_class(module)
+    if kind.__getstate__ in (vars(nn.Module).get("__getstate__"), vars(object)["__getstate__"]):
+        return vars(module)
+    state = kind.__getstate__(module)
+    if not isinstance(state, dict) or not vars(nn.Module()).keys() <= state.keys():
+        raise RefusedError(f"{kind.__qualname__}.__getstate__ gives no module's dict")
+    return state

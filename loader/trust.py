@@ -1,0 +1,232 @@
+"""What a load may import: decided by the caller alone, before anything is imported."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from torch import nn
+
+from ckpt.core.documents import Document
+from ckpt.core.errors import IntegrityError, NotFoundError, TrustError, UsageError
+from ckpt.core.printable import escape
+from ckpt.loader.classes import is_plain_class
+
+TrustLike = type | str
+
+_REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z", re.ASCII)
+_PREFIX = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z", re.ASCII)
+# Modules of torch whose nn.Module classes only hold tensors and compute.
+_TRUSTED_MODULES = (
+    "torch.nn.modules",
+    "torch.nn.utils.parametrize",
+    "torch.nn.utils.parametrizations",
+)
+# Whole functions that modules keep as attributes; stored by name, never called by the loader.
+_TRUSTED_FUNCTIONS = frozenset(
+    {"relu", "gelu", "silu", "elu", "selu", "celu", "leaky_relu", "hardswish", "mish", "tanh"}
+    | {"softplus", "sigmoid", "softmax", "log_softmax", "logsigmoid", "relu6", "hardtanh", "glu"}
+    | {"exp", "log", "sin", "cos", "sqrt", "abs", "erf"}
+)
+# Hooks by which torch.nn.utils recomputes a weight; their objects are stored.
+STORED_HOOKS = frozenset(
+    {"torch.nn.utils.weight_norm:WeightNorm", "torch.nn.utils.spectral_norm:SpectralNorm"}
+    | {
+        f"torch.nn.utils.prune:{name}"
+        for name in (
+            "CustomFromMask",
+            "Identity",
+            "L1Unstructured",
+            "LnStructured",
+            "PruningContainer",
+            "RandomStructured",
+            "RandomUnstructured",
+        )
+    }
+)
+_FUNCTION_HOMES = ("torch.nn.functional", "torch", "torch._C._nn", "math")
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """One name in a document, and what it must turn out to be."""
+
+    tag: str
+    reference: str
+
+
+def names_in(document: Document) -> list[Named]:
+    """Every class, function, enum and object that a load would need; imports nothing.
+
+    Raises:
+        IntegrityError: ``document-damaged`` when a name has no proper form.
+    """
+    found = {Named("$module", module.reference) for module in document.modules}
+    for module in document.modules:
+        for value in module.attrs.values():
+            found.update(_names_of(value))
+        for _, value in module.hooks:
+            found.update(_names_of(value))
+    found.update(_names_of(document.root))
+    for name in found:
+        parts = re.split(r"[.:]", name.reference)
+        private = any(part.startswith("__") and part != "__main__" for part in parts)
+        if not _REFERENCE.match(name.reference) or private:
+            raise IntegrityError(
+                "document-damaged", f'"{escape(name.reference, 80)}" is not the name of a class'
+            )
+    return sorted(found, key=lambda name: (name.reference, name.tag))
+
+
+def _names_of(value: Any) -> Iterator[Named]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _names_of(item)
+    elif isinstance(value, dict):
+        for tag, content in value.items():
+            if tag in ("$enum", "$object") and isinstance(content, list) and content:
+                yield Named(tag, str(content[0]))
+            elif tag in ("$class", "$function"):
+                yield Named(tag, str(content))
+            yield from _names_of(content)
+
+
+class Trust:
+    """The classes and modules that a caller allows, beside those of ``torch.nn``."""
+
+    def __init__(self, allowed: Iterable[TrustLike] = ()) -> None:
+        self._classes: dict[str, Any] = {}
+        self._local: dict[str, Any] = {}
+        self._prefixes: list[str] = []
+        for one in [allowed] if isinstance(allowed, (str, type)) else allowed:
+            self._allow(one)
+
+    def _allow(self, one: TrustLike) -> None:
+        if isinstance(one, str):
+            if not _PREFIX.match(one):
+                raise UsageError(
+                    "trust-invalid",
+                    f'"{escape(one, 80)}" is not the name of a module',
+                    hint='write trust=["mypackage.models"], or give the class itself',
+                )
+            self._prefixes.append(one)
+            return
+        name = getattr(one, "__qualname__", None)
+        if not isinstance(name, str):
+            raise UsageError(
+                "trust-invalid", f"{one!r} is not a class", hint="give a class or a module's name"
+            )
+        self._classes[f"{one.__module__}:{name}"] = one
+        self._local[name] = one
+
+    def check(self, document: Document) -> None:
+        """Refuse a document that names what is not allowed, all of it at once.
+
+        Raises:
+            TrustError: ``class-not-allowed``; nothing was imported.
+        """
+        refused = [name for name in names_in(document) if not self._allows(name)]
+        if not refused:
+            return
+        shown = ", ".join(sorted({name.reference for name in refused}))
+        modules = sorted({name.reference.partition(":")[0] for name in refused} - {"__main__"})
+        way = f"trust={modules!r}" if modules else "trust=[TheClass]"
+        noun = "class" if len(refused) == 1 else "classes"
+        raise TrustError(
+            "class-not-allowed",
+            f"the checkpoint names {len(refused)} {noun} you have not trusted: {shown}; "
+            "nothing was imported",
+            hint=f"if you trust them: {way}, or --trust on the command line",
+        )
+
+    def _allows(self, name: Named) -> bool:
+        if self._given(name.reference) is not None:
+            return True
+        module, _, qualified = name.reference.partition(":")
+        if any(_inside(module, prefix) for prefix in self._prefixes):
+            return True
+        if name.tag in ("$module", "$enum"):
+            return any(_inside(module, home) for home in _TRUSTED_MODULES)
+        if name.tag == "$object":
+            return name.reference in STORED_HOOKS
+        return (
+            name.tag == "$function"
+            and module in _FUNCTION_HOMES
+            and qualified in _TRUSTED_FUNCTIONS
+        )
+
+    def _given(self, reference: str) -> Any:
+        """The object that the caller gave for this name; a name in ``__main__`` matches alone."""
+        module, _, qualified = reference.partition(":")
+        if module == "__main__":
+            return self._local.get(qualified)
+        return self._classes.get(reference)
+
+    def resolve(self, name: Named) -> Any:
+        """Import what an allowed name means, and check that it is what it says.
+
+        Raises:
+            NotFoundError: ``class-missing``; TrustError: ``class-type``, ``class-origin``.
+        """
+        found = self._given(name.reference)
+        if found is None:
+            found = _imported(name.reference)
+            _check_origin(name.reference, found)
+        _check_kind(name, found)
+        return found
+
+
+def _inside(module: str, prefix: str) -> bool:
+    return module == prefix or module.startswith(f"{prefix}.")
+
+
+def _imported(reference: str) -> Any:
+    module, _, qualified = reference.partition(":")
+    try:
+        found: Any = sys.modules.get(module) or importlib.import_module(module)
+    except ImportError as error:
+        raise NotFoundError(
+            "class-missing",
+            f"cannot import {module}: {error}",
+            hint="install it, or get the weights alone with pull",
+        ) from error
+    for part in qualified.split("."):
+        if not hasattr(found, part):
+            raise NotFoundError(
+                "class-missing",
+                f"{module} has no {qualified}",
+                hint="install the version that it was saved with, or get the weights with pull",
+            )
+        found = getattr(found, part)
+    return found
+
+
+def _check_origin(reference: str, found: Any) -> None:
+    """A name must be where the object was defined, not where somebody re-exported it."""
+    module, _, qualified = reference.partition(":")
+    home = getattr(found, "__module__", None)
+    if getattr(found, "__qualname__", None) != qualified or home not in (module, None):
+        raise TrustError(
+            "class-origin",
+            f"{reference} resolves to {home}:{getattr(found, '__qualname__', '?')}",
+            hint="trust the module that defines it",
+        )
+
+
+def _check_kind(name: Named, found: Any) -> None:
+    wanted: Mapping[str, bool] = {
+        "$module": isinstance(found, type) and issubclass(found, nn.Module),
+        "$enum": isinstance(found, type) and issubclass(found, Enum),
+        "$object": isinstance(found, type) and is_plain_class(found),
+        "$class": isinstance(found, type),
+        "$function": callable(found) and not isinstance(found, type),
+    }
+    if not wanted[name.tag]:
+        words = {"$module": "an nn.Module class", "$enum": "an Enum", "$object": "a plain class"}
+        word = words.get(name.tag, name.tag.removeprefix("$"))
+        raise TrustError("class-type", f"{name.reference} is not {word}", hint="do not load this")

@@ -1,0 +1,123 @@
+"""Load: a version rebuilt as a module, or filled into one, and what was proven of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from ckpt.core.documents import Document
+from ckpt.core.errors import IntegrityError, UsageError
+from ckpt.core.records import Version
+from ckpt.registry.registry import Registry
+from ckpt.service.pull import fill
+from ckpt.storage.store import Store
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ckpt.loader.restore import DeviceMap
+    from ckpt.loader.trust import TrustLike
+    from ckpt.loader.verify import Report
+
+# From the weakest to the strongest.
+VERDICTS = ("weights", "structure")
+
+
+def load_module(
+    store: Store,
+    registry: Registry,
+    version: Version,
+    trust: Iterable[TrustLike] = (),
+    device: DeviceMap = None,
+    require: str | None = None,
+) -> tuple[nn.Module, Report]:
+    """Rebuild the module of a version, and prove that it is the one that was pushed.
+
+    Raises:
+        TrustError: ``class-not-allowed``, before a byte is read or anything imported.
+        IntegrityError: ``structure-differs``, ``verdict-too-low``, ``object-corrupt``.
+    """
+    from ckpt.loader.rebuild import rebuild
+    from ckpt.loader.restore import Restorer, check_devices
+    from ckpt.loader.trust import Trust
+    from ckpt.loader.verify import Report, check_structure, find_drift
+
+    check_require(require)
+    check_devices(device)
+    document = module_document(registry, version)
+    allowed = Trust(trust)
+    allowed.check(document)
+    own = [index for index, tensor in enumerate(document.tensors) if tensor.has_bytes]
+    filled = fill(store, registry, version, document, own, None)
+    module = rebuild(document, Restorer(document, filled, device), allowed)
+    check_structure(document, module, filled)
+    report = Report(
+        "structure",
+        reason="no inputs were recorded, so outputs were not compared",
+        drift=find_drift(document),
+        wrappers=document.wrappers,
+    )
+    _refuse_below(report, require, version)
+    return module, report
+
+
+def load_into(store: Store, registry: Registry, version: Version, module: nn.Module) -> Report:
+    """Fill a module's parameters and buffers in place: strict, without casts, ties kept.
+
+    Raises:
+        IntegrityError: ``keys-mismatch``, ``shape-mismatch``, ``dtype-mismatch``; nothing of the
+            module was changed.
+    """
+    from ckpt.loader.fill import fill_module
+    from ckpt.loader.restore import Restorer
+    from ckpt.loader.verify import Report
+
+    document = registry.queries.document(version)
+    own = [index for index, tensor in enumerate(document.tensors) if tensor.has_bytes]
+    filled = fill(store, registry, version, document, own, None)
+    restorer = Restorer(document, filled, "cpu")
+    prefix = fill_module(module, weights(document, restorer))
+    return Report("weights", reason="the module's own structure was used", renamed=prefix)
+
+
+def weights(document: Document, restorer: Any) -> dict[str, Any]:
+    """The tensors by the keys that ``state_dict()`` gave, or that a pushed dict had."""
+    from ckpt.loader.verify import state_dict_names
+
+    if document.state == "module":
+        return {key: restorer.tensor(index) for key, index in state_dict_names(document)}
+    state = restorer.state()
+    if not isinstance(state, dict):
+        raise UsageError(
+            "no-weights", "the version is no dict of tensors", hint="pull it and take what you need"
+        )
+    return state
+
+
+def module_document(registry: Registry, version: Version) -> Document:
+    """The document of a version whose root is a module; UsageError ``no-module``."""
+    document = registry.queries.document(version)
+    if document.state != "module":
+        raise UsageError(
+            "no-module",
+            f"{version.reference} is no module",
+            hint="use pull, or load_into a module of yours",
+        )
+    return document
+
+
+def check_require(require: str | None) -> None:
+    """Refuse a verdict that there is not."""
+    if require is not None and require not in VERDICTS:
+        raise UsageError(
+            "verdict-invalid", f'"{require}" is no verdict', hint=f"one of {', '.join(VERDICTS)}"
+        )
+
+
+def _refuse_below(report: Report, require: str | None, version: Version) -> None:
+    if require is not None and VERDICTS.index(report.verdict) < VERDICTS.index(require):
+        raise IntegrityError(
+            "verdict-too-low",
+            f"{version.reference} is proven to {report.verdict}, {require} was required "
+            f"({report.reason})",
+        )
