@@ -88,7 +88,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _on_terminate)
     settings = Settings()
     try:
-        status = ckpt.main(prog_name="ckpt", standalone_mode=False, obj=settings)
+        status = _run(settings)
         sys.stdout.flush()
     except BrokenPipeError:
         # Python would complain once more when it flushes at exit.
@@ -110,6 +110,22 @@ def main() -> None:
         said = escape(f"{type(error).__name__}: {error}")
         status = _fail("bug", f"{said}; please report it, with the output of --debug", 70)
     sys.exit(status)
+
+
+def _run(settings: Settings) -> int:
+    """Run the command. Not by click's own ``main``, which has its own words for signals and
+    closed pipes; only completion is left to it."""
+    if "_CKPT_COMPLETE" in os.environ:
+        ckpt.main(prog_name="ckpt")
+    try:
+        with ckpt.make_context("ckpt", sys.argv[1:], obj=settings) as context:
+            ckpt.invoke(context)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    return 0
 
 
 def _usage(error: click.ClickException) -> int:

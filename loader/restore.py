@@ -14,6 +14,7 @@ import torch
 from ckpt.core.documents import Document, Tensor
 from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.errors import IntegrityError, UsageError
+from ckpt.core.tensors import CHUNK_BYTES
 from ckpt.loader.capture import UNINITIALIZED
 from ckpt.loader.geometry import stored_shape
 from ckpt.loader.sources import as_bytes, typed_view
@@ -33,15 +34,16 @@ class MemorySpace:
     """Room for the bytes of one entry, on the CPU."""
 
     def __init__(self, entry: Tensor) -> None:
-        self._align = entry.align
-        dtype = dtype_of(entry)
-        shape = stored_shape(entry.shape, entry.strides)
-        nbytes = math.prod(shape) * dtype.itemsize
-        if self._align:
-            self._memory = torch.empty(self._align + nbytes, dtype=torch.uint8)
-            self.tensor = self._memory[self._align :]
-        else:
-            self._memory = self.tensor = torch.empty(shape, dtype=dtype)
+        nbytes = stored_nbytes(entry)
+        try:
+            if entry.align:
+                room = torch.empty(entry.align + nbytes, dtype=torch.uint8)
+                self.tensor = room[entry.align :]
+            else:
+                shape = stored_shape(entry.shape, entry.strides)
+                self.tensor = torch.empty(shape, dtype=dtype_of(entry))
+        except RuntimeError as error:
+            raise _damaged(f'"{entry.name}": {error}') from None
         self._view = as_bytes(self.tensor)
 
     def write(self, offset: int, data: memoryview) -> None:
@@ -64,8 +66,13 @@ def dtype_of(entry: Tensor) -> torch.dtype:
 
 
 def stored_nbytes(entry: Tensor) -> int:
-    """How many bytes an entry with chunks has."""
-    return math.prod(stored_shape(entry.shape, entry.strides)) * dtype_of(entry).itemsize
+    """How many bytes an entry with chunks has; IntegrityError unless its chunks are as many."""
+    shape = stored_shape(entry.shape, entry.strides)
+    nbytes = math.prod(shape) * dtype_of(entry).itemsize
+    # Before anything is allocated: the chunks are in the store, a shape is only a claim.
+    if min(shape, default=0) < 0 or -(-nbytes // CHUNK_BYTES) != len(entry.chunks):
+        raise _damaged(f'"{entry.name}" has {len(entry.chunks)} chunks for {nbytes} bytes')
+    return nbytes
 
 
 @dataclass(slots=True)

@@ -25,7 +25,7 @@ from ckpt.core.printable import escape
 
 Path = tuple[str, ...]
 
-_DEPTH_LIMIT = 200
+_DEPTH_LIMIT = 100
 _INTEGER_BITS = 8192
 _FACTORIES = {kind.__name__: kind for kind in (int, float, str, list, dict, set, tuple, bool)}
 _PLAIN_NAN = struct.pack(">d", math.nan)

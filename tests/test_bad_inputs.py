@@ -1,0 +1,269 @@
+"""Every bad input that a person can give on the command line: one line, the right exit code, no
+traceback, and nothing stored or left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import pytest
+from safetensors.numpy import save_file
+
+import ckpt
+from ckpt.cli import main as entry
+
+Prepare = Callable[[Path], object]
+
+
+def header_file(text: bytes, data: int = 0, length: int | None = None) -> Prepare:
+    """A file ``bad.safetensors`` with this header, in the folder that the test runs in."""
+
+    def write(folder: Path) -> None:
+        first = struct.pack("<Q", len(text) if length is None else length)
+        (folder / "bad.safetensors").write_bytes(first + text + bytes(data))
+
+    return write
+
+
+def raw_file(body: bytes) -> Prepare:
+    return lambda folder: (folder / "bad.safetensors").write_bytes(body)
+
+
+def one(dtype: str, shape: str, start: int, end: int) -> bytes:
+    text = f'{{"w":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{start},{end}]}}}}'
+    return text.encode()
+
+
+def two(start: int) -> bytes:
+    first = '"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}'
+    second = f'"b":{{"dtype":"F32","shape":[4],"data_offsets":[{start},{start + 16}]}}'
+    return f"{{{first},{second}}}".encode()
+
+
+def registry(sql: str) -> Prepare:
+    def change(folder: Path) -> None:
+        with sqlite3.connect(folder / ".ckpt" / "registry.db") as connection:
+            connection.execute(sql)
+        connection.close()
+
+    return change
+
+
+def config(text: str) -> Prepare:
+    return lambda folder: (folder / ".ckpt" / "config.toml").write_text(text)
+
+
+def link(folder: Path) -> None:
+    (folder / "link.safetensors").symlink_to(folder / "elsewhere")
+
+
+def nothing(folder: Path) -> None:
+    """Nothing has to be prepared."""
+
+
+PUSH = ["push", "bad.safetensors", "net"]
+OK = "ok.safetensors"
+ROWS: list[tuple[str, Prepare, list[str], int, str, str]] = [
+    # name, what is prepared, command, exit code, error code, words of the message
+    ("empty file", raw_file(b""), PUSH, 4, "header-short", "0 bytes"),
+    ("7 bytes", raw_file(b"1234567"), PUSH, 4, "header-short", "7"),
+    ("header 2^63", header_file(b"{}", length=2**63), PUSH, 4, "header-too-large", "16777216"),
+    ("header beyond end", header_file(b"{}" * 10, length=512), PUSH, 4, "truncated", "520"),
+    ("not UTF-8", header_file(b'{"\xff":1}'), PUSH, 4, "header-encoding", "offset"),
+    ("a list", header_file(b"[1, 2]"), PUSH, 4, "header-type", "array"),
+    ("duplicate", header_file(b'{"w":1,"w":2}'), PUSH, 4, "duplicate-key", "w"),
+    ("NUL padding", header_file(one("F32", "[1]", 0, 4) + b"\0", 4), PUSH, 4, "header-padding", ""),
+    ("overlap", header_file(two(8), 32), PUSH, 4, "offset-overlap", "b"),
+    ("hole", header_file(two(24), 40), PUSH, 4, "offset-gap", "16"),
+    ("trailing", header_file(one("F32", "[1]", 0, 4), 124), PUSH, 4, "trailing-data", "120"),
+    ("cut", header_file(one("F32", "[1024]", 0, 4096), 1000), PUSH, 4, "truncated", "4096"),
+    ("size", header_file(one("F32", "[2,3]", 0, 20), 20), PUSH, 4, "size-mismatch", "24"),
+    ("overflow", header_file(one("F32", f"[{2**40},{2**40}]", 0, 4), 4), PUSH, 4,
+     "shape-overflow", "w"),
+    ("overflow, empty", header_file(one("F32", f"[0,{2**62},8]", 0, 0)), PUSH, 4,
+     "shape-overflow", "w"),
+    ("negative", header_file(one("F32", "[-1]", 0, 4), 4), PUSH, 4, "shape-invalid", "-1"),
+    ("boolean", header_file(one("F32", "[true]", 0, 4), 4), PUSH, 4, "shape-invalid", ""),
+    ("dtype", header_file(one("F128", "[1]", 0, 16), 16), PUSH, 4, "dtype-unknown", "F128"),
+    ("rank", header_file(one("U8", str([1] * 70).replace(" ", ""), 0, 1), 1), PUSH, 4,
+     "rank-limit", "70"),
+    ("deep", header_file(b'{"a":' * 10_000), PUSH, 4, "header-depth", ""),
+    ("metadata", header_file(b'{"__metadata__":{"step":1}}'), PUSH, 4, "metadata-type", "step"),
+    ("bidi name", header_file(one("F32", "[1]", 0, 4).replace(b'"w"', b'"\\u202e"'), 4), PUSH, 4,
+     "name-invalid", "\\u202e"),
+    ("pickle", raw_file(b"\x80\x02}q\x00." + bytes(40)), PUSH, 4, "not-safetensors", "pickle"),
+    ("zip", raw_file(b"PK\x03\x04" + bytes(60)), PUSH, 4, "not-safetensors", ""),
+    ("pt", nothing, ["push", "net.pt", "net"], 9, "pickle-refused", "weights_only"),
+    ("missing file", nothing, ["push", "no.safetensors", "net"], 3, "not-found", "no.safetensors"),
+    ("folder", nothing, ["push", ".", "net"], 2, "is-folder", "folder"),
+    *(
+        (f"name {name!r}", nothing, ["push", OK, "--", name], 2, "name-invalid", word)
+        for name, word in [
+            ("../../outside", ""), ("/abs", ""), ("a//b", "empty"), ("..", ""), ("", "empty"),
+            ("a%2fb", ""), ("a\\b", ""), ("CON", "reserved"), ("aux.bin", "reserved"),
+            ("net.", "dot"), ("n" * 300, "300"), ("-net", ""), ("na me", ""), ("é", ""),
+            ("a\nb", "hidden"), ("a\u202eb", "hidden"),
+        ]
+    ),
+    ("case clash", nothing, ["push", OK, "KNOWN"], 5, "name-clash", "known"),
+    ("alias number", nothing, ["push", OK, "net:v3"], 2, "name-invalid", "number"),
+    ("alias latest", nothing, ["tag", "known", "latest"], 2, "name-invalid", "newest"),
+    ("alias empty", nothing, ["push", OK, "net:"], 2, "name-invalid", "empty"),
+    ("metric", nothing, ["push", OK, "net", "--metric", "loss=low"], 2, "metric-invalid", "loss"),
+    ("metric name", nothing, ["push", OK, "net", "--metric", "a b=1"], 2, "name-invalid", "a b"),
+    ("no =", nothing, ["push", OK, "net", "--label", "x"], 2, "usage", "="),
+    ("step", nothing, ["push", OK, "net", "--step", "-1"], 2, "step-invalid", "-1"),
+    ("step text", nothing, ["push", OK, "net", "--step", "x"], 2, "usage", "step"),
+    ("parent", nothing, ["push", OK, "net", "--parent", "no"], 3, "model-missing", "no"),
+    ("digest short", nothing, ["show", "known@b3:0123"], 2, "digest-invalid", "hex"),
+    ("digest upper", nothing, ["show", "known@b3:0123ABCD"], 2, "digest-invalid", "hex"),
+    ("digest slash", nothing, ["show", "known@b3:0123/abc"], 2, "digest-invalid", "hex"),
+    ("digest long", nothing, ["show", "known@b3:" + "a" * 65], 2, "digest-invalid", "hex"),
+    ("reference", nothing, ["show", "known@best"], 2, "reference-invalid", "name@3"),
+    ("no model", nothing, ["pull", "nix"], 3, "model-missing", "nix"),
+    ("no version", nothing, ["pull", "known@99"], 3, "version-missing", "known@99"),
+    ("no alias", nothing, ["pull", "known:nix"], 3, "alias-missing", "nix"),
+    ("exists", nothing, ["pull", "known", OK], 5, "exists", "--force"),
+    ("symlink", link, ["pull", "known", "link.safetensors"], 9, "symlink", "link"),
+    ("no folder", nothing, ["pull", "known", "no/x.safetensors"], 3, "no-folder", "no"),
+    ("untag", nothing, ["untag", "known@1"], 2, "reference-invalid", "model:alias"),
+    ("expect", nothing, ["tag", "known", "a", "--expect", "known"], 5, "alias-moved", "nothing"),
+    ("no command", nothing, ["frobnicate"], 2, "usage", "frobnicate"),
+    ("no option", nothing, ["ls", "--frobnicate"], 2, "usage", "frobnicate"),
+    ("no argument", nothing, ["push"], 2, "usage", "PATH"),
+    *(
+        (f"uri {uri}", nothing, ["-r", uri, "ls"], 2, "uri-refused", word)
+        for uri, word in [
+            ("http://169.254.169.254/", "http"), ("file:///etc", "file"), ("ftp://x/y", "ftp"),
+            ("s3://user:secret@bucket", "s3"),
+        ]
+    ),
+    ("no repository", nothing, ["-r", "nowhere", "ls"], 3, "no-repository", "nowhere"),
+    ("newer schema", registry("UPDATE alembic_version SET version_num='9999'"), ["ls"], 6,
+     "schema-newer", "pip install"),
+    ("no tables", registry("DROP TABLE alembic_version"), ["ls"], 6, "registry-corrupt", "rebuild"),
+    ("no database", lambda f: (f / ".ckpt/registry.db").write_bytes(b"x" * 9000), ["ls"],
+     6, "registry-corrupt", "rebuild"),
+    ("registry missing", lambda f: (f / ".ckpt/registry.db").unlink(), PUSH, 6,
+     "registry-missing", "rebuild"),
+    ("store missing", lambda f: shutil.rmtree(f / ".ckpt/store"), ["ls"], 6, "store-missing", ""),
+    ("format damaged", lambda f: replace(f / ".ckpt/store/FORMAT", b"{"), ["ls"], 4,
+     "store-damaged", "FORMAT"),
+    ("format newer", lambda f: replace(f / ".ckpt/store/FORMAT", json.dumps(
+        {"format": 2, "store": "00000000-0000-4000-8000-000000000000"}).encode()), ["ls"], 4,
+     "store-format", "pip install"),
+    ("foreign store", lambda f: replace(f / ".ckpt/store/FORMAT", json.dumps(
+        {"format": 1, "store": "00000000-0000-4000-8000-000000000000"}).encode()), ["ls"], 4,
+     "foreign-store", ""),
+    ("config outside", config('store = "../../elsewhere"'), ["ls"], 9, "config-outside", "--repo"),
+    ("config absolute", config('registry = "/tmp/x.db"'), ["ls"], 9, "config-outside", "--repo"),
+    ("config remote", config('store = "s3://bucket"'), ["ls"], 2, "uri-refused", "s3"),
+    ("config unknown", config('hook = "x"'), ["ls"], 4, "config-damaged", "hook"),
+    ("config broken", config("store = "), ["ls"], 4, "config-damaged", "config.toml"),
+]  # fmt: skip
+
+
+def replace(path: Path, body: bytes) -> None:
+    path.unlink()
+    path.write_bytes(body)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below the folder, with its bytes."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a repository in which one model lies, and a good file."""
+    folder = tmp_path_factory.mktemp("template")
+    save_file({"w": numpy.arange(4, dtype=numpy.float32)}, folder / OK)
+    with ckpt.open(folder) as repo:
+        repo.push_file(folder / OK, "known")
+    return folder
+
+
+@pytest.fixture
+def folder(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    copied = tmp_path / "work"
+    shutil.copytree(template, copied)
+    monkeypatch.chdir(copied)
+    monkeypatch.delenv("CKPT_REPO", raising=False)
+    monkeypatch.setattr("signal.signal", lambda *given: None)
+    return copied
+
+
+@pytest.mark.parametrize(
+    ("prepare", "arguments", "status", "code", "words"),
+    [row[1:] for row in ROWS],
+    ids=[row[0] for row in ROWS],
+)
+def test_a_bad_input_gets_one_clear_line_and_leaves_nothing(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    prepare: Prepare,
+    arguments: list[str],
+    status: int,
+    code: str,
+    words: str,
+) -> None:
+    prepare(folder)
+    before = tree(folder)
+    monkeypatch.setattr(sys, "argv", ["ckpt", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        entry.main()
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (status, ""), err
+    (line,) = err.splitlines()
+    assert line.startswith(f"error[{code}]: ")
+    assert words in line
+    assert tree(folder) == before
+
+
+def test_a_repository_of_another_user_is_not_followed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 4242)
+    for arguments, status in ((["ckpt", "ls"], 9), (["ckpt", "-r", ".", "ls"], 0)):
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as stop:
+            entry.main()
+        assert (stop.value.code or 0) == status
+    assert "config-owner" in capsys.readouterr().err
+
+
+def test_a_network_filesystem_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind in ("nfs4", "cifs", "fuse.sshfs", "lustre"):
+        monkeypatch.setattr("ckpt.registry.engine._filesystem_of", lambda path, kind=kind: kind)
+        monkeypatch.setattr(sys, "argv", ["ckpt", "ls"])
+        with pytest.raises(SystemExit) as stop:
+            entry.main()
+        assert stop.value.code == 6
+        err = capsys.readouterr().err
+        assert "error[registry-filesystem]" in err
+        assert "PostgreSQL" in err
+
+
+def test_a_push_that_is_repeated_after_success_is_answered(folder: Path) -> None:
+    with ckpt.open(folder) as repo:
+        assert repo.push_file(folder / OK, "known").reference == "known@1"
+
+
+def test_no_traceback_leaves_a_real_process(folder: Path) -> None:
+    program = Path(sys.executable).with_name("ckpt")
+    for arguments in (["pull", "nix"], ["push", "no", "net"], ["show", "known@b3:1"]):
+        shown = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+        assert shown.returncode in (2, 3)
+        assert shown.stderr.startswith("error[")
+        assert len(shown.stderr.splitlines()) == 1

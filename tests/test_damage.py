@@ -1,0 +1,290 @@
+"""Full disks, foreign folders, damaged packs and signals: typed, clean, and over with the cause."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+import ckpt
+from ckpt.core.effects import observed
+from ckpt.core.errors import AccessError, IntegrityError, SpaceError
+from ckpt.core.records import Pack
+
+PROGRAM = Path(sys.executable).with_name("ckpt")
+
+
+def leftovers(repo: ckpt.Repository) -> list[Path]:
+    """Temporary files that an operation left in the store."""
+    return list((repo.location.store / ".tmp").glob("*"))
+
+
+def pack_of(repo: ckpt.Repository) -> Path:
+    (pack,) = repo.location.store.glob("packs/*/*")
+    return pack
+
+
+def failing(kind: str, number: int) -> Callable[..., Any]:
+    """A hook that makes every act of one kind fail with this errno."""
+
+    def hook(found: str, act: Any, args: tuple[Any, ...]) -> Any:
+        if found == kind:
+            raise OSError(number, os.strerror(number))
+        return act(*args)
+
+    return hook
+
+
+@pytest.mark.parametrize("number", [28, 122], ids=["ENOSPC", "EDQUOT"])
+@pytest.mark.parametrize("kind", ["write", "create", "fsync", "link"])
+def test_a_full_disk_stops_a_push_cleanly(repo: ckpt.Repository, kind: str, number: int) -> None:
+    state = {"w": torch.randn(3000)}
+    with observed(failing(kind, number)), pytest.raises(SpaceError) as caught:
+        repo.push(state, "m")
+    assert (caught.value.code, caught.value.exit_code) == ("no-space", 8)
+    assert leftovers(repo) == []
+    assert repo.models() == []
+    assert repo.push(state, "m").number == 1
+
+
+def test_a_full_disk_stops_a_pull_cleanly(repo: ckpt.Repository, tmp_path: Path) -> None:
+    repo.push({"w": torch.randn(3000)}, "m")
+    target = tmp_path / "out"
+    target.mkdir()
+    with observed(failing("write", 28)), pytest.raises(SpaceError):
+        repo.pull_file("m", target / "m.safetensors")
+    assert list(target.iterdir()) == []
+    repo.pull_file("m", target / "m.safetensors")
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(
+    repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(repo.location.root)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(SpaceError, match=r"has 0\.0 GiB free"):
+        repo.push({"w": torch.randn(3000)}, "m")
+    assert not list(repo.location.store.glob("packs/*/*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real disk of 2 MiB; only root can make one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], check=True)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root; the tests above need no disk")
+def test_a_push_to_a_real_full_disk_leaves_nothing_and_works_again(small_disk: Path) -> None:
+    filler = small_disk / "filler"
+    with ckpt.open(small_disk) as repo:
+        repo.push({"w": torch.randn(1000)}, "m")
+        filler.write_bytes(bytes(1_200_000))
+        for _ in range(2):
+            with pytest.raises(SpaceError):
+                repo.push({"w": torch.randn(200_000)}, "m")
+        assert leftovers(repo) == []
+        filler.unlink()
+        repo.push({"w": torch.randn(200_000)}, "m")
+        assert len(repo.log("m")) == 2
+
+
+AS_OTHER_USER = """
+import os, sys
+import ckpt
+from ckpt.core.errors import AccessError
+with ckpt.open(sys.argv[3]) as repo:  # loads everything while the interpreter's own files may be read
+    repo.pull_file(repo.push_file(sys.argv[2], "m"), sys.argv[3] + "/out.safetensors")
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+try:
+    with ckpt.open(sys.argv[1]) as repo:
+        assert repo.get("m").number == 1
+        repo.push_file(sys.argv[2], "m")
+except AccessError as error:
+    print(error.code, error.exit_code)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
+def test_a_repository_that_may_only_be_read_refuses_a_push(tmp_path: Path) -> None:
+    with ckpt.open(tmp_path / "shared") as repo:
+        repo.push({"w": torch.ones(3)}, "m")
+    save_file({"w": numpy.zeros(3, numpy.float32)}, tmp_path / "new.safetensors")
+    before = sorted(str(path) for path in (tmp_path / "shared").rglob("*"))
+    for path in (tmp_path, *tmp_path.parents):
+        if path.stat().st_uid == 0 and path != Path("/"):
+            path.chmod(path.stat().st_mode | 0o055)
+    shown = subprocess.run(
+        [
+            *(sys.executable, "-c", AS_OTHER_USER),
+            *(tmp_path / "shared", tmp_path / "new.safetensors", tmp_path / "warm"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert shown.stdout.split() == ["permission", "7"], shown.stderr
+    assert sorted(str(path) for path in (tmp_path / "shared").rglob("*")) == before
+
+
+def test_permission_is_an_access_error(repo: ckpt.Repository) -> None:
+    for number in (13, 1, 30):
+        with observed(failing("create", number)), pytest.raises(AccessError) as caught:
+            repo.push({"w": torch.ones(3)}, "m")
+        assert (caught.value.code, caught.value.exit_code) == ("permission", 7)
+
+
+class TestDamagedPacks:
+    """A pack that is not what it was is found when it is read, and healed by the next push."""
+
+    STATE = {"w": torch.arange(1000.0)}  # noqa: RUF012  never changed
+
+    def damage(self, pack: Path, how: str) -> None:
+        body = bytearray(pack.read_bytes())
+        pack.chmod(0o644)
+        if how == "flipped":
+            body[-1] ^= 1
+            pack.write_bytes(body)
+        elif how == "cut":
+            pack.write_bytes(body[:-10])
+        else:
+            pack.unlink()
+
+    @pytest.mark.parametrize(
+        ("how", "code"),
+        [("flipped", "object-corrupt"), ("cut", "object-short"), ("deleted", "object-missing")],
+    )
+    def test_a_pull_names_version_tensor_and_key(
+        self, repo: ckpt.Repository, tmp_path: Path, how: str, code: str
+    ) -> None:
+        repo.push(self.STATE, "m")
+        pack = pack_of(repo)
+        self.damage(pack, how)
+        target = tmp_path / "out"
+        target.mkdir()
+        for act in (lambda: repo.pull("m"), lambda: repo.pull_file("m", target / "x.safetensors")):
+            with pytest.raises(IntegrityError) as caught:
+                act()
+            assert caught.value.code == code
+            for part in ("m@1", '"w"', pack.name):
+                assert part in str(caught.value)
+        assert list(target.iterdir()) == []
+
+    @pytest.mark.parametrize("how", ["cut", "deleted"])
+    def test_the_next_push_of_that_content_stores_it_again(
+        self, repo: ckpt.Repository, how: str
+    ) -> None:
+        repo.push(self.STATE, "m")
+        self.damage(pack_of(repo), how)
+        again = repo.push(self.STATE, "m")
+        assert again.number == 2
+        assert again.new_bytes > 4000
+        assert torch.equal(repo.pull(again)["w"], self.STATE["w"])
+
+    def test_any_flipped_byte_of_the_data_is_found(self, repo: ckpt.Repository) -> None:
+        repo.push({"w": torch.arange(64, dtype=torch.uint8)}, "m")
+        pack = pack_of(repo)
+        pack.chmod(0o644)
+        whole = pack.read_bytes()
+        for at in range(1, 65):
+            body = bytearray(whole)
+            body[-at] ^= 0x10
+            pack.write_bytes(body)
+            with pytest.raises(IntegrityError):
+                repo.pull("m")
+        pack.write_bytes(whole)
+        repo.pull("m")
+
+
+def test_a_damaged_document_is_named(repo: ckpt.Repository) -> None:
+    import sqlite3
+
+    import zstandard
+
+    repo.push({"w": torch.ones(3)}, "m")
+    with sqlite3.connect(repo.location.registry) as connection:
+        ((body,),) = connection.execute("SELECT body FROM structures").fetchall()
+        text = zstandard.ZstdDecompressor().decompress(body).replace(b'"state"', b'"stage"')
+        packed = zstandard.ZstdCompressor().compress(text)
+        connection.execute("UPDATE structures SET body = ?", (packed,))
+    connection.close()
+    with pytest.raises(IntegrityError) as caught:
+        repo.pull("m")
+    assert caught.value.code == "document-damaged"
+
+
+@pytest.fixture
+def big_file(tmp_path: Path) -> Path:
+    """A file whose push takes long enough to be stopped."""
+    path = tmp_path / "big.safetensors"
+    random = numpy.random.default_rng(0)
+    arrays = {f"w{n}": random.integers(0, 255, 16 << 20, numpy.uint8) for n in range(20)}
+    save_file(arrays, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_signal_leaves_nothing_behind_and_says_that_it_is_safe_to_run_again(
+    tmp_path: Path, big_file: Path, number: int, status: int, word: str
+) -> None:
+    environment = {**os.environ, "CKPT_REPO": str(tmp_path)}
+    subprocess.run([PROGRAM, "init", tmp_path], check=True, capture_output=True)
+    process = subprocess.Popen(
+        [PROGRAM, "push", big_file, "big"], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    temporary = tmp_path / ".ckpt" / "store" / ".tmp"
+    while not any(temporary.glob("*-0.safetensors*")):  # it writes its pack now
+        assert process.poll() is None
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert err.startswith(f"error[{word}]: ")
+    assert "run it again" in err
+    assert len(err.splitlines()) == 1
+    assert list(temporary.iterdir()) == []
+    again = subprocess.run(
+        [PROGRAM, "push", "-q", big_file, "big"], env=environment, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert again.stdout == "big@1\n"
+
+
+def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
+    with ckpt.open(tmp_path) as repo:
+        for n in range(40):
+            repo.push({f"tensor-{k}": torch.tensor(n + k) for k in range(40)}, f"m{n}")
+    environment = {**os.environ, "CKPT_REPO": str(tmp_path)}
+    read, write = os.pipe()
+    process = subprocess.Popen(
+        [PROGRAM, "ls"], env=environment, stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    os.close(read)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (141, "")
+
+
+def test_a_pack_is_checked_by_size_before_it_is_shared(repo: ckpt.Repository) -> None:
+    repo.push({"w": torch.ones(3)}, "m")
+    pack = pack_of(repo)
+    recorded = Pack(pack.stem, "", pack.stat().st_size, "")
+    pack.chmod(0o644)
+    pack.write_bytes(pack.read_bytes() + b"x")
+    assert pack.stat().st_size == recorded.size + 1
+    assert repo.push({"w": torch.ones(3)}, "other").new_bytes > 0

@@ -1,0 +1,240 @@
+"""The value codec: every plain value comes back with its type and bits, the rest is refused."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import struct
+import threading
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+from torch import nn
+
+from ckpt.core.documents import Document, decode_document, encode_document
+from ckpt.core.errors import IntegrityError, UsageError
+from ckpt.core.tensors import chunk_spans
+from ckpt.loader.capture import capture
+from ckpt.loader.restore import MemorySpace, Restorer
+from ckpt.loader.values import Decoder
+
+Pair = namedtuple("Pair", "a b")
+
+
+def described(state: Any) -> tuple[Document, dict[int, MemorySpace]]:
+    """The document of a state as it is read back, and its bytes."""
+    captured = capture(state)
+    document = Document(
+        format=1,
+        state="values",
+        root=captured.root,
+        tensors=captured.tensors,
+        environment="",
+        order=captured.order,
+    )
+    document = decode_document(encode_document(document))
+    spaces = {}
+    for index, source in enumerate(captured.sources):
+        if source is not None:
+            count = len(chunk_spans(source.nbytes))
+            spaces[index] = MemorySpace(replace(document.tensors[index], chunks=("",) * count))
+            for at in range(0, source.nbytes, 7):  # odd pieces, as chunks would be
+                piece = source.read(at, min(7, source.nbytes - at))
+                spaces[index].write(at, piece)
+    return document, spaces
+
+
+def round_trip(state: Any) -> Any:
+    document, spaces = described(state)
+    return Restorer(document, spaces).state()
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal in type and bits, also NaNs, signs of zero and the order of dicts."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, float):
+        return struct.pack(">d", one) == struct.pack(">d", other)
+    if isinstance(one, complex):
+        return same(one.real, other.real) and same(one.imag, other.imag)
+    if isinstance(one, dict):
+        pairs = zip(one.items(), other.items(), strict=False)
+        return len(one) == len(other) and all(same(a, b) and same(c, d) for (a, c), (b, d) in pairs)
+    if isinstance(one, (list, tuple, deque)):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, numpy.generic):
+        return bool(one.tobytes() == other.tobytes() and one.dtype == other.dtype)
+    if isinstance(one, torch.Generator):
+        return torch.equal(one.get_state(), other.get_state())
+    return bool(one == other)
+
+
+any_float = st.integers(0, 2**64 - 1).map(lambda bits: struct.unpack(">d", bits.to_bytes(8))[0])
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**80), 2**80),
+    st.floats(),
+    any_float,
+    st.text(st.characters()),
+    st.text(st.characters(categories=["Cs", "Lu"])),
+    st.binary(),
+    st.complex_numbers(),
+    st.binary().map(bytearray),
+    st.builds(range, st.integers(-5, 5), st.integers(-5, 5), st.integers(1, 3)),
+    st.builds(slice, st.none() | st.integers(), st.integers(), st.none() | st.integers()),
+    st.lists(st.integers(0, 9)).map(torch.Size),
+    st.sampled_from(
+        [..., torch.bfloat16, torch.device("cuda:1"), torch.strided, torch.channels_last]
+    ),
+    st.sampled_from([pathlib.Path("a/b"), numpy.float32(1.5), numpy.int8(-3), numpy.bool_(True)]),
+)
+keys = st.text(max_size=4) | st.integers() | st.booleans() | st.none() | st.tuples(st.integers())
+values = st.recursive(
+    scalars,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.lists(inner, max_size=4).map(tuple),
+        st.dictionaries(keys, inner, max_size=4),
+        st.dictionaries(keys, inner, max_size=4).map(OrderedDict),
+        st.dictionaries(st.text(), st.integers()).map(Counter),
+        st.dictionaries(st.text(), inner, max_size=3).map(lambda items: defaultdict(list, items)),
+        st.lists(inner, max_size=3).map(lambda items: deque(items, maxlen=5)),
+        st.frozensets(st.integers() | st.text()),
+        st.sets(st.text() | st.tuples(st.integers(), st.text())),
+    ),
+    max_leaves=12,
+)
+
+
+@given(values)
+def test_every_plain_value_comes_back_with_its_type_and_bits(value: Any) -> None:
+    assert same(round_trip(value), value)
+
+
+@given(st.permutations(list("abcdef")))
+def test_the_order_of_a_dict_comes_back_and_is_no_part_of_its_identity(order: list[str]) -> None:
+    state = {name: {name: torch.tensor(ord(name)), "z": 1} for name in order}
+    document, spaces = described(state)
+    assert list(Restorer(document, spaces).state()) == order
+    other, _ = described({name: state[name] for name in sorted(order)})
+    assert (document.root, document.tensors) == (other.root, other.tensors)
+
+
+def test_special_values_keep_their_bits() -> None:
+    payload = struct.unpack(">d", bytes.fromhex("7ff8000000000001"))[0]
+    state = [math.nan, -math.nan, payload, math.inf, -math.inf, -0.0, 2**100, "\ud800", 1e-320]
+    assert same(round_trip(state), state)
+
+
+def test_a_generator_goes_on_where_it_was() -> None:
+    generator = torch.Generator().manual_seed(5)
+    torch.rand(3, generator=generator)
+    restored = round_trip({"g": generator})["g"]
+    wanted = torch.rand(4, generator=generator)
+    assert torch.equal(torch.rand(4, generator=restored), wanted)
+
+
+def test_a_deque_keeps_its_bound_and_a_defaultdict_its_factory() -> None:
+    state = {"d": deque([1, 2], maxlen=2), "f": defaultdict(int, a=1), "n": defaultdict(None)}
+    restored = round_trip(state)
+    assert restored["d"].maxlen == 2
+    assert restored["f"]["missing"] == 0
+    assert restored["n"].default_factory is None
+
+
+class Weird(torch.Tensor):
+    """A tensor subclass."""
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (lambda: 1, "which is code"),
+        (threading.Lock(), "cannot store _thread.lock"),
+        (nn.Linear(1, 1), "use its state_dict()"),
+        (torch.optim.SGD([torch.ones(1)]), "use its state_dict()"),
+        (Pair(1, 2), "convert it to a plain tuple"),
+        (type("Own", (dict,), {})(), "convert it to a plain dict"),
+        (defaultdict(lambda: 1), "factory is not a built-in type"),
+        (torch.empty(1, device="meta"), "on device meta"),
+        (torch.ones(1).as_subclass(Weird), "tensor subclass"),
+        (nn.UninitializedParameter(), "run one forward first"),
+        (numpy.array([object()]), "Python objects"),
+        (numpy.ma.masked_array([1]), "numpy.asarray"),
+        ({torch.ones(1): 1}, "cannot stand here"),
+        ({frozenset([1]): {1, 2}, "bad": 1j**2, "worse": {print}}, "which is code"),
+        (2**9000, "bits"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_what_cannot_be_stored_is_refused_with_its_path(value: Any, reason: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        capture({"fine": 1, "deep": [0, {"x": value}]})
+    assert caught.value.code == "cannot-store"
+    assert "deep.1.x" in str(caught.value)
+    assert reason in str(caught.value)
+
+
+def test_everything_that_cannot_be_stored_is_refused_at_once() -> None:
+    with pytest.raises(UsageError) as caught:
+        capture({"a": print, "b": [1, threading.Lock()], "c": {"d": nn.ReLU()}})
+    message = str(caught.value)
+    assert message.startswith("3 values cannot be stored: a: ")
+    assert "; b.1: " in message
+    assert "; c.d: " in message
+
+
+def test_a_cycle_and_too_deep_a_nesting_are_refused() -> None:
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    for state, reason in ((cycle, "contains itself"), (deep, "nested deeper")):
+        with pytest.raises(UsageError, match=reason):
+            capture({"s": state})
+
+
+@pytest.mark.parametrize(
+    "root",
+    [
+        {"$unknown": 1},
+        {"$tuple": [], "$list": []},
+        {},
+        {"$bytes": 1},
+        {"$bytes": "a"},
+        {"$float": "one"},
+        {"$dict": [[1]]},
+        {"$dict": [[[], 1]]},
+        {"$dtype": "os"},
+        {"$dtype": "load"},
+        {"$layout": "float32"},
+        {"$npscalar": ["|O", "AAAAAAAAAAA="]},
+        {"$npscalar": ["<f4", ""]},
+        {"$defaultdict": ["exec", []]},
+        {"$tensor": 0},
+        {"$tensor": "x"},
+        {"$module": 0},
+        {"$object": ["os:system", {}]},
+        {"$device": "nowhere:-5"},
+    ],
+    ids=str,
+)
+def test_a_malformed_value_is_damage_and_nothing_else(root: Any) -> None:
+    document = Document(format=1, state="values", root=root, tensors=(), environment="")
+    with pytest.raises(IntegrityError) as caught:
+        Restorer(document, {}).state()
+    assert caught.value.code == "document-damaged"
+
+
+def test_an_order_that_is_no_permutation_is_damage() -> None:
+    decoder = Decoder(lambda index: index, {0: (0, 0)}, lambda device, state: torch.Generator())
+    with pytest.raises(IntegrityError):
+        decoder.decode({"$dict": [["a", 1], ["b", 2]]})
