@@ -25,6 +25,7 @@ COMMANDS = {
     "log": "listing",
     "show": "show",
     "inspect": "show",
+    "verify": "verify",
     "tag": "names",
     "untag": "names",
     "label": "names",

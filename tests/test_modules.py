@@ -377,3 +377,16 @@ class TestLoadInto:
             repo.load_into(target, "m")
         assert caught.value.code == code
         assert all(torch.equal(target.state_dict()[key], before[key]) for key in before)
+
+
+def test_the_command_line_verifies_and_names_what_it_needs(
+    pushed: dict[str, Any], tmp_path: Path
+) -> None:
+    program = Path(sys.executable).with_name("ckpt")
+    command = [program, "-r", pushed["repo"].location.root, "verify", "e"]
+    untrusted = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert untrusted.returncode == 9
+    assert "error[class-not-allowed]" in untrusted.stderr
+    command += ["--trust", "chapter_models", "--path", HERE]
+    verified = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert verified.stdout == "e@1: structure\n", verified.stderr
