@@ -25,7 +25,7 @@ class Settings:
 
     def open(self, *, create: bool = False) -> Repository:
         """Open the repository that is meant."""
-        from ckpt.service.repository import open_repository
+        from ckpt.service.opening import open_repository
 
         return open_repository(self.repo, create=create)
 

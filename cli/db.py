@@ -16,7 +16,7 @@ def db() -> None:
 @command("upgrade")
 def upgrade(settings: Settings) -> None:
     """Bring the registry's schema up to date; harmless when it is."""
-    from ckpt.service.repository import upgrade_registry
+    from ckpt.service.opening import upgrade_registry
 
     path = upgrade_registry(settings.repo)
     settings.say(f"{path} is up to date")

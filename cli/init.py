@@ -13,7 +13,7 @@ from ckpt.cli.render import print_json
 def init(settings: Settings, folder: str | None) -> None:
     """Make a repository in FOLDER/.ckpt (default: here), unless there is one."""
     from ckpt.service.config import locate
-    from ckpt.service.repository import open_repository
+    from ckpt.service.opening import open_repository
 
     chosen = folder or settings.repo or "."
     existed = locate(chosen).exists

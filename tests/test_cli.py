@@ -192,7 +192,7 @@ def test_a_bug_is_one_line_and_exit_70(shell: Shell, monkeypatch: pytest.MonkeyP
     def broken(*given: object, **more: object) -> None:
         raise ValueError("surprise")
 
-    monkeypatch.setattr("ckpt.service.repository.open_repository", broken)
+    monkeypatch.setattr("ckpt.service.opening.open_repository", broken)
     shell("ls", status=70)
     assert shell.err.startswith("error[bug]: ValueError: surprise")
     assert "Traceback" not in shell.err

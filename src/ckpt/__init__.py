@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ckpt.core.records import Version
     from ckpt.loader.restore import CkptWarning
     from ckpt.service.repository import Repository
-    from ckpt.service.repository import open_repository as open
+    from ckpt.service.opening import open_repository as open
 
 __all__ = ["CkptError", "CkptWarning", "Repository", "Version", "open"]
 
@@ -22,7 +22,7 @@ _HOMES = {
     "CkptWarning": ("ckpt.loader.restore", "CkptWarning"),
     "Repository": ("ckpt.service.repository", "Repository"),
     "Version": ("ckpt.core.records", "Version"),
-    "open": ("ckpt.service.repository", "open_repository"),
+    "open": ("ckpt.service.opening", "open_repository"),
 }
 
 
