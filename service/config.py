@@ -142,11 +142,24 @@ def complete(location: Location) -> None:
     config = location.root / CONFIG
     temporary = config.with_name(f"{CONFIG}.{os.getpid()}.tmp")
     try:
-        perform("write_text", temporary.write_text, _CONFIG_TEXT)
-        perform("rename", temporary.replace, config)
+        try:
+            perform("write_text", temporary.write_text, _CONFIG_TEXT)
+            _sync(temporary)
+            perform("rename", temporary.replace, config)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync(location.root)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise from_os_error(error, f"making the repository {location.root}") from error
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        perform("fsync", os.fsync, handle)
+    finally:
+        os.close(handle)
 
 
 def no_repository(location: Location) -> NotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -93,8 +94,9 @@ def new_file(destination: Path, nbytes: int, *, force: bool) -> Iterator[int]:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         _check_room(destination.parent, nbytes)
-        handle = perform("create", os.open, temporary, flags, 0o666)
+        handle = -1
         try:
+            handle = perform("create", os.open, temporary, flags, 0o666)
             yield handle
             perform("fsync", os.fsync, handle)
             if force:
@@ -103,8 +105,10 @@ def new_file(destination: Path, nbytes: int, *, force: bool) -> Iterator[int]:
                 perform("link", os.link, temporary, destination)
             _sync_folder(destination.parent)
         finally:
-            os.close(handle)
-            temporary.unlink(missing_ok=True)
+            if handle >= 0:
+                os.close(handle)
+            with contextlib.suppress(FileNotFoundError):  # renamed, or never made
+                perform("unlink", os.unlink, temporary)
     except FileExistsError:
         raise _exists(destination) from None
     except OSError as error:
