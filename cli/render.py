@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -106,13 +107,15 @@ def progress(settings: Settings, what: str) -> Iterator[Callable[[int, int], Non
 @contextmanager
 def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
     bars: list[Any] = []
+    lock = threading.Lock()  # progress comes from several threads
 
     def update(done: int, total: int) -> None:
         if total < _PROGRESS_BYTES:
             return
-        if not bars:
-            bars.append(_rich_bar(what, total))
-        bars[0].update(bars[0].task_ids[0], completed=done)
+        with lock:
+            if not bars:
+                bars.append(_rich_bar(what, total))
+            bars[0].update(bars[0].task_ids[0], completed=done)
 
     try:
         yield update

@@ -24,7 +24,7 @@ from ckpt.core.names import (
 from ckpt.core.records import Environment, Model, Version
 from ckpt.core.references import parse_reference
 from ckpt.registry.registry import Registry
-from ckpt.service.acknowledge import acknowledge_event
+from ckpt.service.acknowledge import acknowledge_event, copy_pending
 from ckpt.service.author import author
 from ckpt.service.config import Location
 from ckpt.storage.local import LocalStore
@@ -362,7 +362,12 @@ class Repository:
         Raises:
             ConflictError: ``aliased`` while an alias names it.
         """
-        version = self.get(ref)
+        try:
+            version = self.get(ref)
+        except NotFoundError:
+            # "It is gone" may repeat an rm whose process died before its event was copied.
+            copy_pending(self._store, self._registry)
+            raise
         event = self._registry.changes.remove(version.push, author())
         acknowledge_event(self._store, self._registry, event)
         return version

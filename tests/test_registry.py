@@ -282,3 +282,13 @@ def test_a_copy_that_is_missing_is_made_by_the_next_act(repo: ckpt.Repository) -
     with ckpt.open(repo.location.root) as another:
         another.push({"w": torch.zeros(1)}, "other")
     assert document.read_bytes() == body
+
+
+def test_a_repeated_rm_says_gone_only_when_its_event_is_in_the_store(repo: ckpt.Repository) -> None:
+    version = repo.push({"w": torch.ones(1)}, "m")
+    repo._registry.changes.remove(version.push, "me")  # the process dies here
+    assert not list(repo.location.store.glob("events/1/*"))
+    with ckpt.open(repo.location.root) as another, pytest.raises(NotFoundError):
+        another.rm("m@1")
+    (event,) = repo.location.store.glob("events/1/*")
+    assert json.loads(event.read_bytes())["kind"] == "rm"
