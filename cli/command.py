@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ckpt.core.printable import escape
+
 if TYPE_CHECKING:
     from ckpt.service.repository import Repository
 
@@ -32,7 +34,7 @@ class Settings:
     def say(self, text: str) -> None:
         """Tell the person something on stderr; stdout is for results."""
         if not self.quiet:
-            click.echo(text, err=True)
+            click.echo(escape(text, limit=4000), err=True)
 
 
 def _setter(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:

@@ -6,6 +6,7 @@ import click
 
 from ckpt.cli.command import Settings, command
 from ckpt.cli.render import print_json
+from ckpt.core.printable import escape
 
 
 @command("init")
@@ -22,7 +23,7 @@ def init(settings: Settings, folder: str | None) -> None:
     if settings.as_json:
         print_json({"repository": str(root), "created": not existed})
     else:
-        click.echo(f"{'found' if existed else 'made'} the repository {root}")
+        click.echo(f"{'found' if existed else 'made'} the repository {escape(str(root), 4000)}")
 
 
 COMMANDS = {"init": init}

@@ -48,8 +48,9 @@ def ls(settings: Settings) -> None:
 @click.option("--before", type=int, metavar="N", help="Only versions below number N.")
 def log(settings: Settings, model: str, limit: int, before: int | None) -> None:
     """List the versions of MODEL, newest first."""
-    if limit < 1:
-        raise click.BadParameter("must be at least 1", param_hint="--number")
+    for option, value in (("--number", limit), ("--before", before)):
+        if value is not None and not 1 <= value < 2**63:
+            raise click.BadParameter("must be at least 1 and fit 64 bits", param_hint=option)
     with settings.open() as repository:
         versions = repository.log(model, before=before, limit=limit)
     if settings.as_json:

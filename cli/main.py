@@ -34,6 +34,7 @@ COMMANDS = {
     "completion": "completion",
 }
 _HIDDEN = {"inspect"}
+_SAFE = "nothing is left half-done, it is safe to run it again"
 
 
 class _Commands(click.Group):
@@ -87,6 +88,7 @@ def _on_terminate(number: int, frame: FrameType | None) -> NoReturn:
 def main() -> None:
     """The entry point of the command ``ckpt``."""
     signal.signal(signal.SIGTERM, _on_terminate)
+    _open_closed_streams()
     settings = Settings()
     try:
         status = _run(settings)
@@ -96,11 +98,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except (KeyboardInterrupt, click.Abort):
-        status = _fail(
-            "interrupted", "stopped by you; nothing is left half-done, run it again", 130
-        )
+        status = _fail("interrupted", f"stopped by you; {_SAFE}", 130)
     except _Terminated:
-        status = _fail("terminated", "stopped; nothing is left half-done, run it again", 143)
+        status = _fail("terminated", f"stopped; {_SAFE}", 143)
     except click.ClickException as error:
         status = _usage(error)
     except CkptError as error:
@@ -111,6 +111,14 @@ def main() -> None:
         said = escape(f"{type(error).__name__}: {error}")
         status = _fail("bug", f"{said}; please report it, with the output of --debug", 70)
     sys.exit(status)
+
+
+def _open_closed_streams() -> None:
+    """Give streams that were closed (``>&-``) to the null device, before a file of the store gets
+    their number and with it what somebody prints."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  open until the end
 
 
 def _run(settings: Settings) -> int:

@@ -8,6 +8,7 @@ from ckpt.cli.command import Settings, command
 from ckpt.cli.push import number, pairs
 from ckpt.cli.render import print_json, version_json
 from ckpt.core.errors import UsageError
+from ckpt.core.names import check_key
 
 
 @command("tag")
@@ -53,6 +54,8 @@ def label(
     """Set labels and metrics of a version, or remove some."""
     if not labels and not metrics and not remove:
         raise UsageError("usage", "nothing to set or remove", hint="write KEY=TEXT")
+    for key in remove:
+        check_key("label", key)
     with settings.open() as repository:
         version = repository.annotate(
             reference,

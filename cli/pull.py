@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -24,7 +25,7 @@ def pull(settings: Settings, reference: str, destination: str | None, force: boo
         version = repository.get(reference)
         usual = f"{version.model.replace('/', '-')}-{version.number}.safetensors"
         path = Path(destination or usual)
-        if path.is_dir():
+        if os.path.isdir(path):
             path = path / usual
         with progress(settings, f"pull {version.reference}") as meter:
             repository.pull_file(version, path, force=force, progress=meter)
@@ -35,7 +36,7 @@ def pull(settings: Settings, reference: str, destination: str | None, force: boo
     if settings.as_json:
         print_json({"path": str(path), "version": version_json(version)})
     else:
-        click.echo(str(path))
+        click.echo(os.fsencode(path))
 
 
 COMMANDS = {"pull": pull}

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ckpt.cli.command import Settings, command
 from ckpt.cli.render import print_json, progress, size, version_json
-from ckpt.core.errors import TrustError, UsageError
+from ckpt.core.errors import NotFoundError, TrustError, UsageError
+from ckpt.core.names import check_text
 from ckpt.core.printable import escape
+
+if TYPE_CHECKING:
+    from ckpt.service.repository import Repository
 
 _PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
 
@@ -45,6 +51,7 @@ def push(
     name, colon, alias = model.partition(":")
     given = (alias, *aliases) if colon else aliases
     with settings.open(create=True) as repository, progress(settings, f"push {file.name}") as meter:
+        before = _newest(repository, name)
         version = repository.push_file(
             file,
             name,
@@ -52,19 +59,30 @@ def push(
             metrics={key: number(key, text) for key, text in pairs(metrics, "--metric")},
             labels=dict(pairs(labels, "--label")),
             alias=given,
-            message=message,
+            message=message and check_text("the message", message),
             parent=parent,
             run=run,
             progress=meter,
         )
         root = repository.location.root
-    settings.say(
-        f"{size(version.nbytes)} in {root}, {size(version.new_bytes)} of it added by this version"
-    )
+    if version.push == before:
+        settings.say(f"{version.reference} in {root} was already committed, nothing is added")
+    else:
+        added = f"{size(version.new_bytes)} of it added by this version"
+        settings.say(f"{size(version.nbytes)} in {root}, {added}")
     if settings.as_json:
         print_json(version_json(version))
     else:
         click.echo(version.reference)
+
+
+def _newest(repository: Repository, model: str) -> str | None:
+    """The push that made the newest version of a model, or None."""
+    try:
+        newest = repository.log(model, limit=1)
+    except NotFoundError:
+        return None
+    return newest[0].push if newest else None
 
 
 def refuse_pickle(path: Path) -> None:
@@ -76,7 +94,7 @@ def refuse_pickle(path: Path) -> None:
             hint="load it with torch.load(path, weights_only=True) and push what you get from "
             "Python: ckpt.open().push(state, model)",
         )
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UsageError(
             "is-folder", f"{escape(str(path))} is a folder", hint="give a .safetensors file"
         )

@@ -76,7 +76,7 @@ def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
     """The metrics as floats, sorted by name; NaN and infinities are allowed."""
     checked = {}
     for key, value in sorted((metrics or {}).items()):
-        _check_key("metric", key)
+        check_key("metric", key)
         try:
             number = float(value) + 0.0  # no database keeps the sign of -0.0
         except (TypeError, ValueError, OverflowError):
@@ -93,18 +93,30 @@ def check_labels(labels: Mapping[str, str] | None) -> dict[str, str]:
     """The labels, sorted by key; a value is any text, shown escaped."""
     checked = {}
     for key, value in sorted((labels or {}).items()):
-        _check_key("label", key)
+        check_key("label", key)
         if not isinstance(value, str):
             raise UsageError(
                 "label-invalid",
                 f'label "{key}" is {type(value).__name__}, not text',
                 hint="pass a str",
             )
-        checked[key] = value
+        checked[key] = check_text(f'label "{key}"', value)
     return checked
 
 
-def _check_key(kind: str, key: str) -> None:
+def check_text(what: str, text: str) -> str:
+    """Return ``text`` if it can be stored: any characters, but no halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            "text-invalid", f'{what} is not UTF-8: "{escape(text, 80)}"', hint="write it in UTF-8"
+        ) from None
+    return text
+
+
+def check_key(kind: str, key: str) -> None:
+    """Refuse what cannot be the key of a ``kind``, such as a label."""
     if not isinstance(key, str) or not _KEY.match(key):
         raise _invalid(kind, str(key), "letters, digits and _ . / - are allowed, up to 128")
 

@@ -9,8 +9,8 @@ from ckpt.core.errors import UsageError
 from ckpt.core.names import NEWEST, check_alias, check_model
 from ckpt.core.printable import escape
 
-_BACK = re.compile(r"(?P<head>.*?)~(?P<back>\d{0,6})\Z", re.DOTALL)
-_NUMBER = re.compile(r"v?(?P<number>\d{1,18})\Z")
+_BACK = re.compile(r"(?P<head>.*?)~(?P<back>[0-9]{0,6})\Z", re.DOTALL)
+_NUMBER = re.compile(r"v?(?P<number>[0-9]{1,18})\Z")
 _PREFIX = re.compile(r"[0-9a-f]{8,64}\Z")
 
 

@@ -29,7 +29,6 @@ _DEPTH_LIMIT = 100
 _INTEGER_BITS = 8192
 _FACTORIES = {kind.__name__: kind for kind in (int, float, str, list, dict, set, tuple, bool)}
 _PLAIN_NAN = struct.pack(">d", math.nan)
-_MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError)
 
 
 class TensorTaker(Protocol):
@@ -40,6 +39,19 @@ class TensorTaker(Protocol):
 
 class RefusedError(Exception):
     """A single value cannot be stored; the reason names the way out."""
+
+
+# What reading a malformed record may raise.
+MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RefusedError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(slots=True)
@@ -70,8 +82,6 @@ class Encoder:
             return _SCALARS[kind](value)
         if isinstance(value, numpy.generic):
             return _encode_numpy_scalar(value)
-        if isinstance(value, pathlib.PurePath):
-            return {"$path": str(value)}
         if kind is torch.Generator:
             state = self.tensors.take(value.get_state(), (*path, "state"))
             return {"$generator": [str(value.device), state]}
@@ -111,40 +121,59 @@ class Encoder:
         if kind is deque:
             return {"$deque": [value.maxlen, self._encode_items(value, path)]}
         if kind is defaultdict:
-            return {"$defaultdict": [_factory(value), self._encode_pairs(value, path)]}
-        return {f"${kind.__name__}": self._encode_set(value, path)}
+            factory = self._factory(value.default_factory, path)
+            return {"$defaultdict": [factory, self._encode_pairs(value, path)]}
+        if kind is slice:
+            parts = (value.start, value.stop, value.step)
+            return {"$slice": [self._encode_alone(part, path, "slice") for part in parts]}
+        items = [self._encode_alone(item, path, "set") for item in value]
+        return {f"${kind.__name__}": sorted(items, key=canonical)}
+
+    def _factory(self, factory: Any, path: Path) -> str | None:
+        for name, known in _FACTORIES.items():
+            if factory is known:
+                return name
+        if factory is not None:
+            reason = "a defaultdict whose factory is not a built-in type; use dict(value)"
+            self.refusals.append((path, reason))
+        return None
 
     def _encode_items(self, items: Iterable[Any], path: Path) -> list[Any]:
         return [self.encode(item, (*path, str(place))) for place, item in enumerate(items)]
 
     def _encode_pairs(self, value: Mapping[Any, Any], path: Path) -> list[Any]:
-        return [
-            [self._encode_key(key, path), self.encode(item, (*path, str(key)))]
-            for key, item in value.items()
-        ]
+        keyed = self._keyed(value, path)
+        return [[encoded, self.encode(value[key], inner)] for encoded, inner, key in keyed]
+
+    def _keyed(self, value: Mapping[Any, Any], path: Path) -> list[tuple[Any, Path, Any]]:
+        """Each key as JSON, the path of its item, and the key itself."""
+        keyed = []
+        for key in value:
+            encoded = self._encode_alone(key, path, "key")
+            # Not str(): a set would be written in the order of its hashes.
+            part = key if type(key) is str else canonical(encoded).decode()
+            keyed.append((encoded, (*path, part), key))
+        return keyed
 
     def _encode_dict(self, value: Mapping[Any, Any], path: Path) -> Any:
         number, self._dicts = self._dicts, self._dicts + 1
-        keyed = [(self._encode_key(key, path), key) for key in value]
+        keyed = self._keyed(value, path)
         places = sorted(range(len(keyed)), key=lambda place: canonical(keyed[place][0]))
         if places != list(range(len(keyed))):
             permutation = sorted(range(len(places)), key=places.__getitem__)
             self.order.append((number, tuple(permutation)))
         pairs = []
         for place in places:
-            encoded, key = keyed[place]
-            pairs.append([encoded, self.encode(value[key], (*path, str(key)))])
+            encoded, inner, key = keyed[place]
+            pairs.append([encoded, self.encode(value[key], inner)])
         return {"$dict": pairs}
 
-    def _encode_key(self, key: Any, path: Path) -> Any:
-        """A key, which tells nothing of the order in which tensors are met."""
+    def _encode_alone(self, value: Any, path: Path, place: str) -> Any:
+        """A key, or another part that tells nothing of the order in which tensors are met."""
         probe = Encoder(_NoTensors())
-        encoded = probe.encode(key, path)
-        self.refusals.extend((path, f"a key: {reason}") for _, reason in probe.refusals)
+        encoded = probe.encode(value, (*path, place))
+        self.refusals.extend((path, f"in a {place}: {reason}") for _, reason in probe.refusals)
         return encoded
-
-    def _encode_set(self, value: Iterable[Any], path: Path) -> list[Any]:
-        return sorted((self._encode_key(item, path) for item in value), key=canonical)
 
     def raise_refusals(self) -> None:
         """Raise one error that names everything that cannot be stored.
@@ -192,31 +221,27 @@ def _encode_str(value: str) -> Any:
 
 
 def _encode_numpy_scalar(value: numpy.generic) -> Any:
-    if value.dtype.hasobject or value.dtype.names is not None:
-        raise RefusedError(f"a numpy scalar of dtype {value.dtype}; use a plain value")
-    return {"$npscalar": [value.dtype.str, _base64(value.tobytes())]}
+    dtype = value.dtype
+    if type(value) is not dtype.type or numpy.dtype(dtype.str) != dtype:
+        raise RefusedError(_way_out(value))
+    check_portable(dtype)
+    # An empty text has the bytes of one character all the same.
+    return {"$npscalar": [dtype.str, _base64(value.tobytes()[: dtype.itemsize])]}
 
 
-def _encode_slice(value: slice) -> Any:
-    parts = Encoder(_NoTensors())
-    encoded = [parts.encode(part) for part in (value.start, value.stop, value.step)]
-    if parts.refusals:
-        raise RefusedError("a slice of other things than plain values")
-    return {"$slice": encoded}
+def check_portable(dtype: numpy.dtype[Any]) -> None:
+    """Refuse what means nothing, or something else, on another machine."""
+    if dtype.hasobject:
+        raise RefusedError("Python objects inside numpy; use a list")
+    if dtype.char in "gG":
+        raise RefusedError("a long double, which differs between machines; use float64")
+    parts = [dtype[name] for name in dtype.names or ()]
+    for part in parts if dtype.base is dtype else [dtype.base]:
+        check_portable(part)
 
 
 def _base64(data: bytes | bytearray) -> str:
     return base64.b64encode(data).decode("ascii")
-
-
-def _factory(value: defaultdict[Any, Any]) -> str | None:
-    factory = value.default_factory
-    if factory is None:
-        return None
-    for name, known in _FACTORIES.items():
-        if factory is known:
-            return name
-    raise RefusedError("a defaultdict whose factory is not a built-in type; use dict(value)")
 
 
 _SCALARS: dict[type, Callable[[Any], Any]] = {
@@ -226,17 +251,17 @@ _SCALARS: dict[type, Callable[[Any], Any]] = {
     complex: lambda value: {"$complex": [_encode_float(value.real), _encode_float(value.imag)]},
     bytes: lambda value: {"$bytes": _base64(value)},
     bytearray: lambda value: {"$bytearray": _base64(value)},
-    slice: _encode_slice,
-    range: lambda value: {"$range": [value.start, value.stop, value.step]},
+    range: lambda value: {"$range": list(map(_encode_int, (value.start, value.stop, value.step)))},
     type(...): lambda value: {"$ellipsis": None},
     torch.Size: lambda value: {"$size": list(value)},
     torch.dtype: lambda value: {"$dtype": str(value).removeprefix("torch.")},
     torch.device: lambda value: {"$device": str(value)},
     torch.layout: lambda value: {"$layout": str(value).removeprefix("torch.")},
     torch.memory_format: lambda value: {"$memory_format": str(value).removeprefix("torch.")},
+    type(pathlib.Path()): lambda value: {"$path": _encode_str(str(value))},
 }
 _CONTAINERS = frozenset(
-    {list, tuple, dict, OrderedDict, Counter, defaultdict, deque, set, frozenset}
+    {list, tuple, dict, OrderedDict, Counter, defaultdict, deque, set, frozenset, slice}
 )
 
 
@@ -274,7 +299,7 @@ class Decoder:
         try:
             ((tag, content),) = value.items()
             return self._decode_tag(tag, content)
-        except _MALFORMED as error:
+        except MALFORMED as error:
             raise IntegrityError(
                 "document-damaged", f"a value of the document cannot be read: {error}"
             ) from None
@@ -283,32 +308,47 @@ class Decoder:
         if tag == "$tensor":
             return self.tensors(content)
         if tag == "$dict":
-            return dict(self._decode_dict(content))
+            return self._decode_dict(content)
         if tag == "$generator":
             return self.generator(content[0], self.tensors(content[1]))
         if tag == "$deque":
-            return deque(self.decode(content[1]), maxlen=content[0])
+            return deque(self._decode_items(content[1]), maxlen=content[0])
         if tag == "$defaultdict":
             factory = None if content[0] is None else _FACTORIES[content[0]]
             return defaultdict(factory, self._decode_pairs(content[1]))
+        if tag == "$path":
+            return pathlib.Path(self.decode(content))
         if tag in _PAIR_TAGS:
-            return _PAIR_TAGS[tag](dict(self._decode_pairs(content)))
+            return _PAIR_TAGS[tag](self._decode_pairs(content))
         if tag in _ITEM_TAGS:
-            return _ITEM_TAGS[tag](self.decode(content))
-        return _PLAIN_TAGS[tag](content)
+            return _ITEM_TAGS[tag](self._decode_items(content))
+        made = _PLAIN_TAGS[tag](content)
+        encode: Callable[[Any], Any] = _SCALARS.get(type(made), _encode_numpy_scalar)
+        if encode(made) != {tag: content}:
+            raise ValueError(f"{tag} is not in its canonical form")
+        return made
 
-    def _decode_pairs(self, pairs: Any) -> Iterator[tuple[Any, Any]]:
-        return ((self.decode(key), self.decode(item)) for key, item in pairs)
+    def _decode_items(self, items: Any) -> list[Any]:
+        if not isinstance(items, list):
+            raise TypeError("a list is expected")
+        return [self.decode(item) for item in items]
 
-    def _decode_dict(self, pairs: Any) -> list[tuple[Any, Any]]:
+    def _decode_pairs(self, pairs: Any) -> dict[Any, Any]:
+        decoded = dict(self._decode_items(pair) for pair in pairs)
+        if len(decoded) != len(pairs):
+            raise ValueError("a key appears twice")
+        return decoded
+
+    def _decode_dict(self, pairs: Any) -> dict[Any, Any]:
         number, self._dicts = self._dicts, self._dicts + 1
-        decoded = list(self._decode_pairs(pairs))
+        decoded = self._decode_pairs(pairs)
         places = self.order.get(number)
         if places is None:
             return decoded
         if sorted(places) != list(range(len(decoded))):
             raise ValueError("the order of a dict is no permutation")
-        return [decoded[place] for place in places]
+        items = list(decoded.items())
+        return dict(items[place] for place in places)
 
 
 def _decode_float(content: str) -> float:
@@ -319,17 +359,20 @@ def _decode_float(content: str) -> float:
 
 
 def _torch_named(content: str, kind: type) -> Any:
-    value = getattr(torch, content)
+    value = vars(torch)[content]
     if not isinstance(value, kind):
         raise TypeError(f"{content!r} is not a {kind.__name__} of torch")
     return value
 
 
 def _decode_numpy_scalar(content: list[str]) -> Any:
-    dtype = numpy.dtype(content[0])
-    if dtype.hasobject:
-        raise TypeError("a numpy scalar of objects")
-    return numpy.frombuffer(base64.b64decode(content[1]), dtype)[0]
+    dtype, data = numpy.dtype(content[0]), base64.b64decode(content[1])
+    if dtype.kind == "U":
+        return numpy.str_(data.decode("utf-32-le", "surrogatepass"))
+    if dtype.kind in "SV":
+        return dtype.type(data)
+    (value,) = numpy.frombuffer(data, dtype)
+    return value
 
 
 _PAIR_TAGS: dict[str, Callable[[Any], Any]] = {"$odict": OrderedDict, "$counter": Counter}
@@ -352,6 +395,5 @@ _PLAIN_TAGS: dict[str, Callable[[Any], Any]] = {
     "$device": torch.device,
     "$layout": lambda content: _torch_named(content, torch.layout),
     "$memory_format": lambda content: _torch_named(content, torch.memory_format),
-    "$path": pathlib.Path,
     "$npscalar": _decode_numpy_scalar,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,20 +42,32 @@ def locate(repo: str | os.PathLike[str] | None) -> Location:
     given = repo if repo is not None else os.environ.get(VARIABLE) or None
     if given is not None:
         return _given(os.fspath(given))
-    start = Path.cwd()
+    try:
+        start = Path.cwd()
+    except OSError as error:
+        raise from_os_error(error, "looking for a repository from here upwards") from error
     for folder in (start, *start.parents):
         root = folder / FOLDER
-        if (root / CONFIG).is_file():
-            _check_owner(root / CONFIG)
+        if _is_file(root / CONFIG):
+            _check_owner(root, root / CONFIG)
             return read_config(root, inside=True)
     return read_config(_user_folder(), inside=False)
 
 
 def _given(text: str) -> Location:
     path = local_path(text, "repository")
-    if (path / CONFIG).is_file():
+    if _is_file(path / CONFIG):
         return read_config(path, inside=False)
     return read_config(path / FOLDER, inside=False)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise from_os_error(error, f"reading {path}") from error
 
 
 def read_config(root: Path, *, inside: bool) -> Location:
@@ -87,7 +100,11 @@ def _path(config: Path, values: dict[str, object], key: str, usual: str, inside:
     value = values.get(key, usual)
     if not isinstance(value, str):
         raise _damaged(config, f"{key} is not text")
-    path = config.parent / local_path(value, key)
+    try:
+        path = config.parent / local_path(value, key)
+    except UsageError as error:
+        error.message = f"{config}: {error.message}"
+        raise
     if inside and not path.resolve().is_relative_to(config.parent.resolve()):
         raise TrustError(
             "config-outside",
@@ -97,8 +114,10 @@ def _path(config: Path, values: dict[str, object], key: str, usual: str, inside:
     return path
 
 
-def _check_owner(config: Path) -> None:
-    if config.stat().st_uid != os.geteuid():
+def _check_owner(root: Path, config: Path) -> None:
+    # The folder too, and a link by its own owner: into a folder of theirs, others can link ours.
+    owners = {root.stat().st_uid, config.stat().st_uid, config.lstat().st_uid}
+    if owners != {os.geteuid()}:
         raise TrustError(
             "config-owner",
             f"{config} was found by walking up and belongs to another user",

@@ -89,10 +89,11 @@ def new_file(destination: Path, nbytes: int, *, force: bool) -> Iterator[int]:
         ConflictError: ``exists``; TrustError: ``symlink``; NotFoundError: ``no-folder``;
         SpaceError: ``no-space`` when ``nbytes`` do not fit.
     """
-    _check_destination(destination, force=force)
-    temporary = destination.with_name(f".{destination.name}.{secrets.token_hex(8)}.tmp")
+    # Not after the destination's own name, which may be as long as names can be.
+    temporary = destination.with_name(f".ckpt-{secrets.token_hex(8)}.tmp")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
+        _check_destination(destination, force=force)
         _check_room(destination.parent, nbytes)
         handle = -1
         try:
@@ -124,6 +125,10 @@ def _check_destination(destination: Path, *, force: bool) -> None:
         )
     if destination.exists() and not force:
         raise _exists(destination)
+    if destination.exists() and not destination.is_file():
+        raise ConflictError(
+            "exists", f"{destination} exists and is not a file", hint="give another name"
+        )
     if not destination.parent.is_dir():
         raise NotFoundError(
             "no-folder", f"there is no folder {destination.parent}", hint="make it first"

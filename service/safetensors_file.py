@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,11 +64,12 @@ def open_file(path: Path) -> Iterator[OpenFile]:
         IntegrityError: its header is refused; the message names the file.
     """
     try:
-        handle = perform("open", os.open, path, os.O_RDONLY | os.O_CLOEXEC)
+        # Without waiting for the other end, should it be a pipe.
+        handle = perform("open", os.open, path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise from_os_error(error, f"reading {path}") from error
     try:
-        if not os.path.isfile(path):
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise UsageError("not-a-file", f"{path} is not a file", hint="give a .safetensors file")
         yield _describe(path, handle)
     finally:

@@ -4,10 +4,10 @@ traceback, and nothing stored or left behind."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sqlite3
 import struct
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +20,7 @@ import ckpt
 from ckpt.cli import main as entry
 
 Prepare = Callable[[Path], object]
+Shell = Callable[..., tuple[int, str, str]]
 
 
 def header_file(text: bytes, data: int = 0, length: int | None = None) -> Prepare:
@@ -64,12 +65,49 @@ def link(folder: Path) -> None:
     (folder / "link.safetensors").symlink_to(folder / "elsewhere")
 
 
+def linked_store(folder: Path) -> None:
+    (folder / ".ckpt" / "store").rename(folder / "elsewhere")
+    (folder / ".ckpt" / "store").symlink_to(folder / "elsewhere")
+
+
+def equal_prefixes(folder: Path) -> None:
+    with ckpt.open(folder) as repo:
+        repo.push_file(folder / OK, "known", step=2)
+    registry("UPDATE versions SET digest = '0123abcd' || printf('%056d', id)")(folder)
+
+
+def kept(folder: Path) -> None:
+    with ckpt.open(folder) as repo:
+        repo.tag("known", "kept")
+
+
+def cut_registry(size: int) -> Prepare:
+    return lambda folder: os.truncate(folder / ".ckpt" / "registry.db", size)
+
+
+def taken(folder: Path) -> None:
+    """What the pulled file would be called is a folder, a link, and a pipe."""
+    (folder / "d" / "known-1.safetensors").mkdir(parents=True)
+    (folder / "l").mkdir()
+    (folder / "l" / "known-1.safetensors").symlink_to("gone")
+    (folder / "p").mkdir()
+    os.mkfifo(folder / "p" / "known-1.safetensors")
+
+
+def gone(folder: Path) -> None:
+    """The working folder is not there any more."""
+    (folder / "gone").mkdir()
+    os.chdir(folder / "gone")
+    (folder / "gone").rmdir()
+
+
 def nothing(folder: Path) -> None:
     """Nothing has to be prepared."""
 
 
 PUSH = ["push", "bad.safetensors", "net"]
 OK = "ok.safetensors"
+LONG, BYTES, HUGE = "n" * 300, "k=\udcff", "9" * 20
 ROWS: list[tuple[str, Prepare, list[str], int, str, str]] = [
     # name, what is prepared, command, exit code, error code, words of the message
     ("empty file", raw_file(b""), PUSH, 4, "header-short", "0 bytes"),
@@ -98,6 +136,11 @@ ROWS: list[tuple[str, Prepare, list[str], int, str, str]] = [
     ("metadata", header_file(b'{"__metadata__":{"step":1}}'), PUSH, 4, "metadata-type", "step"),
     ("bidi name", header_file(one("F32", "[1]", 0, 4).replace(b'"w"', b'"\\u202e"'), 4), PUSH, 4,
      "name-invalid", "\\u202e"),
+    ("newline name", header_file(one("F32", "[1]", 0, 4).replace(b'"w"', b'"a\\nb"'), 4), PUSH, 4,
+     "name-invalid", "a\\nb"),
+    ("tensors", header_file(b"{" + b'"a":{},' * 2_000_000), PUSH, 4, "tensor-limit", "1000000"),
+    ("pipe", lambda f: os.mkfifo(f / "bad.safetensors"), PUSH, 2, "not-a-file", "bad"),
+    ("long path", nothing, ["push", LONG, "net"], 6, "io", "too long"),
     ("pickle", raw_file(b"\x80\x02}q\x00." + bytes(40)), PUSH, 4, "not-safetensors", "pickle"),
     ("zip", raw_file(b"PK\x03\x04" + bytes(60)), PUSH, 4, "not-safetensors", ""),
     ("pt", nothing, ["push", "net.pt", "net"], 9, "pickle-refused", "weights_only"),
@@ -121,20 +164,46 @@ ROWS: list[tuple[str, Prepare, list[str], int, str, str]] = [
     ("no =", nothing, ["push", OK, "net", "--label", "x"], 2, "usage", "="),
     ("step", nothing, ["push", OK, "net", "--step", "-1"], 2, "step-invalid", "-1"),
     ("step text", nothing, ["push", OK, "net", "--step", "x"], 2, "usage", "step"),
+    ("label text", nothing, ["push", OK, "net", "--label", BYTES], 2, "text-invalid", "udcff"),
+    ("message", nothing, ["push", OK, "net", "-m", BYTES], 2, "text-invalid", "message"),
+    ("relabel text", nothing, ["label", "known", BYTES], 2, "text-invalid", "udcff"),
+    ("relabel key", nothing, ["label", "known", "a b=c"], 2, "name-invalid", "a b"),
+    ("relabel remove", nothing, ["label", "known", "--remove", BYTES], 2, "name-invalid", "udcff"),
+    ("relabel nothing", nothing, ["label", "known"], 2, "usage", "nothing"),
+    ("run", nothing, ["push", OK, "net", "--run", "a/b"], 2, "name-invalid", "run"),
     ("parent", nothing, ["push", OK, "net", "--parent", "no"], 3, "model-missing", "no"),
     ("digest short", nothing, ["show", "known@b3:0123"], 2, "digest-invalid", "hex"),
     ("digest upper", nothing, ["show", "known@b3:0123ABCD"], 2, "digest-invalid", "hex"),
     ("digest slash", nothing, ["show", "known@b3:0123/abc"], 2, "digest-invalid", "hex"),
     ("digest long", nothing, ["show", "known@b3:" + "a" * 65], 2, "digest-invalid", "hex"),
+    ("digest of none", nothing, ["show", "known@b3:" + "a" * 63], 3, "version-missing", "known"),
+    ("ambiguous", equal_prefixes, ["show", "known@b3:0123abcd"], 2, "ambiguous", "2 matches"),
+    ("other digits", nothing, ["show", "known@\u0661"], 2, "reference-invalid", "name@3"),
+    ("no parent", nothing, ["show", "known~1"], 3, "version-missing", "no parent"),
     ("reference", nothing, ["show", "known@best"], 2, "reference-invalid", "name@3"),
     ("no model", nothing, ["pull", "nix"], 3, "model-missing", "nix"),
     ("no version", nothing, ["pull", "known@99"], 3, "version-missing", "known@99"),
     ("no alias", nothing, ["pull", "known:nix"], 3, "alias-missing", "nix"),
     ("exists", nothing, ["pull", "known", OK], 5, "exists", "--force"),
     ("symlink", link, ["pull", "known", "link.safetensors"], 9, "symlink", "link"),
+    ("symlink forced", link, ["pull", "-f", "known", "link.safetensors"], 9, "symlink", "link"),
+    ("symlink in a folder", taken, ["pull", "known", "l"], 9, "symlink", "l/known-1"),
+    ("folder forced", taken, ["pull", "-f", "known", "d"], 5, "exists", "not a file"),
+    ("pipe forced", taken, ["pull", "-f", "known", "p"], 5, "exists", "not a file"),
+    ("long destination", nothing, ["pull", "known", LONG], 6, "io", "too long"),
+    ("packs gone", lambda f: shutil.rmtree(f / ".ckpt/store/packs"), ["pull", "known", "out"], 4, "object-missing", 'known@1, tensor "w"'),
+    ("rm unasked", nothing, ["rm", "known"], 2, "not-confirmed", "--yes"),
+    ("rm kept", kept, ["rm", "-y", "known"], 5, "aliased", "ckpt untag known:kept"),
+    ("rm in part", nothing, ["rm", "-y", "known", "known@9"], 3, "version-missing", "known@9"),
+    ("log none", nothing, ["log", "known", "-n", "0"], 2, "usage", "--number"),
+    ("log before", nothing, ["log", "known", "--before", HUGE], 2, "usage", "--before"),
+    ("step huge", nothing, ["push", OK, "net", "--step", HUGE], 2, "step-invalid", HUGE),
     ("no folder", nothing, ["pull", "known", "no/x.safetensors"], 3, "no-folder", "no"),
     ("untag", nothing, ["untag", "known@1"], 2, "reference-invalid", "model:alias"),
     ("expect", nothing, ["tag", "known", "a", "--expect", "known"], 5, "alias-moved", "nothing"),
+    ("expect text", nothing, ["tag", "known", "a", "--expect", "known@x"], 2,
+     "reference-invalid", "known@x"),
+    ("no subcommand", nothing, ["db", "frobnicate"], 2, "usage", "ckpt db --help"),
     ("no command", nothing, ["frobnicate"], 2, "usage", "frobnicate"),
     ("no option", nothing, ["ls", "--frobnicate"], 2, "usage", "frobnicate"),
     ("no argument", nothing, ["push"], 2, "usage", "PATH"),
@@ -145,12 +214,17 @@ ROWS: list[tuple[str, Prepare, list[str], int, str, str]] = [
             ("s3://user:secret@bucket", "s3"),
         ]
     ),
+    ("uri of init", nothing, ["init", "http://x"], 2, "uri-refused", "http"),
+    ("long repository", nothing, ["-r", LONG, "ls"], 6, "io", "too long"),
+    ("working folder", gone, ["ls"], 3, "not-found", "upwards"),
     ("no repository", nothing, ["-r", "nowhere", "ls"], 3, "no-repository", "nowhere"),
     ("newer schema", registry("UPDATE alembic_version SET version_num='9999'"), ["ls"], 6,
      "schema-newer", "pip install"),
     ("no tables", registry("DROP TABLE alembic_version"), ["ls"], 6, "registry-corrupt", "rebuild"),
     ("no database", lambda f: (f / ".ckpt/registry.db").write_bytes(b"x" * 9000), ["ls"],
      6, "registry-corrupt", "rebuild"),
+    ("empty registry", cut_registry(0), ["ls"], 6, "registry-corrupt", "rebuild"),
+    ("cut registry", cut_registry(9000), ["ls"], 6, "registry-corrupt", "rebuild"),
     ("registry missing", lambda f: (f / ".ckpt/registry.db").unlink(), PUSH, 6,
      "registry-missing", "rebuild"),
     ("store missing", lambda f: shutil.rmtree(f / ".ckpt/store"), ["ls"], 6, "store-missing", ""),
@@ -164,7 +238,14 @@ ROWS: list[tuple[str, Prepare, list[str], int, str, str]] = [
      "foreign-store", ""),
     ("config outside", config('store = "../../elsewhere"'), ["ls"], 9, "config-outside", "--repo"),
     ("config absolute", config('registry = "/tmp/x.db"'), ["ls"], 9, "config-outside", "--repo"),
-    ("config remote", config('store = "s3://bucket"'), ["ls"], 2, "uri-refused", "s3"),
+    ("config remote", config('store = "s3://bucket"'), ["ls"], 2, "uri-refused", "config.toml"),
+    ("config named remote", config('store = "http://x"'), ["-r", ".", "ls"], 2, "uri-refused",
+     "http"),
+    ("config link", linked_store, ["ls"], 9, "config-outside", "--repo"),
+    ("config number", config("store = 3"), ["ls"], 4, "config-damaged", "store"),
+    ("config empty", config('store = ""'), ["ls"], 2, "path-invalid", "config.toml"),
+    ("config bytes", lambda f: replace(f / ".ckpt/config.toml", b"\xff"), ["ls"], 4,
+     "config-damaged", "config.toml"),
     ("config unknown", config('hook = "x"'), ["ls"], 4, "config-damaged", "hook"),
     ("config broken", config("store = "), ["ls"], 4, "config-damaged", "config.toml"),
 ]  # fmt: skip
@@ -197,8 +278,24 @@ def folder(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     shutil.copytree(template, copied)
     monkeypatch.chdir(copied)
     monkeypatch.delenv("CKPT_REPO", raising=False)
+    monkeypatch.setenv("XDG_DATA_HOME", str(copied / "home"))
     monkeypatch.setattr("signal.signal", lambda *given: None)
     return copied
+
+
+@pytest.fixture
+def shell(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Shell:
+    """Runs commands in this process and in the folder: exit code, stdout, stderr."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ckpt", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            entry.main()
+        return int(stop.value.code or 0), *capsys.readouterr()
+
+    return call
 
 
 @pytest.mark.parametrize(
@@ -208,8 +305,7 @@ def folder(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 )
 def test_a_bad_input_gets_one_clear_line_and_leaves_nothing(
     folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    shell: Shell,
     prepare: Prepare,
     arguments: list[str],
     status: int,
@@ -218,11 +314,8 @@ def test_a_bad_input_gets_one_clear_line_and_leaves_nothing(
 ) -> None:
     prepare(folder)
     before = tree(folder)
-    monkeypatch.setattr(sys, "argv", ["ckpt", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        entry.main()
-    out, err = capsys.readouterr()
-    assert (stop.value.code, out) == (status, ""), err
+    found, out, err = shell(*arguments)
+    assert (found, out) == (status, ""), err
     (line,) = err.splitlines()
     assert line.startswith(f"error[{code}]: ")
     assert words in line
@@ -230,40 +323,66 @@ def test_a_bad_input_gets_one_clear_line_and_leaves_nothing(
 
 
 def test_a_repository_of_another_user_is_not_followed(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 4242)
-    for arguments, status in ((["ckpt", "ls"], 9), (["ckpt", "-r", ".", "ls"], 0)):
-        monkeypatch.setattr(sys, "argv", arguments)
-        with pytest.raises(SystemExit) as stop:
-            entry.main()
-        assert (stop.value.code or 0) == status
-    assert "config-owner" in capsys.readouterr().err
+    status, _, err = shell("ls")
+    assert (status, "config-owner" in err) == (9, True)
+    assert shell("-r", ".", "ls")[0] == 0
 
 
-def test_a_network_filesystem_is_refused(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.skipif(os.geteuid() != 0, reason="giving files away needs root")
+@pytest.mark.parametrize("given", ["folder", "file", "link"])
+def test_what_another_user_may_change_is_not_followed(
+    folder: Path, shell: Shell, given: str
 ) -> None:
-    for kind in ("nfs4", "cifs", "fuse.sshfs", "lustre"):
-        monkeypatch.setattr("ckpt.registry.engine._filesystem_of", lambda path, kind=kind: kind)
-        monkeypatch.setattr(sys, "argv", ["ckpt", "ls"])
-        with pytest.raises(SystemExit) as stop:
-            entry.main()
-        assert stop.value.code == 6
-        err = capsys.readouterr().err
-        assert "error[registry-filesystem]" in err
-        assert "PostgreSQL" in err
+    root, file = folder / ".ckpt", folder / ".ckpt" / "config.toml"
+    if given == "link":
+        file.rename(folder / "mine.toml")
+        file.symlink_to(folder / "mine.toml")
+    os.chown(root if given == "folder" else file, 65534, -1, follow_symlinks=False)
+    status, _, err = shell("ls")
+    assert (status, "config-owner" in err) == (9, True)
+    assert shell("-r", ".", "ls")[0] == 0
 
 
-def test_a_push_that_is_repeated_after_success_is_answered(folder: Path) -> None:
-    with ckpt.open(folder) as repo:
-        assert repo.push_file(folder / OK, "known").reference == "known@1"
+def test_a_configuration_that_is_named_may_name_other_places(folder: Path, shell: Shell) -> None:
+    (folder / ".ckpt" / "store").rename(folder / "elsewhere")
+    config('store = "../elsewhere"')(folder)
+    assert shell("ls")[0] == 9
+    assert "known@1" in shell("-r", ".", "ls")[1]
 
 
-def test_no_traceback_leaves_a_real_process(folder: Path) -> None:
-    program = Path(sys.executable).with_name("ckpt")
-    for arguments in (["pull", "nix"], ["push", "no", "net"], ["show", "known@b3:1"]):
-        shown = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
-        assert shown.returncode in (2, 3)
-        assert shown.stderr.startswith("error[")
-        assert len(shown.stderr.splitlines()) == 1
+@pytest.mark.parametrize("kind", ["nfs4", "cifs", "fuse.sshfs", "lustre"])
+def test_a_network_filesystem_is_refused(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr("ckpt.registry.engine._filesystem_of", lambda path: kind)
+    status, _, err = shell("ls")
+    assert status == 6
+    assert err.startswith("error[registry-filesystem]: ")
+    assert "PostgreSQL" in err
+
+
+def test_a_push_that_is_repeated_after_success_is_answered(folder: Path, shell: Shell) -> None:
+    before = tree(folder / ".ckpt" / "store")
+    status, out, err = shell("push", OK, "known")
+    assert (status, out) == (0, "known@1\n")
+    assert "already committed" in err
+    assert tree(folder / ".ckpt" / "store") == before
+
+
+def test_hostile_text_is_taken_as_text_and_shown_escaped(folder: Path, shell: Shell) -> None:
+    evil = "<script>\x1b[31m\u202e"
+    arrays = {"w": numpy.zeros(1, numpy.float32)}
+    save_file(arrays, folder / "evil.safetensors", metadata={evil: evil})
+    for arguments in (
+        ["push", "evil.safetensors", "net", "-m", evil, "--label", f"k={evil}"],
+        *(["show", "net"], ["log", "net"], ["ls"], ["init"]),
+        *(["show", evil], ["pull", f"net:{evil}"], ["push", evil, "net"], [evil]),
+    ):
+        said = "".join(shell("-r", evil, *arguments)[1:])
+        assert "\x1b" not in said, arguments
+        assert "\u202e" not in said, arguments
+    assert shell("-r", evil, "pull", "net", "back")[0] == 0
+    assert (folder / "back").read_bytes() == (folder / "evil.safetensors").read_bytes()

@@ -328,7 +328,7 @@ def test_a_failure_at_any_effect_leaves_all_or_nothing_and_it_can_be_repeated(
                 assert fault.kinds[at] == kind
                 if not stop:
                     assert kind == "unlink" or not list(world.store.glob(".tmp/*"))
-                    assert kind == "unlink" or not list(world.folder.glob(".pulled*"))
+                    assert kind == "unlink" or not list(world.folder.glob(".ckpt-*.tmp"))
                 check_books(world.root)
                 outcome = (error is None, world.fingerprint())
                 if outcome not in seen:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,26 @@ def leftovers(repo: ckpt.Repository) -> list[Path]:
 def pack_of(repo: ckpt.Repository) -> Path:
     (pack,) = repo.location.store.glob("packs/*/*")
     return pack
+
+
+@pytest.fixture
+def small_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file to push into the repository of ``repo``, which other processes find as well."""
+    monkeypatch.setenv("CKPT_REPO", str(tmp_path))
+    path = tmp_path / "small.safetensors"
+    arrays = {"w": numpy.arange(3000.0), "big": numpy.arange(300_000.0)}  # written by threads
+    save_file(arrays, path)
+    return path
+
+
+def run(
+    *arguments: str | Path,
+    program: Sequence[str | Path] = (sys.executable,),
+    stdout: int = subprocess.PIPE,
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*program, *arguments], stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+    )
 
 
 def failing(kind: str, number: int) -> Callable[..., Any]:
@@ -65,6 +86,46 @@ def test_a_full_disk_stops_a_pull_cleanly(repo: ckpt.Repository, tmp_path: Path)
         repo.pull_file("m", target / "m.safetensors")
     assert list(target.iterdir()) == []
     repo.pull_file("m", target / "m.safetensors")
+
+
+def full_at(number: int) -> tuple[Callable[..., Any], list[int]]:
+    """A hook in which write ``number`` finds the disk full, and a list that is not empty then."""
+    writes, struck = itertools.count(), list[int]()
+
+    def hook(kind: str, act: Any, args: tuple[Any, ...]) -> Any:
+        if kind == "write" and next(writes) == number:
+            struck.append(number)
+            raise OSError(28, os.strerror(28))
+        return act(*args)
+
+    return hook, struck
+
+
+def test_a_disk_that_fills_at_any_write_stops_push_and_pull_cleanly(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    state = {f"w{n}": torch.randn(3000) for n in range(4)}
+    acts: list[Callable[[], object]] = [
+        lambda: repo.push(state, "m"),
+        lambda: repo.pull_file("m", target / "m.safetensors"),
+    ]
+    for act in acts:
+        failed = list[str]()
+        while True:
+            hook, struck = full_at(len(failed))
+            try:
+                with observed(hook):
+                    act()
+            except SpaceError as error:
+                failed.append(error.code)
+            if not struck:
+                break
+            assert leftovers(repo) == []
+            assert list(target.iterdir()) == []
+        assert failed == ["no-space"] * max(5, len(failed))
+    assert all(torch.equal(repo.pull("m")[name], tensor) for name, tensor in state.items())
 
 
 def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(
@@ -147,6 +208,14 @@ def test_permission_is_an_access_error(repo: ckpt.Repository) -> None:
         assert (caught.value.code, caught.value.exit_code) == ("permission", 7)
 
 
+def test_a_file_that_may_not_be_read_is_an_access_error(
+    repo: ckpt.Repository, small_file: Path
+) -> None:
+    with observed(failing("open", 13)), pytest.raises(AccessError, match=r"small\.safetensors"):
+        repo.push_file(small_file, "m")
+    assert repo.models() == []
+
+
 class TestDamagedPacks:
     """A pack that is not what it was is found when it is read, and healed by the next push."""
 
@@ -226,58 +295,89 @@ def test_a_damaged_document_is_named(repo: ckpt.Repository) -> None:
     assert caught.value.code == "document-damaged"
 
 
-@pytest.fixture
-def big_file(tmp_path: Path) -> Path:
-    """A file whose push takes long enough to be stopped."""
-    path = tmp_path / "big.safetensors"
-    random = numpy.random.default_rng(0)
-    arrays = {f"w{n}": random.integers(0, 255, 16 << 20, numpy.uint8) for n in range(20)}
-    save_file(arrays, path)
-    return path
+STOPPED_AT = """
+import os, sys
+from ckpt.cli.main import main
+from ckpt.core.effects import observed
+kind, number = sys.argv.pop(1), int(sys.argv.pop(1))
+def hook(found, act, args):
+    global kind
+    result = act(*args)
+    if found == kind:
+        kind = None
+        os.kill(os.getpid(), number)
+    return result
+with observed(hook):
+    main()
+"""
 
 
 @pytest.mark.parametrize(
-    ("number", "status", "word"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+    ("kind", "number", "status"),
+    [
+        ("create", signal.SIGINT, 130),
+        ("write", signal.SIGTERM, 143),
+        ("fsync", signal.SIGINT, 130),
+        ("link", signal.SIGTERM, 143),
+        ("sql.commit", signal.SIGINT, 130),
+    ],
 )
-def test_a_signal_leaves_nothing_behind_and_says_that_it_is_safe_to_run_again(
-    tmp_path: Path, big_file: Path, number: int, status: int, word: str
+def test_a_signal_at_any_moment_of_a_push_leaves_nothing_behind(
+    repo: ckpt.Repository, small_file: Path, kind: str, number: int, status: int
 ) -> None:
-    environment = {**os.environ, "CKPT_REPO": str(tmp_path)}
-    subprocess.run([PROGRAM, "init", tmp_path], check=True, capture_output=True)
-    process = subprocess.Popen(
-        [PROGRAM, "push", big_file, "big"], env=environment, stderr=subprocess.PIPE, text=True
-    )
-    temporary = tmp_path / ".ckpt" / "store" / ".tmp"
-    while not any(temporary.glob("*-0.safetensors*")):  # it writes its pack now
-        assert process.poll() is None
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == status
-    assert err.startswith(f"error[{word}]: ")
-    assert "run it again" in err
-    assert len(err.splitlines()) == 1
-    assert list(temporary.iterdir()) == []
-    again = subprocess.run(
-        [PROGRAM, "push", "-q", big_file, "big"], env=environment, capture_output=True, text=True,
-        check=True,
-    )  # fmt: skip
-    assert again.stdout == "big@1\n"
+    shown = run("-c", STOPPED_AT, kind, str(int(number)), "push", small_file, "m")
+    assert (shown.returncode, shown.stdout) == (status, "")
+    assert "safe to run it again" in shown.stderr
+    assert len(shown.stderr.splitlines()) == 1
+    assert leftovers(repo) == []
+    version = repo.push_file(small_file, "m")
+    assert version.number == 1
+    back = small_file.with_name("back")
+    repo.pull_file(version, back)
+    assert back.read_bytes() == small_file.read_bytes()
 
 
-def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
-    with ckpt.open(tmp_path) as repo:
-        for n in range(40):
-            repo.push({f"tensor-{k}": torch.tensor(n + k) for k in range(40)}, f"m{n}")
-    environment = {**os.environ, "CKPT_REPO": str(tmp_path)}
+@pytest.mark.parametrize(
+    ("closed", "act", "status", "said"),
+    [
+        ("<&-", "rm", 2, "error[not-confirmed]"),
+        (">&-", "push", 0, "of it added"),
+        ("2>&-", "push", 0, "m@2"),
+    ],
+)
+def test_a_stream_that_is_closed_is_no_bug(
+    repo: ckpt.Repository, small_file: Path, closed: str, act: str, status: int, said: str
+) -> None:
+    repo.push({"w": torch.ones(3)}, "m")
+    arguments = ["rm", "m"] if act == "rm" else ["push", small_file, "m"]
+    shown = run(*arguments, program=["sh", "-c", f'exec "$0" "$@" {closed}', PROGRAM])
+    assert shown.returncode == status
+    assert said in shown.stdout + shown.stderr
+    repo.pull_file("m", small_file.with_name("back"))
+
+
+@pytest.mark.parametrize(("act", "lines"), [("push", 1), ("ls", 0)])
+def test_a_closed_pipe_ends_quietly(
+    repo: ckpt.Repository, small_file: Path, act: str, lines: int
+) -> None:
+    repo.push({"w": torch.ones(3)}, "m")
     read, write = os.pipe()
-    process = subprocess.Popen(
-        [PROGRAM, "ls"], env=environment, stdout=write, stderr=subprocess.PIPE, text=True
-    )
-    os.close(write)
     os.close(read)
-    _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (141, "")
+    arguments = ["push", small_file, "m"] if act == "push" else ["ls"]
+    shown = run(*arguments, program=[PROGRAM], stdout=write)
+    os.close(write)
+    assert (shown.returncode, len(shown.stderr.splitlines())) == (141, lines)
+    assert "Traceback" not in shown.stderr
+    assert leftovers(repo) == []
+    assert repo.push_file(small_file, "m").number == 2
+
+
+def test_no_traceback_leaves_a_real_process(small_file: Path) -> None:
+    for arguments in (["pull", "nix"], ["push", "no", "net"], ["show", "known@b3:1"]):
+        shown = run(*arguments, program=[PROGRAM])
+        assert shown.returncode in (2, 3)
+        assert shown.stderr.startswith("error[")
+        assert len(shown.stderr.splitlines()) == 1
 
 
 def test_a_pack_is_checked_by_size_before_it_is_shared(repo: ckpt.Repository) -> None:

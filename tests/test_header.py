@@ -7,7 +7,9 @@ import random
 import re
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -16,18 +18,13 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ckpt.core.dtypes import CODES, ITEM_SIZES
 from ckpt.core.errors import IntegrityError
 from ckpt.core.printable import is_printable
 from ckpt.storage.header import HEADER_LIMIT, Header, header_length, parse_header
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from numpy.typing import NDArray
 
 View = dict[str, tuple[str, list[int], bytes]]  # by name: code, shape, the tensor's bytes
 deserialize: Callable[[bytes], list[tuple[str, dict[str, Any]]]] = safetensors.deserialize
@@ -98,6 +95,7 @@ ROWS = [
     ("2", b"\0" * 7, "header-short", "7 bytes|at least 8"),
     ("3", (1 << 63).to_bytes(8, "little"), "header-too-large", f"declares {1 << 63}|16777216"),
     ("4", file_of(" " * 504)[:300], "truncated", "header needs 512 bytes|file has 300"),
+    ("4 by a byte", file_of("{}")[:9], "truncated", "header needs 10 bytes|file has 9"),
     ("5", file_of(b" " * 41 + b"\xff"), "header-encoding", "invalid byte at offset 41"),
     ("6", file_of("[]"), "header-type", "expected object, got array"),
     ("7", file_of(of(W, W), 2), "duplicate-key", '"w" appears twice'),
@@ -105,8 +103,7 @@ ROWS = [
     ("9", file_of(of(A, B_AT_8), 16), "offset-overlap", '"b" starts at 8|previous ends at 16'),
     ("10", file_of(of(A, B_AT_24), 32), "offset-gap", "bytes 16-24 belong to no tensor"),
     ("11", file_of(of(W), 122), "trailing-data", "120 bytes after the last tensor"),
-    ("12", file_of(one([4096], [0, 4096]), 1000), "truncated", '"w" needs 4096 bytes|1000 present'),
-    ("12 hint", file_of(one([9], [0, 9]), 1), "truncated", "fetch the file again"),
+    ("12", file_of(one([4096], [0, 4096]), 1000), "truncated", '"w" needs 4096|1000 present|fetch'),
     ("13", file_of(one([2, 3], [0, 20], "F32"), 20), "size-mismatch", F32_MISMATCH),
     ("14", file_of(one([1 << 40, 1 << 40], [0, 0])), "shape-overflow", '"w"|2^63 elements'),
     ("15", file_of(one([0, 1 << 62, 8], [0, 0])), "shape-overflow", '"w"|limit although empty'),
@@ -137,14 +134,9 @@ def test_every_bad_input_has_its_error(row: str, file: bytes, code: str, words: 
 
 # What an attacker may try, refused by the library too: header, bytes of data, our code.
 HOSTILE = [
-    ("", 0, "header-json"),
-    ("\ufeff{}", 0, "header-json"),
-    ("{}\ufeff", 0, "header-padding"),
-    ("{} {}", 0, "header-padding"),
-    ("{}" + "}" * 9 + "{" * 9, 0, "header-padding"),
-    (of(W, ""), 2, "header-json"),
-    (of("\u00a0" + W), 2, "header-json"),
-    (of("\x0c" + W), 2, "header-json"),
+    *[(v, 0, "header-json") for v in ("", "\ufeff{}", "\0{}")],
+    *[(v, 0, "header-padding") for v in ("{}\ufeff", "{} {}", "{}" + "}" * 9 + "{" * 9)],
+    *[(of(v), 2, "header-json") for v in (f"{W},", f"\u00a0{W}", f"\x0c{W}")],
     (of('"w":null'), 0, "header-type"),
     (of('"w":{"shape":[2],"data_offsets":[0,2]}'), 2, "header-type"),
     (with_field('"dtype":"U8"'), 2, "duplicate-key"),
@@ -180,6 +172,7 @@ def test_what_the_library_refuses_too(text: str, nbytes: int, code: str) -> None
 
 
 # What we refuse although the library accepts it: a new line here is a decision, not an accident.
+HIDDEN = ["\\u0000", "\x7f", "\\u202e", "\u200d", "\u2028", "\ue000", "\U0010ffff"]
 STRICTER = [
     ("blank before the JSON", " {}", 0, "header-json"),
     ("newline after the JSON", "{}\n", 0, "header-padding"),
@@ -197,10 +190,7 @@ STRICTER = [
     ("65 dimensions", one([1] * 65, [0, 1]), 1, "rank-limit"),
     ("empty but huge", one([0, 1 << 62, 8], [0, 0]), 0, "shape-overflow"),
     ("empty but huge in bytes", one([0, 1 << 60], [0, 0], "F64"), 0, "shape-overflow"),
-    *[
-        (f"name {name!a}", of(W.replace("w", name)), 2, "name-invalid")
-        for name in ("\\u0000", "\x7f", "\\u202e", "\u200d", "\u2028", "\ue000", "\U0010ffff")
-    ],
+    *[(f"name {n!a}", of(W.replace("w", n)), 2, "name-invalid") for n in HIDDEN],
 ]
 
 
@@ -231,21 +221,18 @@ def test_what_is_odd_but_allowed(text: str, nbytes: int) -> None:
 
 
 def check_saved(file: bytes, path: Path) -> Header:
-    """What the library saved is for us what it is for the library."""
     header = parse(file)
     assert our_view(file) == library_view(file)
     path.write_bytes(file)
     with safe_open(path, "np") as opened:
         assert header.metadata == (opened.metadata() or {})
     assert header.entries == tuple(sorted(header.entries, key=lambda entry: entry.start))
-    assert header.data_start + sum(entry.nbytes for entry in header.entries) == len(file)
     return header
 
 
 def test_what_safetensors_numpy_saves(tmp_path: Path) -> None:
     names = ("bool", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f2", "f4", "f8", "c8")
-    arrays: dict[str, NDArray[Any]]
-    arrays = {name: numpy.arange(6).reshape(2, 3).astype(name) for name in names}
+    arrays: dict[str, NDArray[Any]] = {n: numpy.arange(6).reshape(2, 3).astype(n) for n in names}
     arrays |= {f"{name}.scalar": numpy.array(1).astype(name) for name in names}
     arrays |= {f"{name}.empty": numpy.empty((2, 0, 3)).astype(name) for name in names}
     header = check_saved(safetensors.numpy.save(arrays, {"é": '"\n'}), tmp_path / "numpy")
@@ -265,6 +252,7 @@ def test_what_safetensors_torch_saves(tmp_path: Path) -> None:
 
 TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,]|[^\s"{}\[\]:,]+|\s+')
 MEMBER = re.compile(r'"[^"]*":\{[^{}]*\}')
+OFFSETS = re.compile(r"(?<=offsets\":)\[(\d{1,20}), (\d{1,20})\]")
 NUMBERS = ["-0", "-1", "00", "01", "0", "1", "2", "3", "4", "8", "1.0", "2e0", "1e2", "true"]
 NUMBERS += ["null", '"1"', "[0]", "{}", "NaN", "1e999", "9" * 30, "9" * 5000]
 NUMBERS += [str(1 << 62), str((1 << 63) - 1), str(1 << 63), str(1 << 64)]
@@ -282,7 +270,6 @@ SEEDS = [
 
 
 def mutate_token(rng: random.Random, tokens: list[str]) -> None:
-    """Change one token to something of its own kind."""
     numbers = [at for at, token in enumerate(tokens) if token.isdigit()]
     at = rng.choice(numbers if numbers and rng.random() < 0.5 else range(len(tokens)))
     token = tokens[at]
@@ -299,9 +286,8 @@ def mutate_token(rng: random.Random, tokens: list[str]) -> None:
 
 
 def mutate_structure(rng: random.Random, text: str) -> str:
-    """Move, copy, drop, wrap or pad the parts of a header."""
     tokens, members = TOKEN.findall(text), MEMBER.findall(text)
-    kind = rng.randrange(8)
+    kind = rng.randrange(9)
     if kind == 0 and members:
         rng.shuffle(members)
         return of(*members[rng.random() < 0.2 :])
@@ -313,6 +299,9 @@ def mutate_structure(rng: random.Random, text: str) -> str:
     elif kind == 3:
         tokens.insert(rng.randrange(len(tokens) + 1), rng.choice(BLANKS))
     elif kind == 4:
+        by = rng.choice((-2, -1, 1, 2, 8))
+        return OFFSETS.sub(lambda m: f"[{int(m[1]) + by}, {int(m[2]) + by}]", text, count=1)
+    elif kind == 5:
         tokens.append(rng.choice(BLANKS) * rng.randrange(1, 9))
     elif tokens:
         mutate_token(rng, tokens)
@@ -334,28 +323,32 @@ def mutant(rng: random.Random) -> bytes:
     return bytes(file)
 
 
+def attempt(view: Callable[[bytes], View], file: bytes) -> View | str:
+    try:
+        return view(file)
+    except SafetensorError:
+        return "refused"
+    except IntegrityError as error:
+        return error.code
+
+
 def test_the_parser_never_accepts_what_the_library_rejects() -> None:
     rng = random.Random(20)
     verdicts: Counter[str] = Counter()
-    codes: Counter[str] = Counter()
     for _ in range(100_000):
         file = mutant(rng)
-        try:
-            theirs: View | None = library_view(file)
-        except SafetensorError:
-            theirs = None
-        try:
-            ours = our_view(file)
-        except IntegrityError as error:
-            codes[error.code] += 1
-            verdicts["refused" if theirs is None else "stricter"] += 1
+        ours, theirs = attempt(our_view, file), attempt(library_view, file)
+        if isinstance(ours, str):
+            verdicts.update([ours, "refused by both" if theirs == "refused" else "stricter"])
         else:
+            verdicts["accepted by both"] += 1
             assert ours == theirs, file
-            verdicts["accepted"] += 1
-    assert verdicts["accepted"] > 14_000
-    assert verdicts["refused"] > 40_000
-    assert verdicts["stricter"] > 1_000
-    print(verdicts, codes)
+    assert verdicts["accepted by both"] > 12_000
+    assert verdicts["refused by both"] > 60_000
+    assert verdicts["stricter"] > 5_000
+    rare = {"not-safetensors", "rank-limit", "tensor-limit"}  # no small change leads to them
+    for code in {row[2] for row in ROWS} - rare:
+        assert verdicts[code] >= 10, code
 
 
 NAMES = st.text(max_size=12).filter(lambda name: is_printable(name) and name != "__metadata__")
@@ -366,22 +359,20 @@ ENTRIES = st.tuples(st.sampled_from(sorted(CODES)), st.lists(st.integers(0, 3), 
 @given(
     shapes=st.dictionaries(NAMES, ENTRIES, max_size=6),
     about=st.none() | st.dictionaries(TEXT, TEXT, max_size=3),
-    seed=st.randoms(use_true_random=False),
-    style=st.tuples(st.booleans(), st.sampled_from([None, 0, 1]), st.integers(0, 9)),
+    style=st.randoms(use_true_random=False),
 )
 def test_valid_headers_look_as_the_library_sees_them(
-    shapes: dict[str, tuple[str, list[int]]],
-    about: dict[str, str] | None,
-    seed: random.Random,
-    style: tuple[bool, int | None, int],
+    shapes: dict[str, tuple[str, list[int]]], about: dict[str, str] | None, style: random.Random
 ) -> None:
     members: list[tuple[str, object]] = [] if about is None else [("__metadata__", about)]
     end = 0
     for name, (code, shape) in shapes.items():
         start, end = end, end + int(numpy.prod(shape)) * ITEM_SIZES[CODES[code]]
         members.append((name, {"dtype": code, "shape": shape, "data_offsets": [start, end]}))
-    seed.shuffle(members)
-    text = json.dumps(dict(members), ensure_ascii=style[0], indent=style[1]) + " " * style[2]
+    style.shuffle(members)
+    indent, ascii_only = style.choice([None, 0, 1]), style.choice([False, True])
+    text = json.dumps(dict(members), indent=indent, ensure_ascii=ascii_only)
+    text += " " * style.randrange(9)
     file = file_of(text, end)
     assert our_view(file) == library_view(file)
     assert parse(file).metadata == (about or {})
@@ -390,8 +381,6 @@ def test_valid_headers_look_as_the_library_sees_them(
 def test_the_limits_of_the_declared_length() -> None:
     assert header_length(HEADER_LIMIT.to_bytes(8, "little"), HEADER_LIMIT + 8) == HEADER_LIMIT
     assert header_length(b"\x80\x04\0\0\0\0\0\0", 2000) == 1152  # begins like a pickle, is none
-    with pytest.raises(IntegrityError, match="needs 16777224 bytes, the file has 16777223"):
-        header_length(HEADER_LIMIT.to_bytes(8, "little"), HEADER_LIMIT + 7)
     with pytest.raises(IntegrityError, match="declares 16777217, limit 16777216"):
         header_length((HEADER_LIMIT + 1).to_bytes(8, "little"), 1 << 40)
 
