@@ -6,7 +6,6 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import zstandard
 from sqlalchemy import Table, delete, insert, select, update
 
 from ckpt.core.digests import digest_of
@@ -14,6 +13,7 @@ from ckpt.core.documents import Document, canonical, split_document
 from ckpt.core.errors import ConflictError, IntegrityError
 from ckpt.core.printable import escape
 from ckpt.core.records import Environment, FinishedPack, PackState, PushFacts, PushState
+from ckpt.registry.bodies import compress
 from ckpt.registry.books import insert_pack, lock_packs, require_open
 from ckpt.registry.engine import Transaction, batches
 from ckpt.registry.tables import (
@@ -286,10 +286,9 @@ def _insert_document(transaction: Transaction, digest: str, document: Document) 
     if transaction.row(select(documents.c.digest).where(documents.c.digest == digest)) is not None:
         return
     structure, body = split_document(document)
-    pack = zstandard.ZstdCompressor(level=3).compress
     name = digest_of(structure)
-    insert_missing(transaction, structures, "digest", name, body=pack(structure))
-    row = {"digest": digest, "structure": name, "body": pack(body)}
+    insert_missing(transaction, structures, "digest", name, body=compress(structure))
+    row = {"digest": digest, "structure": name, "body": compress(body)}
     transaction.run(insert(documents), row)
 
 

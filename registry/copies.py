@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-import zstandard
 from sqlalchemy import Row, false, select, update
 
 from ckpt.core.documents import canonical, join_document
 from ckpt.core.records import StoreCopy
+from ckpt.registry.bodies import decompress, read_json
 from ckpt.registry.engine import Database, Transaction, batches
 from ckpt.registry.tables import documents, environments, events, meta, structures, versions
 
@@ -97,10 +96,9 @@ _UNCOPIED_EVENTS = select(events).where(events.c.copied == false(), events.c.cou
 
 def _document_copy(row: Row[Any]) -> StoreCopy:
     """Pure: the same row gives the same bytes in every process and release."""
-    unpack = zstandard.ZstdDecompressor().decompress
-    body = msgspec.json.decode(row.facts) | {
-        "document": join_document(unpack(row.structure), unpack(row.body)),
-        "environment": msgspec.json.decode(row.environment),
+    body = read_json(row.facts) | {
+        "document": join_document(decompress(row.structure), decompress(row.body)),
+        "environment": read_json(row.environment),
     }
     return StoreCopy(row.push, document_key(row.epoch, row.counter, row.push), canonical(body))
 

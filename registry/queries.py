@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-import msgspec
-import zstandard
 from sqlalchemy import Row, Select, func, select
 
 from ckpt.core.documents import Document, join_document
@@ -15,6 +13,7 @@ from ckpt.core.errors import NotFoundError, UsageError
 from ckpt.core.names import NEWEST
 from ckpt.core.records import Environment, Model, Version
 from ckpt.core.references import Reference, parse_reference
+from ckpt.registry.bodies import decompress, read_json
 from ckpt.registry.engine import Database, Transaction, batches
 from ckpt.registry.tables import (
     aliases,
@@ -116,8 +115,7 @@ class Queries:
             row = transaction.row(query)
         if row is None:
             raise _version_missing(version.reference)
-        unpack = zstandard.ZstdDecompressor().decompress
-        return join_document(unpack(row.structure), unpack(row.body))
+        return join_document(decompress(row.structure), decompress(row.body))
 
     def environment(self, version: Version) -> Environment:
         """What the version was pushed on."""
@@ -126,7 +124,7 @@ class Queries:
             row = transaction.row(query)
         if row is None:
             raise _version_missing(version.reference)
-        return Environment(row.digest, msgspec.json.decode(row.body))
+        return Environment(row.digest, read_json(row.body))
 
 
 def resolve(transaction: Transaction, reference: Reference) -> Row[Any]:

@@ -153,7 +153,7 @@ def _read_piece(store: Store, version: Version, packs: Mapping[str, Pack], piece
     raise problem
 
 
-_HINT = "run `ckpt fsck`; pushing the same content again repairs it"
+_HINT = "run `ckpt fsck`; pushing the same content again stores it anew, as a new version"
 
 
 def _at(version: Version, piece: _Piece, message: str) -> str:

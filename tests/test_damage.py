@@ -388,3 +388,16 @@ def test_a_pack_is_checked_by_size_before_it_is_shared(repo: ckpt.Repository) ->
     pack.write_bytes(pack.read_bytes() + b"x")
     assert pack.stat().st_size == recorded.size + 1
     assert repo.push({"w": torch.ones(3)}, "other").new_bytes > 0
+
+
+def test_a_body_that_cannot_be_decompressed_is_named(repo: ckpt.Repository) -> None:
+    import sqlite3
+
+    repo.push({"w": torch.ones(3)}, "m")
+    for table in ("structures", "documents"):
+        with sqlite3.connect(repo.location.registry) as connection:
+            connection.execute(f"UPDATE {table} SET body = x'00'")
+        connection.close()
+        with pytest.raises(IntegrityError) as caught:
+            repo.pull("m")
+        assert caught.value.code == "document-damaged"
