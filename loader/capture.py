@@ -15,7 +15,7 @@ from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.tensors import TensorBytes
 from ckpt.loader.geometry import SharedBytes, find_shared, stored_form
 from ckpt.loader.sources import MemoryTensor, RegionTensor, from_array
-from ckpt.loader.values import Encoder, Path, RefusedError
+from ckpt.loader.values import Encoder, Path, RefusedError, check_portable
 
 _SPARSE = {
     torch.sparse_coo: ("indices", "values"),
@@ -139,11 +139,8 @@ class TensorTable:
     def _add_array(self, value: numpy.ndarray, path: Path) -> int:
         details = None
         array = value
-        if value.dtype.isbuiltin != 1 or value.dtype.char not in _NUMPY_CHARS:
-            if value.dtype.hasobject:
-                raise RefusedError("an array of Python objects; use a list")
-            descr = numpy.lib.format.dtype_to_descr(value.dtype)
-            details = {"numpy": descr, "shape": list(value.shape)}
+        if not value.dtype.isnative or value.dtype.char not in _NUMPY_CHARS:
+            details = {"numpy": _descr(value.dtype), "shape": list(value.shape)}
             array = numpy.frombuffer(value.tobytes(), numpy.uint8)
         elif any(step < 0 or step % value.itemsize for step in value.strides):
             array = numpy.ascontiguousarray(value)
@@ -168,7 +165,8 @@ class TensorTable:
                 kind="component",
                 device=str(part.device),
             )
-            roles[role] = self._append(_Item((*path, role), component, part.detach()))
+            plain = part.detach().resolve_conj().resolve_neg()
+            roles[role] = self._append(_Item((*path, role), component, plain))
         self._items[index].entry = replace(entry, components=roles)
         return index
 
@@ -265,6 +263,24 @@ def _check_kind(value: Any) -> None:
         )
     if value.device.type == "meta":
         raise RefusedError("on device meta, it has no bytes; materialise it first")
+    if value.layout == torch.strided:
+        if value._is_zerotensor() or (value.numel() and not value.untyped_storage().nbytes()):
+            raise RefusedError("it has no memory, or its memory was freed; make a new tensor of it")
+    elif value.layout not in _SPARSE:
+        raise RefusedError(f"layout {value.layout} is not supported; use to_dense()")
+
+
+def _descr(dtype: numpy.dtype[Any]) -> Any:
+    """What describes a numpy dtype completely, if anything does."""
+    check_portable(dtype)
+    try:
+        descr = numpy.lib.format.dtype_to_descr(dtype)
+        complete = dtype.itemsize and numpy.lib.format.descr_to_dtype(descr) == dtype
+    except ValueError:  # fields that overlap
+        complete = False
+    if not complete:
+        raise RefusedError(f"an array of dtype {dtype}; use plain numbers")
+    return descr
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -20,8 +20,8 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class SharedBytes:
-    """Tensors whose intervals overlap, by index. ``host`` covers all of the bytes densely, or
-    is None."""
+    """Tensors whose intervals overlap, by index. ``host`` covers all of the bytes densely, and
+    every member lies in it at a multiple of its item size; else it is None."""
 
     low: int
     high: int
@@ -80,10 +80,15 @@ def _shared(
     low = group[0][1]
     high = max(-span[2] for span in group)
     members = tuple(sorted(span[3] for span in group))
-    hosts = [index for index in members if _covers(tensors[index], high - low)]
+    aligned = all(_lies_at_multiple(tensors[index], low) for index in members)
+    hosts = [index for index in members if aligned and _covers(tensors[index], high - low)]
     # Rather one that lies as it is stored: other readers then see it as it is.
     hosts.sort(key=lambda index: not _is_contiguous(tensors[index]))
     return SharedBytes(low, high, members, hosts[0] if hosts else None)
+
+
+def _lies_at_multiple(tensor: torch.Tensor | None, low: int) -> bool:
+    return tensor is not None and (tensor.data_ptr() - low) % tensor.element_size() == 0
 
 
 def _covers(tensor: torch.Tensor | None, nbytes: int) -> bool:
@@ -98,10 +103,13 @@ def _is_contiguous(tensor: torch.Tensor | None) -> bool:
 
 def stored_form(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...] | None]:
     """``(what is stored, strides to restore)``: a dimension of stride 0 is stored once, and a
-    view with gaps is compacted. Strides are None when the restored tensor is C-contiguous."""
-    if tensor.is_contiguous():
-        return tensor, None
+    view with gaps is compacted. Strides are None when they are those of a new tensor."""
     strides = tensor.stride()
+    # is_contiguous() ignores dimensions of size 1, whose strides tell kernels the memory format.
+    if strides == contiguous_strides(tensor.shape):
+        return tensor, None
+    if tensor.numel() == 0:
+        return tensor, strides
     repeated = [step == 0 and size > 1 for size, step in zip(tensor.shape, strides, strict=True)]
     once = tensor
     for dimension, is_repeated in enumerate(repeated):

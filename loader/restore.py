@@ -16,9 +16,9 @@ from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.errors import IntegrityError, UsageError
 from ckpt.core.tensors import CHUNK_BYTES
 from ckpt.loader.capture import UNINITIALIZED
-from ckpt.loader.geometry import stored_shape
-from ckpt.loader.sources import as_bytes, typed_view
-from ckpt.loader.values import Decoder
+from ckpt.loader.geometry import contiguous_strides, is_dense, stored_shape
+from ckpt.loader.sources import as_bits, as_bytes, typed_view
+from ckpt.loader.values import MALFORMED, Decoder
 
 DeviceMap = str | torch.device | Mapping[str, str] | None
 
@@ -42,7 +42,7 @@ class MemorySpace:
             else:
                 shape = stored_shape(entry.shape, entry.strides)
                 self.tensor = torch.empty(shape, dtype=dtype_of(entry))
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, OverflowError) as error:
             raise _damaged(f'"{entry.name}": {error}') from None
         self._view = as_bytes(self.tensor)
 
@@ -67,6 +67,10 @@ def dtype_of(entry: Tensor) -> torch.dtype:
 
 def stored_nbytes(entry: Tensor) -> int:
     """How many bytes an entry with chunks has; IntegrityError unless its chunks are as many."""
+    if entry.strides is not None and len(entry.strides) != len(entry.shape):
+        raise _damaged(f'"{entry.name}" has {len(entry.strides)} strides')
+    if not 0 <= entry.align < 16 or (entry.align and entry.kind != "region"):
+        raise _damaged(f'"{entry.name}" has alignment {entry.align}')
     shape = stored_shape(entry.shape, entry.strides)
     nbytes = math.prod(shape) * dtype_of(entry).itemsize
     # Before anything is allocated: the chunks are in the store, a shape is only a claim.
@@ -119,7 +123,7 @@ class Restorer:
             self._open.add(index)
             try:
                 self._built[index] = self._finish(entry, self._build(index, entry))
-            except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            except MALFORMED as error:
                 raise _damaged(f'"{entry.name}": {error}') from None
             self._open.discard(index)
         return self._built[index]
@@ -154,14 +158,19 @@ class Restorer:
     def _placed(self, entry: Tensor, stored: torch.Tensor) -> torch.Tensor:
         device = self.device(entry.device)
         if entry.strides is None:
-            return stored if device.type == "cpu" else stored.to(device)
+            if device.type == "cpu":
+                return stored
+            room = torch.empty(entry.align + stored.numel(), dtype=stored.dtype, device=device)
+            return room[entry.align :].view(stored.shape).copy_(stored)
         shape = stored.shape
         steps = [
             1 if step == 0 and size > 1 else step
             for size, step in zip(entry.shape, entry.strides, strict=True)
         ]
+        if stored.numel() and not is_dense(shape, steps):
+            raise ValueError("its strides leave gaps")
         out = torch.empty_strided(shape, steps, dtype=stored.dtype, device=device)
-        out.copy_(stored)
+        as_bits(out).copy_(as_bits(stored))
         return out.as_strided(entry.shape, entry.strides)
 
     def _view(self, entry: Tensor) -> torch.Tensor:
@@ -178,7 +187,7 @@ class Restorer:
             base = base.as_strided((base.numel() + align,), (1,), base.storage_offset() - align)
         flat = base.as_strided((base.numel(),), (1,)).view(torch.uint8)
         window = typed_view(flat, align + entry.offset, dtype_of(entry))
-        strides = (1,) * len(entry.shape) if entry.strides is None else entry.strides
+        strides = contiguous_strides(entry.shape) if entry.strides is None else entry.strides
         return window.as_strided(entry.shape, strides)
 
     def _composed(self, entry: Tensor) -> torch.Tensor:
@@ -189,8 +198,10 @@ class Restorer:
         shape = entry.shape
         if entry.layout == "sparse_coo":
             indices, values = parts["indices"], parts["values"]
-            made = torch.sparse_coo_tensor(indices, values, shape, check_invariants=True)
-            return made._coalesced_(bool(details["coalesced"]))
+            coalesced = bool(details["coalesced"])
+            return torch.sparse_coo_tensor(
+                indices, values, shape, check_invariants=True, is_coalesced=coalesced
+            )
         layout, compressed, plain = _COMPRESSED[entry.layout]
         indices = parts[compressed], parts[plain]
         return torch.sparse_compressed_tensor(
@@ -200,6 +211,8 @@ class Restorer:
     def _finish(self, entry: Tensor, tensor: torch.Tensor) -> Any:
         if entry.kind in _UNINITIALIZED:
             return tensor
+        if tensor.shape != entry.shape or tensor.dtype != dtype_of(entry):
+            raise ValueError(f"it is made of {tensor.dtype} {list(tensor.shape)}")
         if entry.kind == "ndarray":
             return _array(entry, tensor)
         if entry.kind == "parameter":
@@ -298,7 +311,7 @@ def _as_descr(value: Any) -> Any:
         return value
     return [
         tuple(
-            tuple(part) if place == 2 else _as_descr(part) if place == 1 else part
+            _as_descr(part) if place == 1 else tuple(part) if isinstance(part, list) else part
             for place, part in enumerate(item)
         )
         for item in value

@@ -10,6 +10,14 @@ from typing import Any
 import numpy
 import torch
 
+# Integers of each item size: bits are moved as these, because few kernels know every dtype.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+def as_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same elements as plain bits, not copied."""
+    return tensor.detach().view(_BITS[tensor.element_size()])
+
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, not copied; writable where the tensor is."""
@@ -36,7 +44,7 @@ class MemoryTensor:
         self.shape = tuple(tensor.shape)
         self.nbytes = tensor.numel() * tensor.element_size()
         self.address = tensor.data_ptr()
-        self._tensor = tensor.detach()
+        self._tensor = as_bits(tensor)
         direct = tensor.device.type == "cpu" and tensor.is_contiguous()
         self._view = as_bytes(tensor) if direct else None
 
@@ -86,9 +94,10 @@ class RegionTensor:
     def _gather(self) -> torch.Tensor:
         region = torch.zeros(self._align + self.nbytes, dtype=torch.uint8)
         for offset, view in self._views:
-            window = typed_view(region, self._align + offset, view.dtype)
+            bits = as_bits(view)
+            window = typed_view(region, self._align + offset, bits.dtype)
             # By index: a view may refer to one byte twice, where copy_ would refuse.
-            window[_element_offsets(view)] = view.detach().reshape(-1).cpu()
+            window[_element_offsets(view)] = bits.reshape(-1).cpu()
         return region[self._align :]
 
 

@@ -37,7 +37,7 @@ class TensorTaker(Protocol):
     def take(self, value: Any, path: Path) -> int: ...
 
 
-class RefusedError(Exception):
+class RefusedError(ValueError):
     """A single value cannot be stored; the reason names the way out."""
 
 
@@ -46,7 +46,6 @@ MALFORMED = (
     ArithmeticError,
     AttributeError,
     LookupError,
-    RefusedError,
     RuntimeError,
     SyntaxError,
     TypeError,
@@ -170,6 +169,8 @@ class Encoder:
 
     def _encode_alone(self, value: Any, path: Path, place: str) -> Any:
         """A key, or another part that tells nothing of the order in which tensors are met."""
+        if isinstance(self.tensors, _NoTensors):
+            return self.encode(value, (*path, place))
         probe = Encoder(_NoTensors())
         encoded = probe.encode(value, (*path, place))
         self.refusals.extend((path, f"in a {place}: {reason}") for _, reason in probe.refusals)

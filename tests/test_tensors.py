@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,9 @@ from test_values import described, round_trip
 import ckpt
 from ckpt.core.documents import Document, Tensor, identity_bytes
 from ckpt.core.dtypes import ITEM_SIZES
-from ckpt.core.errors import IntegrityError
-from ckpt.loader.geometry import find_shared
+from ckpt.core.errors import IntegrityError, UsageError
+from ckpt.loader.capture import capture
+from ckpt.loader.geometry import find_shared, is_dense
 from ckpt.loader.restore import MemorySpace, Restorer
 
 pytestmark = [
@@ -27,6 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.quantize_per:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*quantized.*:UserWarning"),
 ]
+STEPS = itertools.count()  # a state that comes twice is a version of its own
 DTYPES = [name for name in ITEM_SIZES if not name.startswith(("q", "bits"))]
 
 
@@ -45,25 +48,13 @@ def filled(dtype: str, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
 def bits(tensor: torch.Tensor) -> bytes:
     """The logical values, as bytes."""
     plain = tensor.detach().resolve_conj().resolve_neg()
-    if not plain.numel():
-        return b""
-    return (
-        plain.clone(memory_format=torch.contiguous_format)
-        .view(-1)
-        .view(torch.uint8)
-        .numpy()
-        .tobytes()
-    )
+    copy = plain.clone(memory_format=torch.contiguous_format)
+    return copy.view(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
 
 
 def assert_same(got: torch.Tensor, wanted: torch.Tensor) -> None:
-    assert type(got) is type(wanted)
-    assert (got.dtype, got.shape, got.requires_grad) == (
-        wanted.dtype,
-        wanted.shape,
-        wanted.requires_grad,
-    )
-    assert bits(got) == bits(wanted)
+    for fact in (type, lambda x: x.dtype, lambda x: x.shape, lambda x: x.requires_grad, bits):
+        assert fact(got) == fact(wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,14 +73,16 @@ def test_every_dtype_comes_back_bit_for_bit(dtype: str, shape: tuple[int, ...]) 
         torch.randn(3, 1).expand(3, 5),
         torch.ones(1).expand(4),
         torch.randn(4, 1, 6).permute(2, 0, 1).expand(6, 4, 1),
+        torch.randn(2, 1, 3, 3).to(memory_format=torch.channels_last),
+        torch.randn(1, 5)[:, :2],
+        torch.zeros(3, 0, 4).permute(2, 0, 1),
     ],
-    ids=["transposed", "channels_last", "permuted", "expanded", "scalar-expanded", "size-1"],
+    ids=lambda tensor: f"{list(tensor.shape)}-{list(tensor.stride())}",
 )
 def test_dense_strides_come_back(tensor: torch.Tensor) -> None:
     got = round_trip(tensor)
     assert_same(got, tensor)
-    if not tensor.is_contiguous():
-        assert got.stride() == tensor.stride()
+    assert got.stride() == tensor.stride()
 
 
 @pytest.mark.parametrize(
@@ -126,7 +119,20 @@ def test_sparse_layouts_come_back(layout: str) -> None:
     assert torch.equal(got.to_dense(), made.to_dense())
     if made.layout == torch.sparse_coo:
         assert got.is_coalesced() == made.is_coalesced()
+        assert torch.equal(got._indices(), made._indices())
         assert torch.equal(got._values(), made._values())
+
+
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize("coalesced", [True, False])
+def test_a_sparse_tensor_of_few_values_keeps_its_coalesced_mark(
+    count: int, coalesced: bool
+) -> None:
+    indices, values = torch.arange(count)[None], torch.ones(count)
+    made = torch.sparse_coo_tensor(
+        indices, values, (4,), is_coalesced=coalesced, check_invariants=True
+    )
+    assert round_trip(made).is_coalesced() == coalesced
 
 
 def test_quantised_tensors_come_back() -> None:
@@ -144,9 +150,10 @@ class TestSharedMemory:
     """What shared memory when it was pushed shares it when it is pulled."""
 
     def test_the_same_tensor_twice_is_one_tensor(self) -> None:
-        x = torch.randn(3)
+        x = torch.randn(3, requires_grad=True)
         got = round_trip({"a": x, "b": [x]})
         assert got["a"] is got["b"][0]
+        assert_same(got["a"], x)
 
     def test_a_view_stays_a_view_of_its_tensor(self) -> None:
         x = torch.arange(12.0).reshape(3, 4)
@@ -164,6 +171,35 @@ class TestSharedMemory:
         assert other[0] == 99
         assert other.tolist()[1:] == list(range(5, 12))
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_views_of_every_dtype_share_a_region(self, dtype: str) -> None:
+        x = filled(dtype, (24,))
+        views = [x[1:9], x[4:12:2], x[3:].unfold(0, 4, 2)]
+        for got, wanted in zip(restored := round_trip(views), views, strict=True):
+            assert_same(got, wanted)
+            assert got.stride() == wanted.stride()
+            distance = wanted.data_ptr() - x[1:].data_ptr()
+            assert got.data_ptr() - restored[0].data_ptr() == distance
+
+    def test_a_view_that_lies_askew_in_the_largest_tensor_still_shares(self) -> None:
+        x = torch.arange(10.0)
+        whole, askew = round_trip([x[1:9], x[2:6].view(torch.float64)])
+        askew.zero_()
+        assert whole.tolist() == [1, 0, 0, 0, 0, 6, 7, 8]
+
+    def test_memory_at_an_odd_address_is_refused(self) -> None:
+        data = numpy.arange(33, dtype=numpy.uint8)
+        with pytest.raises(UsageError, match="odd address"):
+            described([data[:20], data[1:29].view(numpy.float32)])
+
+    def test_views_share_on_another_device(self) -> None:
+        x = torch.arange(20.0)
+        document, spaces = described([x[1:8], x[4:12]])
+        assert document.tensors[2].align == 4
+        one, other = Restorer(document, spaces, "meta").state()
+        assert (one.storage_offset(), other.storage_offset()) == (1, 4)
+        assert one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
     def test_bytes_that_no_view_covers_are_zero(self) -> None:
         x = torch.full((9,), 7.0)
         document, spaces = described([x[0:8:2], x[2:9:2]])
@@ -175,6 +211,12 @@ class TestSharedMemory:
         (group,) = find_shared([x, x[5:10], x[50:60]])
         assert group.members == (0, 1, 2)
         assert group.host == 0
+
+    def test_a_tensor_and_two_apart_in_it_share(self) -> None:
+        x = torch.arange(9.0)
+        whole, low, high = round_trip([x, x[:3], x[5:]])
+        low[0], high[0] = 70, 80
+        assert (whole[0], whole[5]) == (70, 80)
 
     def test_views_of_other_dtypes_share(self) -> None:
         x = torch.arange(4, dtype=torch.int32)
@@ -205,32 +247,20 @@ class TestSharedMemory:
 
 
 @pytest.mark.parametrize(
-    "array",
-    [
-        numpy.arange(6).reshape(2, 3),
-        numpy.asfortranarray(numpy.arange(6.0).reshape(2, 3)),
-        numpy.arange(6)[::-1],
-        numpy.arange(3, dtype=">f4"),
-        numpy.array(["a", "bc"]),
-        numpy.array(["2026-01-01"], dtype="datetime64[D]"),
-        numpy.array([(1, 2.5)], dtype=[("a", "i4"), ("b", "f8", (1,))]),
-        numpy.array(3.5),
-        numpy.zeros((0, 2), numpy.uint16),
-    ],
-    ids=lambda array: array.dtype.str,
-)
-def test_arrays_come_back(array: numpy.ndarray) -> None:
-    got = round_trip({"a": array})["a"]
-    assert type(got) is numpy.ndarray
-    assert (got.dtype, got.shape) == (array.dtype, array.shape)
-    assert got.tobytes() == array.tobytes()
-
-
-@pytest.mark.parametrize(
     "entry",
     [
         {"shape": (2, 2), "strides": (1, 1 << 40)},
         {"shape": (4,), "strides": (-1,)},
+        {"shape": (2, 2), "strides": (1, 1)},
+        {"shape": (2, 2), "strides": (1,)},
+        {"shape": (0, 1 << 70)},
+        {"shape": (4,), "align": 4},
+        {"shape": (4,), "align": -4, "kind": "region"},
+        {"shape": (4,), "align": 4, "kind": "region"},
+        {"shape": (2,), "region": 1, "dtype": "float64", "offset": 4, "strides": (1,)},
+        {"shape": (1 << 40, 1 << 40), "region": 1, "strides": (0, 0)},
+        {"shape": (4,), "components": {"integers": 0}, "layout": "quantized"},
+        {"shape": (5,), "dtype": "qint8", "components": {"integers": 1}, "layout": "quantized"},
         {"shape": (-4,)},
         {"shape": (1 << 40, 1 << 40)},
         {"shape": (4,), "region": 0, "strides": (1,)},
@@ -273,17 +303,18 @@ def states(draw: st.DrawFn) -> Any:
     for _ in range(draw(st.integers(1, 4))):
         shape = tuple(draw(st.lists(st.integers(0, 4), max_size=3)))
         tensor = filled(draw(st.sampled_from(DTYPES)), shape, draw(st.integers(0, 10**6)))
-        how = draw(st.sampled_from(["plain", "turned", "slice", "step", "expand", "both"]))
-        if how == "turned" and tensor.dim() > 1:
+        how = draw(st.sampled_from(["plain", "turned", "slice", "step", "expand", "both", "apart"]))
+        if tensor.dim() and how in ("slice", "step"):
+            tensor = tensor[1:] if how == "slice" else tensor[::2]
+        if tensor.dim() and how in ("turned", "both", "apart"):
             tensor = tensor.transpose(0, -1)
-        if how == "slice" and tensor.dim():
-            tensor = tensor[1:]
-        if how == "step" and tensor.dim():
-            tensor = tensor[::2]
-        if how == "expand" and tensor.dim() and tensor.shape[0] == 1:
-            tensor = tensor.expand(3, *tensor.shape[1:])
-        if how == "both" and tensor.dim():
+        if tensor.dim() and how == "both":
             pool.append(tensor[:1])
+        if tensor.dim() and how == "apart":
+            pool.append(tensor[1:])
+            tensor = tensor[..., :-1]
+        if how == "expand":
+            tensor = tensor.unsqueeze(0).expand(3, *tensor.shape)
         pool.append(tensor)
     names = draw(st.lists(st.text(max_size=5), min_size=len(pool), max_size=len(pool), unique=True))
     flat = dict(zip(names, pool, strict=True))
@@ -292,15 +323,7 @@ def states(draw: st.DrawFn) -> Any:
 
 
 def tensors_in(state: Any) -> list[torch.Tensor]:
-    if isinstance(state, torch.Tensor):
-        return [state]
-    if isinstance(state, dict):
-        state = state.values()
-    return (
-        [found for item in state for found in tensors_in(item)]
-        if not isinstance(state, int)
-        else []
-    )
+    return [*state["flat"].values(), *state["nested"][0]]
 
 
 def shuffled(state: Any, chance: random.Random) -> Any:
@@ -321,10 +344,22 @@ def shared_repo(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def compare(got: Any, wanted: Any) -> None:
+    """Equal in order, bits, strides, and in what shares memory with what at which distance."""
     assert list(got["flat"]) == list(wanted["flat"])
-    pairs = zip(tensors_in(got), tensors_in(wanted), strict=True)
+    assert got["nested"][1] == wanted["nested"][1]
+    pairs = list(zip(tensors_in(got), tensors_in(wanted), strict=True))
     for one, other in pairs:
         assert_same(one, other)
+        once = [size if step else 1 for size, step in zip(other.shape, other.stride(), strict=True)]
+        if is_dense(once, other.stride()):
+            assert one.stride() == other.stride()
+    pairs = list({id(other): (one, other) for one, other in pairs}.values())
+    for group in find_shared([other for _, other in pairs]):
+        one, other = pairs[group.members[0]]
+        for index in group.members:
+            distance = pairs[index][1].data_ptr() - other.data_ptr()
+            assert pairs[index][0].data_ptr() - one.data_ptr() == distance
+            assert pairs[index][0].stride() == pairs[index][1].stride()
 
 
 @settings(max_examples=2000)
@@ -346,23 +381,16 @@ def test_random_states_come_back_through_a_repository_with_one_digest_whatever_t
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        first = shared_repo.push(state, "state")
+        first = shared_repo.push(state, "state", step=next(STEPS))
         torch.set_num_threads(2)
-        again = shared_repo.push(shuffled(state, random.Random(seed)), "other", step=seed)
+        again = shared_repo.push(shuffled(state, random.Random(seed)), "other", step=next(STEPS))
     finally:
         torch.set_num_threads(threads)
     assert again.digest == first.digest
-    got = shared_repo.pull(first)
-    pairs = zip(tensors_in(shuffled(got, random.Random(1))),
-                tensors_in(shuffled(state, random.Random(1))), strict=True)  # fmt: skip
-    if list(got["flat"]) == list(state["flat"]):
-        compare(got, state)
-    assert len(list(pairs)) == len(tensors_in(state))
+    compare(shared_repo.pull(first), state)
 
 
 def test_a_state_is_not_copied_on_its_way(tmp_path: Path) -> None:
-    from ckpt.loader.capture import capture
-
     tensor = torch.randn(1000)
     (source,) = capture({"w": tensor}).sources
     assert source is not None

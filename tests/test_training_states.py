@@ -55,8 +55,10 @@ def equal(one: Any, other: Any) -> bool:
     if type(one) is not type(other):
         return False
     if isinstance(one, (torch.Tensor, numpy.ndarray)):
-        same_dtype: bool = one.dtype == other.dtype
-        return same_dtype and numpy.array_equal(numpy.asarray(one), numpy.asarray(other))
+        same_kind: bool = one.dtype == other.dtype and one.shape == other.shape
+        return same_kind and numpy.asarray(one).tobytes() == numpy.asarray(other).tobytes()
+    if isinstance(one, torch.Generator):
+        return torch.equal(one.get_state(), other.get_state())
     if isinstance(one, dict):
         return list(one) == list(other) and all(equal(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):
@@ -123,9 +125,23 @@ def test_a_scheduler_goes_on_where_it_was(repo: ckpt.Repository, name: str) -> N
 
 
 def test_a_grad_scaler_comes_back(repo: ckpt.Repository) -> None:
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = optim.SGD([weight])
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+
+    def step(scaler: torch.amp.GradScaler, loss: torch.Tensor) -> float:
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.step(optimizer)
+        scaler.update()
+        return scaler.get_scale()
+
+    step(scaler, weight.sum())
     repo.push(scaler.state_dict(), "scaler")
-    assert equal(repo.pull("scaler"), scaler.state_dict())
+    pulled = repo.pull("scaler")
+    assert equal(pulled, scaler.state_dict())
+    resumed = torch.amp.GradScaler("cpu")
+    resumed.load_state_dict(pulled)
+    assert step(resumed, weight.sum()) == step(scaler, weight.sum()) == 2048.0
 
 
 def test_random_states_go_on_where_they_were(repo: ckpt.Repository) -> None:
@@ -136,10 +152,12 @@ def test_random_states_go_on_where_they_were(repo: ckpt.Repository) -> None:
         "numpy": legacy.get_state(),
         "generator": generator.bit_generator.state,
         "torch": torch.get_rng_state(),
+        "own": torch.Generator().manual_seed(6),
     }
     repo.push(state, "rng")
     wanted = [random.random(), legacy.random(), generator.random(), torch.rand(3).tolist()]
     pulled = repo.pull("rng")
+    assert equal(pulled, state)
     random.setstate(pulled["python"])
     legacy.set_state(pulled["numpy"])
     generator.bit_generator.state = pulled["generator"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import pathlib
 import struct
 import threading
@@ -69,10 +70,36 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, (list, tuple, deque)):
         return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, numpy.generic):
-        return bool(one.tobytes() == other.tobytes() and one.dtype == other.dtype)
+        sizes = [len(text) if isinstance(text, (str, bytes)) else 0 for text in (one, other)]
+        same_bits: bool = one.tobytes() == other.tobytes()
+        return same_bits and one.dtype == other.dtype and sizes[0] == sizes[1]
     if isinstance(one, torch.Generator):
         return torch.equal(one.get_state(), other.get_state())
     return bool(one == other)
+
+
+NUMPY_KINDS = [
+    "<f2",
+    "<f4",
+    "<f8",
+    "<c8",
+    "<c16",
+    "<i2",
+    "<u8",
+    "|i1",
+    "<M8[25s]",
+    "<m8[ns]",
+    "|V5",
+]
+
+
+def numpy_scalar(kind: str, data: bytes) -> numpy.generic:
+    """A scalar of any bits."""
+    dtype = numpy.dtype(kind)
+    if dtype.kind == "V":
+        return numpy.void(data[: dtype.itemsize])
+    scalar: numpy.generic = numpy.frombuffer(data[: dtype.itemsize], dtype)[0]
+    return scalar
 
 
 any_float = st.integers(0, 2**64 - 1).map(lambda bits: struct.unpack(">d", bits.to_bytes(8))[0])
@@ -85,15 +112,19 @@ scalars = st.one_of(
     st.text(st.characters()),
     st.text(st.characters(categories=["Cs", "Lu"])),
     st.binary(),
-    st.complex_numbers(),
+    st.builds(complex, any_float, any_float),
     st.binary().map(bytearray),
-    st.builds(range, st.integers(-5, 5), st.integers(-5, 5), st.integers(1, 3)),
+    st.builds(range, st.integers(), st.integers(), st.integers().filter(bool)),
     st.builds(slice, st.none() | st.integers(), st.integers(), st.none() | st.integers()),
     st.lists(st.integers(0, 9)).map(torch.Size),
     st.sampled_from(
         [..., torch.bfloat16, torch.device("cuda:1"), torch.strided, torch.channels_last]
     ),
-    st.sampled_from([pathlib.Path("a/b"), numpy.float32(1.5), numpy.int8(-3), numpy.bool_(True)]),
+    st.builds(numpy_scalar, st.sampled_from(NUMPY_KINDS), st.binary(min_size=16, max_size=16)),
+    st.booleans().map(numpy.bool_),
+    st.text(st.characters(), max_size=3).map(numpy.str_),
+    st.binary(max_size=3).map(numpy.bytes_),
+    st.binary(max_size=4).map(lambda data: pathlib.Path(os.fsdecode(data.replace(b"\0", b"")))),
 )
 keys = st.text(max_size=4) | st.integers() | st.booleans() | st.none() | st.tuples(st.integers())
 values = st.recursive(
@@ -130,6 +161,7 @@ def test_the_order_of_a_dict_comes_back_and_is_no_part_of_its_identity(order: li
 def test_special_values_keep_their_bits() -> None:
     payload = struct.unpack(">d", bytes.fromhex("7ff8000000000001"))[0]
     state = [math.nan, -math.nan, payload, math.inf, -math.inf, -0.0, 2**100, "\ud800", 1e-320]
+    state.append(range(-(2**100), 2**100))
     assert same(round_trip(state), state)
 
 
@@ -149,8 +181,56 @@ def test_a_deque_keeps_its_bound_and_a_defaultdict_its_factory() -> None:
     assert restored["n"].default_factory is None
 
 
+def test_the_name_of_a_tensor_does_not_depend_on_the_order_of_a_set() -> None:
+    document, _ = described({frozenset({"a", "b", "c"}): torch.ones(1), 7: torch.ones(2)})
+    names = [tensor.name for tensor in document.tensors]
+    assert sorted(names) == ["7", '{"$frozenset":["a","b","c"]}']
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        numpy.arange(6).reshape(2, 3),
+        numpy.asfortranarray(numpy.arange(6.0).reshape(2, 3)),
+        numpy.arange(6)[::-1],
+        numpy.arange(3, dtype=">f4"),
+        numpy.array(["a", "bc"]),
+        numpy.array(["2026-01-01"], dtype="datetime64[D]"),
+        numpy.array([(1, 2.5)], dtype=[("a", "i4"), ("b", "f8", (1,))]),
+        numpy.array(3.5),
+        numpy.array("abc"),
+        numpy.zeros(2, {"names": ["x"], "formats": ["f4"], "titles": ["T"]}),
+        numpy.zeros((0, 2), numpy.uint16),
+    ],
+    ids=lambda array: array.dtype.str,
+)
+def test_arrays_come_back(array: numpy.ndarray) -> None:
+    got = round_trip({"a": array})["a"]
+    assert type(got) is numpy.ndarray
+    assert (got.dtype, got.shape) == (array.dtype, array.shape)
+    assert got.tobytes() == array.tobytes()
+
+
 class Weird(torch.Tensor):
     """A tensor subclass."""
+
+
+class Meters(numpy.float64):
+    """A numpy scalar that is more than its bits."""
+
+
+def freed() -> torch.Tensor:
+    """A tensor as FSDP leaves it: a shape whose memory was given back."""
+    tensor = torch.ones(3)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def nested_sets(depth: int) -> frozenset[Any]:
+    made: frozenset[Any] = frozenset()
+    for _ in range(depth):
+        made = frozenset([made])
+    return made
 
 
 @pytest.mark.parametrize(
@@ -171,6 +251,19 @@ class Weird(torch.Tensor):
         ({torch.ones(1): 1}, "cannot stand here"),
         ({frozenset([1]): {1, 2}, "bad": 1j**2, "worse": {print}}, "which is code"),
         (2**9000, "bits"),
+        (range(2**9000), "bits"),
+        ({2**20000: 1}, "in a key: a whole number"),
+        (slice(print), "in a slice: cannot store"),
+        (nested_sets(500), "nested deeper"),
+        (pathlib.PureWindowsPath("C:"), "cannot store pathlib.PureWindowsPath"),
+        (Meters(1.0), "Meters"),
+        (numpy.longdouble(1), "differs between machines"),
+        (numpy.zeros(2, [("x", "f4"), ("y", numpy.longdouble)]), "differs between machines"),
+        (numpy.zeros(1, [("x", "i4")])[0], "cannot store numpy.void"),
+        (numpy.zeros(3, "V0"), "an array of dtype"),
+        (torch.zeros(3).to_mkldnn(), "use to_dense()"),
+        (freed(), "its memory was freed"),
+        (torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged), "subclass"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
@@ -183,12 +276,17 @@ def test_what_cannot_be_stored_is_refused_with_its_path(value: Any, reason: str)
 
 
 def test_everything_that_cannot_be_stored_is_refused_at_once() -> None:
+    made: dict[str, Any] = defaultdict(lambda: 1)
+    state = {"a": print, "b": [1, threading.Lock()], "c": {"d": nn.ReLU()}, "e": made}
+    made["f"] = print
     with pytest.raises(UsageError) as caught:
-        capture({"a": print, "b": [1, threading.Lock()], "c": {"d": nn.ReLU()}})
+        capture(state)
     message = str(caught.value)
-    assert message.startswith("3 values cannot be stored: a: ")
+    assert message.startswith("5 values cannot be stored: a: ")
     assert "; b.1: " in message
     assert "; c.d: " in message
+    assert "; e: a defaultdict" in message
+    assert "; e.f: " in message
 
 
 def test_a_cycle_and_too_deep_a_nesting_are_refused() -> None:
@@ -210,20 +308,45 @@ def test_a_cycle_and_too_deep_a_nesting_are_refused() -> None:
         {},
         {"$bytes": 1},
         {"$bytes": "a"},
+        {"$bytes": "!!!!"},
+        {"$str": "YQ=="},
+        {"$float": "3ff0000000000000"},
+        {"$float": "7FF8000000000001"},
+        {"$complex": [10**400, 0]},
+        {"$ellipsis": 5},
+        {"$tuple": "ab"},
+        {"$set": [[]]},
+        {"$slice": [1, 2, 3, 4]},
+        {"$range": [0, 1, 0]},
+        {"$size": "12"},
+        {"$deque": [-1, []]},
+        {"$deque": [2**70, []]},
+        {"$dict": {"ab": 1}},
+        {"$dict": [["a", 1], ["a", 2]]},
+        {"$odict": ["ab"]},
+        {"$path": 1},
+        {"$generator": ["cpu", 0]},
         {"$float": "one"},
         {"$dict": [[1]]},
         {"$dict": [[[], 1]]},
         {"$dtype": "os"},
         {"$dtype": "load"},
+        {"$dtype": "half"},
+        {"$dtype": ["float32"]},
         {"$layout": "float32"},
         {"$npscalar": ["|O", "AAAAAAAAAAA="]},
         {"$npscalar": ["<f4", ""]},
+        {"$npscalar": ["<f4", "AAAAAAAAAAA="]},
+        {"$npscalar": [">f4", "AAAAAA=="]},
+        {"$npscalar": ["f4,,", "AAAAAA=="]},
+        {"$npscalar": ["<U1", "////fw=="]},
         {"$defaultdict": ["exec", []]},
         {"$tensor": 0},
         {"$tensor": "x"},
         {"$module": 0},
         {"$object": ["os:system", {}]},
         {"$device": "nowhere:-5"},
+        {"$device": 0},
     ],
     ids=str,
 )
