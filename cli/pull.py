@@ -30,7 +30,9 @@ def pull(settings: Settings, reference: str, destination: str | None, force: boo
         with progress(settings, f"pull {version.reference}") as meter:
             repository.pull_file(version, path, force=force, progress=meter)
         left = repository.unnamed_values(version)
-    if left:
+    if version.state == "module":
+        settings.say("the file has the weights alone; the module itself comes by load, from Python")
+    elif left:
         settings.say(f"{left} plain values are not in the file; pull from Python to get them")
     settings.say(f"{version.reference}: {size(version.nbytes)}, every byte checked")
     if settings.as_json:

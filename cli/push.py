@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,8 @@ import click
 
 from ckpt.cli.command import Settings, command
 from ckpt.cli.render import print_json, progress, size, version_json
-from ckpt.core.errors import NotFoundError, TrustError, UsageError
-from ckpt.core.names import check_text
+from ckpt.core.errors import NotFoundError, TrustError, UsageError, from_os_error
+from ckpt.core.names import check_model, check_text
 from ckpt.core.printable import escape
 
 if TYPE_CHECKING:
@@ -47,8 +48,9 @@ def push(
     Prints the reference of the version, and nothing else, on stdout.
     """
     file = Path(path)
-    refuse_pickle(file)
+    refuse_unfit(file)
     name, colon, alias = model.partition(":")
+    check_model(name)
     given = (alias, *aliases) if colon else aliases
     with settings.open(create=True) as repository, progress(settings, f"push {file.name}") as meter:
         before = _newest(repository, name)
@@ -85,8 +87,9 @@ def _newest(repository: Repository, model: str) -> str | None:
     return newest[0].push if newest else None
 
 
-def refuse_pickle(path: Path) -> None:
-    """Refuse what only unpickling could read, and folders."""
+def refuse_unfit(path: Path) -> None:
+    """Refuse what only unpickling could read, folders, and what is not there: before a repository
+    is made for it."""
     if path.suffix.lower() in _PICKLES:
         raise TrustError(
             "pickle-refused",
@@ -94,7 +97,11 @@ def refuse_pickle(path: Path) -> None:
             hint="load it with torch.load(path, weights_only=True) and push what you get from "
             "Python: ckpt.open().push(state, model)",
         )
-    if os.path.isdir(path):
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise from_os_error(error, f"reading {path}") from error
+    if stat.S_ISDIR(mode):
         raise UsageError(
             "is-folder", f"{escape(str(path))} is a folder", hint="give a .safetensors file"
         )

@@ -42,10 +42,13 @@ class Tensor(Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unkno
     def has_bytes(self) -> bool:
         """Whether the entry has chunks of its own (none, for an empty tensor)."""
         return (
-            self.region is None
-            and self.components is None
-            and not self.kind.startswith("uninitialized")
+            self.region is None and self.components is None and not self.kind.startswith("uninit")
         )
+
+    @property
+    def has_values(self) -> bool:
+        """Whether the entry is a tensor of the state, and not a part or a place of others."""
+        return self.kind not in ("region", "component") and not self.kind.startswith("uninit")
 
     def __post_init__(self) -> None:
         # msgspec leaves a default out only if it is the same object, and "cpu" from outside is not.

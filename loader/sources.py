@@ -43,7 +43,6 @@ class MemoryTensor:
         self.dtype = dtype
         self.shape = tuple(tensor.shape)
         self.nbytes = tensor.numel() * tensor.element_size()
-        self.address = tensor.data_ptr()
         self._tensor = as_bits(tensor)
         direct = tensor.device.type == "cpu" and tensor.is_contiguous()
         self._view = as_bytes(tensor) if direct else None

@@ -17,9 +17,7 @@ from ckpt.core.printable import escape
 from ckpt.core.tensors import TensorBytes, chunk_spans
 from ckpt.loader.capture import Captured
 from ckpt.loader.classes import describe_class
-from ckpt.loader.restore import MemorySpace
 from ckpt.loader.snapshot import capture_module
-from ckpt.loader.sources import MemoryTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +40,7 @@ class Report:
     renamed: str = ""
 
 
-def check_structure(
-    document: Document, module: nn.Module, spaces: Mapping[int, MemorySpace]
-) -> None:
+def check_structure(document: Document, module: nn.Module) -> None:
     """V0 on the rebuilt tensors and V1: capturing the rebuilt module gives the same again.
 
     Raises:
@@ -55,7 +51,7 @@ def check_structure(
         document,
         root=again.root,
         modules=again.modules,
-        tensors=_with_chunks(again, document, spaces),
+        tensors=_with_chunks(again),
     )
     if identity_bytes(found) != identity_bytes(document):
         raise IntegrityError(
@@ -65,33 +61,14 @@ def check_structure(
         )
 
 
-def _with_chunks(
-    again: Captured, document: Document, spaces: Mapping[int, MemorySpace]
-) -> tuple[Tensor, ...]:
-    """The entries with their digests; bytes that are still those that were read and checked are
-    not hashed a second time."""
-    checked = {space.tensor.data_ptr(): index for index, space in spaces.items()}
-    tensors = []
-    for entry, source in zip(again.tensors, again.sources, strict=True):
-        if source is None:
-            tensors.append(entry)
-            continue
-        known = _unchanged(document, checked, source)
-        if known is not None:
-            tensors.append(replace(entry, chunks=document.tensors[known].chunks))
-        else:
-            tensors.append(replace(entry, chunks=_digests(source)))
-    return tuple(tensors)
-
-
-def _unchanged(document: Document, checked: Mapping[int, int], source: TensorBytes) -> int | None:
-    """The entry whose checked bytes the source still has at the same address, if any."""
-    known = checked.get(source.address) if isinstance(source, MemoryTensor) else None
-    if known is None:
-        return None
-    entry = document.tensors[known]
-    same = entry.strides is None and (entry.dtype, entry.shape) == (source.dtype, source.shape)
-    return known if same else None
+def _with_chunks(again: Captured) -> tuple[Tensor, ...]:
+    """The entries with the digests of the bytes that the module has now; what was read was
+    checked already, but the module's own code has run since."""
+    pairs = zip(again.tensors, again.sources, strict=True)
+    return tuple(
+        entry if source is None else replace(entry, chunks=_digests(source))
+        for entry, source in pairs
+    )
 
 
 def _digests(source: TensorBytes) -> tuple[str, ...]:

@@ -207,7 +207,11 @@ def _is_busy(error: DBAPIError) -> bool:
 def _from_database_error(error: DBAPIError, name: str) -> CkptError:
     reason = str(error.orig)
     if "database or disk is full" in reason:
-        return SpaceError("no-space", f"no room left for the registry {name}", hint="free some")
+        return SpaceError(
+            "no-space",
+            f"no room left for the registry {name}",
+            hint="free some space and run again",
+        )
     if "readonly" in reason or "permission denied" in reason:
         return AccessError(
             "permission", f"not permitted to write the registry {name}", hint="check its mode"

@@ -63,7 +63,7 @@ def _pull_weights(
     left = [
         (tensor.name, index)
         for index, tensor in enumerate(document.tensors)
-        if index not in known and tensor.kind not in ("region", "component")
+        if index not in known and tensor.has_values
     ]
     if everything:
         names += left
@@ -102,7 +102,7 @@ def pull_tensors(
     chosen = [
         index
         for index, tensor in enumerate(document.tensors)
-        if tensor.kind not in ("region", "component") and fnmatch.fnmatchcase(tensor.name, pattern)
+        if tensor.has_values and fnmatch.fnmatchcase(tensor.name, pattern)
     ]
     if not chosen:
         raise NotFoundError(
@@ -132,8 +132,7 @@ def pull_file(
         ConflictError: ``exists``; TrustError: ``symlink``; SpaceError: ``no-space``.
     """
     document = registry.queries.document(version)
-    whole = all(_is_whole(tensor) for tensor in document.tensors)
-    if not whole:
+    if not all(_is_whole(tensor) for tensor in document.tensors):
         _pull_file_by_torch(store, registry, version, document, destination, force, progress)
         return
     pushed = pushed_header(document)
@@ -169,7 +168,7 @@ def _pull_file_by_torch(
     plain = [
         laid_out(tensor.name, restorer.tensor(index))
         for index, tensor in enumerate(document.tensors)
-        if tensor.kind not in ("region", "component")
+        if tensor.has_values
     ]
     tensors = [Tensor(name=one.name, dtype=one.dtype, shape=one.shape) for one in plain]
     first, starts = made_header(tensors)

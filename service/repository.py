@@ -76,8 +76,9 @@ class Repository:
         the same. Every tensor is stored once, however often it is pushed.
 
         Args:
-            state: an ``nn.Module``, or any nesting of dict, list, tuple and plain values with tensors in it, such as
-                ``{"model": net.state_dict(), "optimizer": opt.state_dict(), "step": 100}``.
+            state: an ``nn.Module``, or any nesting of dict, list, tuple and plain values with
+                tensors in it, such as ``{"model": net.state_dict(), "optimizer":
+                opt.state_dict(), "step": 100}``.
             step: training step, a whole number.
             metrics: numbers by name; NaN and infinities are kept, and never compare.
             labels: text by key.
@@ -194,7 +195,6 @@ class Repository:
             device: a device, or a mapping from recorded to wanted devices. By default each
                 tensor goes where it was; where that device is absent, to the CPU with a
                 :class:`CkptWarning`.
-
             all: of a module, also the tensors that no ``state_dict()`` holds, by canonical name;
                 otherwise a :class:`CkptWarning` names them.
 

@@ -225,7 +225,7 @@ ROWS: list[tuple[str, Prepare, list[str], int, str, str]] = [
      6, "registry-corrupt", "rebuild"),
     ("empty registry", cut_registry(0), ["ls"], 6, "registry-corrupt", "rebuild"),
     ("cut registry", cut_registry(9000), ["ls"], 6, "registry-corrupt", "rebuild"),
-    ("registry missing", lambda f: (f / ".ckpt/registry.db").unlink(), PUSH, 6,
+    ("registry missing", lambda f: (f / ".ckpt/registry.db").unlink(), ["push", OK, "net"], 6,
      "registry-missing", "rebuild"),
     ("store missing", lambda f: shutil.rmtree(f / ".ckpt/store"), ["ls"], 6, "store-missing", ""),
     ("format damaged", lambda f: replace(f / ".ckpt/store/FORMAT", b"{"), ["ls"], 4,

@@ -80,6 +80,22 @@ def test_only_push_and_init_make_a_repository(shell: Shell) -> None:
     assert not (shell.folder / ".ckpt").exists()
 
 
+@pytest.mark.parametrize(
+    ("path", "model", "status"),
+    [
+        ("no.safetensors", "net", 3),
+        ("net.pt", "net", 9),
+        (".", "net", 2),
+        ("net.safetensors", "", 2),
+    ],
+)
+def test_a_push_that_is_refused_makes_no_repository(
+    shell: Shell, path: str, model: str, status: int
+) -> None:
+    shell("push", path, model, status=status)
+    assert not (shell.folder / "home").exists()
+
+
 def test_the_nearest_repository_upwards_is_used(
     shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:

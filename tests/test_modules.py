@@ -26,6 +26,15 @@ from ckpt.loader.verify import check_structure
 HERE = Path(__file__).parent
 TRUST = ["chapter_models"]
 
+
+class Meddling(nn.Linear):
+    """A class that changes a weight in place when it is restored."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.weight.data[0, 0] += 1
+
+
 # What the other interpreter does: load everything, compute, and tell.
 LOADING = """
 import sys, torch, ckpt
@@ -146,7 +155,7 @@ def test_an_untied_rebuild_fails_although_its_outputs_are_equal() -> None:
     x = torch.tensor([[1, 2]])
     assert torch.equal(untied(x), net(x))
     with pytest.raises(IntegrityError, match=r"0\.weight and 1\.weight were one tensor") as caught:
-        check_structure(document, untied, {})
+        check_structure(document, untied)
     assert caught.value.code == "structure-differs"
 
 
@@ -161,6 +170,21 @@ def test_a_lazy_module_stays_lazy_and_materialises_on_use(repo: ckpt.Repository)
     torch.manual_seed(7)
     assert torch.equal(loaded(x), wanted)
     assert type(loaded[0]) is nn.Linear
+
+
+def test_a_lazy_module_comes_out_as_a_file_without_what_has_no_values(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    repo.push(nn.Sequential(nn.LazyLinear(5), nn.Linear(2, 1)), "lazy")
+    repo.pull_file("lazy", tmp_path / "lazy.safetensors")
+    assert set(load_file(tmp_path / "lazy.safetensors")) == {"1.weight", "1.bias"}
+
+
+def test_a_class_whose_own_code_changes_a_weight_fails_the_proof(repo: ckpt.Repository) -> None:
+    repo.push(Meddling(2, 2), "m")
+    with pytest.raises(IntegrityError, match='digest of "weight"') as caught:
+        repo.load("m", trust=[Meddling])
+    assert caught.value.code == "structure-differs"
 
 
 def test_names_with_spaces_survive(pushed: dict[str, Any]) -> None:
