@@ -6,6 +6,7 @@ The fields are explained in ``docs/format.md``; ``root`` is a value of the value
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -91,6 +92,55 @@ class SafetensorsFile(
     header: bytes
 
 
+class File(Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
+    """One file of a pushed folder: a ``.safetensors`` file as its first bytes and its tensors, any
+    other as one tensor entry of its bytes."""
+
+    tensors: tuple[int, ...]
+    header: bytes | None = None
+
+
+class Conditions(Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
+    """What a forward was computed under: what another machine has, and what can be set again."""
+
+    device: str
+    name: str
+    capability: str
+    torch: str
+    build: str
+    threads: int
+    flags: dict[str, bool | str]
+
+
+class Behaviour(Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
+    """How a forward behaves: whether it gives the same again, asks for random numbers, and what
+    it writes to. ``once`` says that it ran only once, so that the first two are not known."""
+
+    repeats: bool = True
+    stochastic: bool = False
+    random: bool = False
+    changes_state: bool = False
+    changes_inputs: bool = False
+    once: bool = False
+
+
+class Probe(Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
+    """Recorded inputs and outputs of a module.
+
+    ``root`` is a value of ``{"inputs": …, "outputs": …, "reference": …}`` over the probe's own
+    tensors. ``children`` has, in the order in which they finished, each submodule's path, the
+    digest of its first output and that output's root mean square, or -1.
+    """
+
+    root: Any
+    tensors: tuple[Tensor, ...]
+    seed: int
+    conditions: Conditions
+    behaviour: Behaviour
+    order: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    children: tuple[tuple[str, str, float], ...] = ()
+
+
 class Document(Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
     """Everything about a version but the bytes of its tensors and the facts of its push."""
 
@@ -104,10 +154,21 @@ class Document(Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unk
     wrappers: dict[str, tuple[str, ...]] = {}
     order: tuple[tuple[int, tuple[int, ...]], ...] = ()
     safetensors: SafetensorsFile | None = None
+    files: dict[str, File] = {}
+    dropped: tuple[str, ...] = ()
+    probe: Probe | None = None
+
+    @property
+    def probe_tensors(self) -> tuple[Tensor, ...]:
+        """The entries of the probe, whose chunks the version needs too."""
+        return () if self.probe is None else self.probe.tensors
 
 
+_Digests = tuple[tuple[str, ...], ...]
 _decoder = msgspec.json.Decoder(Document)
-_tensors_decoder = msgspec.json.Decoder(tuple[tuple[str, ...], ...])
+_varying_decoder = msgspec.json.Decoder(
+    tuple[_Digests, _Digests, tuple[tuple[str, str, float], ...]]
+)
 
 
 def canonical(value: Any) -> bytes:
@@ -147,27 +208,61 @@ def identity_bytes(document: Document) -> bytes:
     return canonical({"root": document.root, "modules": document.modules, "tensors": tensors})
 
 
+def structure_bytes(document: Document) -> bytes:
+    """What two versions share when the same code rebuilds them: all but values and devices."""
+    tensors = [
+        msgspec.structs.replace(tensor, device="cpu", chunks=()) for tensor in document.tensors
+    ]
+    return canonical(
+        {
+            "root": document.root,
+            "modules": document.modules,
+            "tensors": tensors,
+            "classes": document.classes,
+            "dropped": document.dropped,
+        }
+    )
+
+
 def split_document(document: Document) -> tuple[bytes, bytes]:
-    """``(structure, chunks)``: the part that successive versions share, and the digests."""
-    bare = tuple(msgspec.structs.replace(tensor, chunks=()) for tensor in document.tensors)
-    structure = encode_document(msgspec.structs.replace(document, tensors=bare))
-    return structure, canonical([tensor.chunks for tensor in document.tensors])
+    """``(shared, varying)``: the part that successive versions share, and the digests."""
+    probe = document.probe
+    shared = msgspec.structs.replace(
+        document,
+        tensors=_with_digests(document.tensors, [()] * len(document.tensors)),
+        probe=probe
+        and msgspec.structs.replace(
+            probe, tensors=_with_digests(probe.tensors, [()] * len(probe.tensors)), children=()
+        ),
+    )
+    varying = (
+        [tensor.chunks for tensor in document.tensors],
+        [tensor.chunks for tensor in document.probe_tensors],
+        () if probe is None else probe.children,
+    )
+    return encode_document(shared), canonical(varying)
 
 
-def join_document(structure: bytes, chunks: bytes) -> Document:
+def join_document(shared: bytes, varying: bytes) -> Document:
     """The inverse of :func:`split_document`."""
-    bare = decode_document(structure)
+    bare = decode_document(shared)
     try:
-        digests = _tensors_decoder.decode(chunks)
+        own, probed, children = _varying_decoder.decode(varying)
     except msgspec.MsgspecError as error:
         raise _damaged(str(error)) from None
-    if len(digests) != len(bare.tensors):
+    if (len(own), len(probed)) != (len(bare.tensors), len(bare.probe_tensors)):
         raise _damaged("its tensors and its digests do not match")
-    tensors = tuple(
-        msgspec.structs.replace(tensor, chunks=own)
-        for tensor, own in zip(bare.tensors, digests, strict=True)
+    probe = bare.probe and msgspec.structs.replace(
+        bare.probe, tensors=_with_digests(bare.probe.tensors, probed), children=children
     )
-    return msgspec.structs.replace(bare, tensors=tensors)
+    return msgspec.structs.replace(bare, tensors=_with_digests(bare.tensors, own), probe=probe)
+
+
+def _with_digests(
+    tensors: tuple[Tensor, ...], digests: Sequence[tuple[str, ...]]
+) -> tuple[Tensor, ...]:
+    pairs = zip(tensors, digests, strict=True)
+    return tuple(msgspec.structs.replace(tensor, chunks=own) for tensor, own in pairs)
 
 
 def _damaged(reason: str) -> IntegrityError:

@@ -69,9 +69,22 @@ class Environment:
     body: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """How the first push of a structure was proven to rebuild.
+
+    ``kind`` is ``fresh`` (in another interpreter), ``in-process`` or ``none``; ``reason`` says why
+    it is not the one before, or what was found beside.
+    """
+
+    kind: str
+    reason: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushFacts:
-    """What a push says about its version beside the document."""
+    """What a push says about its version beside the document; ``structure`` is the digest of its
+    structure without values, of a module."""
 
     model: str
     digest: str
@@ -85,6 +98,8 @@ class PushFacts:
     parent: str | None = None
     run: str = "main"
     author: str = ""
+    structure: str | None = None
+    proof: Proof | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +112,7 @@ class Version:
         new_bytes: bytes that the push added to the store.
         push: id of the push, unique for ever; numbers are unique within a model.
         parent: reference of the parent, or None; it may belong to another model.
+        proof: of a module, how it was proven to rebuild.
     """
 
     model: str
@@ -117,6 +133,7 @@ class Version:
     message: str | None = None
     author: str = ""
     environment: str = ""
+    proof: Proof | None = None
 
     @property
     def reference(self) -> str:
@@ -134,6 +151,17 @@ class Model:
     name: str
     versions: int
     newest: Version | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassUse:
+    """A class or function as some versions found it; ``versions`` are references, oldest first."""
+
+    reference: str
+    package: str | None
+    version: str | None
+    source_digest: str | None
+    versions: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

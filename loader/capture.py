@@ -41,7 +41,7 @@ UNINITIALIZED = {
 @dataclass(frozen=True, slots=True)
 class Captured:
     """A state, described. ``sources[i]`` has the bytes of ``tensors[i]``; None where that entry
-    has none of its own. The entries have no chunks yet. Only a module has the last three."""
+    has none of its own. The entries have no chunks yet. Only a module has the last four."""
 
     root: Any
     tensors: tuple[Tensor, ...]
@@ -50,6 +50,12 @@ class Captured:
     modules: tuple[Module, ...] = ()
     classes: tuple[ModelClass, ...] = ()
     wrappers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(source.nbytes for source in self.sources if source is not None)
 
 
 def capture(state: Any) -> Captured:

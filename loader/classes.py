@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib.metadata
 import inspect
+import os
 import sys
-import types
+import tokenize
+from importlib.machinery import PathFinder
 from typing import Any
 
 from ckpt.core.digests import digest_of
@@ -52,28 +55,80 @@ def _home_of_builtin(value: Any, name: str) -> str:
 
 
 def describe_class(reference: str) -> ModelClass:
-    """What the loader will compare: package, its version, and the digest of the source."""
+    """What the loader will compare: package, its version, and the digest of the source. Nothing
+    is imported: what is not loaded is looked for on ``sys.path``."""
     module, _, name = reference.partition(":")
-    found: Any = sys.modules.get(module)
-    for part in name.split("."):
-        found = getattr(found, part, None)
     package = module.partition(".")[0]
     return ModelClass(
         reference=reference,
         package=package,
         version=_version(package),
-        source_digest=source_digest(found),
+        source_digest=_source_digest(module, name),
     )
 
 
-def source_digest(value: Any) -> str | None:
+def live_object(reference: str) -> Any:
+    """What a reference means in this process now, or None; imports nothing."""
+    module, _, name = reference.partition(":")
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def _source_digest(module: str, name: str) -> str | None:
     """The BLAKE3 of the source text of a class or function; None where there is no source."""
-    if not isinstance(value, (type, types.FunctionType)):
-        return None
-    try:
-        return digest_of(inspect.getsource(value).encode())
+    path = _source_file(module)
+    if path is not None:
+        try:
+            info = os.stat(path)
+            return _digests_in(path, info.st_mtime_ns, info.st_size).get(name)
+        except (OSError, SyntaxError, ValueError):
+            return None
+    try:  # a notebook's cell
+        return digest_of(inspect.getsource(live_object(f"{module}:{name}")).rstrip().encode())
     except (OSError, TypeError):
         return None  # built in, or typed at a prompt
+
+
+def _source_file(module: str) -> str | None:
+    loaded = sys.modules.get(module)
+    if loaded is not None:
+        path = getattr(loaded, "__file__", None)
+    else:
+        spec, places = None, None
+        parts = module.split(".")
+        for count in range(1, len(parts) + 1):
+            spec = PathFinder.find_spec(".".join(parts[:count]), places)
+            if spec is None:
+                return None
+            places = spec.submodule_search_locations
+        path = None if spec is None else spec.origin
+    return path if isinstance(path, str) and path.endswith(".py") else None
+
+
+@functools.lru_cache(maxsize=512)
+def _digests_in(path: str, modified: int, size: int) -> dict[str, str]:
+    """The digest of the lines of every class and function in a source file, by qualified name.
+    ``modified`` and ``size`` tell one state of the file from the next."""
+    with tokenize.open(path) as file:
+        text = file.read()
+    lines = text.splitlines(keepends=True)
+    found: dict[str, str] = {}
+
+    def visit(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                first = min([child.lineno, *(one.lineno for one in child.decorator_list)])
+                block = "".join(lines[first - 1 : child.end_lineno])
+                found[prefix + child.name] = digest_of(block.rstrip().encode())
+                if isinstance(child, ast.ClassDef):
+                    visit(child, f"{prefix}{child.name}.")
+            elif not isinstance(child, ast.expr):
+                visit(child, prefix)  # a class may be defined under an if or a try
+
+    visit(ast.parse(text), "")
+    return found
 
 
 @functools.cache

@@ -24,7 +24,7 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
-        "cpu": {"name": _cpu_name(), "count": os.cpu_count()},
+        "cpu": {"name": cpu_name(), "count": os.cpu_count()},
         "host": socket.gethostname(),
         "versions": {name: version for name in _PACKAGES if (version := _version(name))},
     }
@@ -43,7 +43,8 @@ def _version(package: str) -> str | None:
 
 
 @functools.cache
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The name of the processor, as the system tells it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
             for line in lines:

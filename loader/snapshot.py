@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from ckpt.core.documents import Module
+from ckpt.core.errors import UsageError
+from ckpt.core.printable import escape
 from ckpt.loader.capture import Captured, TensorTable, capture
 from ckpt.loader.classes import describe_class, is_plain_class, reference_of
 from ckpt.loader.trust import STORED_HOOKS
@@ -31,23 +33,39 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _MADE_BY_LAZY = {"_load_hook", "_initialize_hook"}
 
 
-def capture_state(state: Any) -> Captured:
+def capture_state(state: Any, drop: Collection[str] = ()) -> Captured:
     """Describe what is pushed: a module, or any nesting of plain values with tensors in it.
 
     Raises:
-        UsageError: ``cannot-store``, naming everything that cannot be stored.
+        UsageError: ``cannot-store``, naming everything that cannot be stored; ``drop-invalid``.
     """
-    return capture_module(state) if isinstance(state, nn.Module) else capture(state)
+    if not isinstance(state, nn.Module):
+        if drop:
+            raise _drop_invalid(sorted(drop), "only attributes of a module can be left out")
+        return capture(state)
+    captured = capture_module(state, drop)
+    unknown = sorted(set(drop) - set(captured.dropped))
+    if unknown:
+        raise _drop_invalid(unknown, "the module has no such attribute")
+    return captured
 
 
-def capture_module(module: nn.Module) -> Captured:
-    """Describe a module and everything in it; copies no tensor and calls no hook.
+def _drop_invalid(paths: list[str], reason: str) -> UsageError:
+    shown = ", ".join(escape(path, 80) for path in paths)
+    return UsageError(
+        "drop-invalid", f"cannot leave out {shown}: {reason}", hint="check the names in drop"
+    )
+
+
+def capture_module(module: nn.Module, drop: Collection[str] = ()) -> Captured:
+    """Describe a module and everything in it; copies no tensor and calls no hook. Attributes
+    whose path is in ``drop`` are left out.
 
     Raises:
         UsageError: ``cannot-store``, naming everything that cannot be stored.
     """
     table = TensorTable(lazy=True)
-    encoder = _ModuleEncoder(table, table=table)
+    encoder = _ModuleEncoder(table, table=table, drop=frozenset(drop))
     root = encoder.encode(module)
     for path, reason in table.share():
         encoder.refusals.append((path, reason))
@@ -61,6 +79,7 @@ def capture_module(module: nn.Module) -> Captured:
         modules=tuple(record for record in encoder.modules if record is not None),
         classes=tuple(describe_class(reference) for reference in sorted(encoder.references)),
         wrappers=encoder.wrappers,
+        dropped=tuple(sorted(encoder.dropped)),
     )
 
 
@@ -72,6 +91,8 @@ class _ModuleEncoder(Encoder):
     modules: list[Module | None] = field(default_factory=list)
     references: set[str] = field(default_factory=set)
     wrappers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    drop: frozenset[str] = frozenset()
+    dropped: set[str] = field(default_factory=set)
     _seen: dict[int, int] = field(default_factory=dict)
 
     def _encode_other(self, value: Any, path: Path) -> Any:
@@ -97,14 +118,24 @@ class _ModuleEncoder(Encoder):
         slots = any(vars(base).get("__slots__") for base in kind.__mro__)
         if not is_plain_class(kind) or slots or not hasattr(value, "__dict__"):
             raise RefusedError(
-                f'cannot store {name}; create it in __setstate__, or leave it out with drop=["…"]'
+                f"cannot store {name}; create it in __setstate__, or leave it out with "
+                f'drop=["{_attribute_path(path)}"]'
             )
         reference = self._refer(kind)
         with self.opened(value, path):
             attributes = {
-                key: self.encode(item, (*path, key)) for key, item in sorted(vars(value).items())
+                key: self.encode(item, (*path, key))
+                for key, item in sorted(vars(value).items())
+                if not self._leaves_out((*path, key))
             }
         return {"$object": [reference, attributes]}
+
+    def _leaves_out(self, path: Path) -> bool:
+        name = ".".join(path) if self.drop else ""
+        if name not in self.drop:
+            return False
+        self.dropped.add(name)
+        return True
 
     def _refer(self, value: Any) -> str:
         reference = reference_of(value)
@@ -181,6 +212,8 @@ class _ModuleEncoder(Encoder):
         for name, value in sorted(state.items()):
             if name in made:
                 continue
+            if self._leaves_out((*path, name)):
+                continue
             if callable(getattr(type(module), name, None)):
                 reason = f'attribute "{name}" would replace a method of {type(module).__qualname__}'
                 self.refusals.append(((*path, name), f"{reason}; rename it, or subclass"))
@@ -219,6 +252,14 @@ def unwrap(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
             if vars(module).get("_compiled_call_impl") is not None:
                 names.append("compile-in-place")
             return module, tuple(names)
+
+
+def _attribute_path(path: Path) -> str:
+    """The attribute that a value stands in, which may be inside a list."""
+    parts = list(path)
+    while parts and parts[-1].isdigit():
+        parts.pop()
+    return escape(".".join(parts), 80)
 
 
 def _own_class(module: nn.Module) -> type:

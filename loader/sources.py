@@ -36,13 +36,14 @@ def from_array(array: numpy.ndarray) -> torch.Tensor:
 
 
 class MemoryTensor:
-    """The stored bytes of one tensor: its logical values in C order."""
+    """The stored bytes of one tensor: its logical values in C order. ``values`` is the tensor."""
 
     def __init__(self, name: str, dtype: str, tensor: torch.Tensor) -> None:
         self.name = name
         self.dtype = dtype
         self.shape = tuple(tensor.shape)
         self.nbytes = tensor.numel() * tensor.element_size()
+        self.values = tensor
         self._tensor = as_bits(tensor)
         direct = tensor.device.type == "cpu" and tensor.is_contiguous()
         self._view = as_bytes(tensor) if direct else None

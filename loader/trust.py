@@ -15,7 +15,7 @@ from torch import nn
 from ckpt.core.documents import Document
 from ckpt.core.errors import IntegrityError, NotFoundError, TrustError, UsageError
 from ckpt.core.printable import escape
-from ckpt.loader.classes import is_plain_class
+from ckpt.loader.classes import is_plain_class, live_object
 
 TrustLike = type | str
 
@@ -103,6 +103,7 @@ class Trust:
         self._classes: dict[str, Any] = {}
         self._local: dict[str, Any] = {}
         self._prefixes: list[str] = []
+        self._exact: frozenset[str] = frozenset()
         for one in [allowed] if isinstance(allowed, (str, type)) else allowed:
             self._allow(one)
 
@@ -124,13 +125,35 @@ class Trust:
         self._classes[f"{one.__module__}:{name}"] = one
         self._local[name] = one
 
+    @classmethod
+    def of_live(cls, document: Document) -> Trust:
+        """Exactly what a document names, as it is in this process: what is being pushed is
+        trusted already."""
+        trust = cls()
+        for known in document.classes:
+            found = live_object(known.reference)
+            trust._classes[known.reference] = found
+            trust._local[known.reference.partition(":")[2]] = found
+        return trust
+
+    @classmethod
+    def of_all(cls, document: Document) -> Trust:
+        """Whatever a document names, to be imported: for who pushes it, never for who loads."""
+        trust = cls()
+        trust._exact = frozenset(name.reference for name in names_in(document))
+        return trust
+
+    def refused(self, document: Document) -> list[Named]:
+        """What a document names and is not allowed; imports nothing."""
+        return [name for name in names_in(document) if not self._allows(name)]
+
     def check(self, document: Document) -> None:
         """Refuse a document that names what is not allowed, all of it at once.
 
         Raises:
             TrustError: ``class-not-allowed``; nothing was imported.
         """
-        refused = [name for name in names_in(document) if not self._allows(name)]
+        refused = self.refused(document)
         if not refused:
             return
         shown = ", ".join(sorted({name.reference for name in refused}))
@@ -145,7 +168,7 @@ class Trust:
         )
 
     def _allows(self, name: Named) -> bool:
-        if self._given(name.reference) is not None:
+        if self._given(name.reference) is not None or name.reference in self._exact:
             return True
         module, _, qualified = name.reference.partition(":")
         if any(_inside(module, prefix) for prefix in self._prefixes):

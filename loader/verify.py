@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +9,13 @@ from typing import Any
 from msgspec.structs import replace
 from torch import nn
 
-from ckpt.core.digests import digest_of
 from ckpt.core.documents import Document, Module, Tensor, identity_bytes
 from ckpt.core.errors import IntegrityError
 from ckpt.core.printable import escape
-from ckpt.core.tensors import TensorBytes, chunk_spans
 from ckpt.loader.capture import Captured
 from ckpt.loader.classes import describe_class
+from ckpt.loader.outputs import Comparison
+from ckpt.loader.replica import digests_of
 from ckpt.loader.snapshot import capture_module
 
 
@@ -25,12 +24,16 @@ class Report:
     """What a verification found.
 
     Attributes:
-        verdict: ``structure``: every byte and the whole structure are the same; ``weights``:
-            every byte is the same.
+        verdict: ``outputs-exact``: bytes, structure and the outputs on the recorded inputs are
+            the same; ``outputs-close``: the outputs differ by no more than noise may;
+            ``structure``: every byte and the whole structure are the same; ``weights``: every
+            byte is the same.
         reason: why the verdict is not higher.
+        outputs: each recorded output against the one computed now.
         drift: classes whose source or package changed since the push.
         wrappers: by path, what was unwrapped at the push (``DataParallel``, ``compile``).
         renamed: the prefix that one side of ``load_into`` had, or empty.
+        dropped: attributes that were left out at the push.
     """
 
     verdict: str
@@ -38,20 +41,28 @@ class Report:
     drift: tuple[str, ...] = ()
     wrappers: Mapping[str, tuple[str, ...]] | None = None
     renamed: str = ""
+    outputs: tuple[Comparison, ...] = ()
+    dropped: tuple[str, ...] = ()
 
 
-def check_structure(document: Document, module: nn.Module) -> None:
+# From the weakest to the strongest.
+VERDICTS = ("weights", "structure", "outputs-close", "outputs-exact")
+
+
+def check_structure(document: Document, module: nn.Module, *, digests: bool = True) -> None:
     """V0 on the rebuilt tensors and V1: capturing the rebuilt module gives the same again.
+
+    Without ``digests`` only the structure is compared.
 
     Raises:
         IntegrityError: ``structure-differs``, naming the first difference.
     """
-    again = capture_module(module)
+    again = capture_module(module, document.dropped)
     found = replace(
         document,
         root=again.root,
         modules=again.modules,
-        tensors=_with_chunks(again),
+        tensors=_with_chunks(again) if digests else _with_chunks_of(document, again.tensors),
     )
     if identity_bytes(found) != identity_bytes(document):
         raise IntegrityError(
@@ -66,13 +77,16 @@ def _with_chunks(again: Captured) -> tuple[Tensor, ...]:
     checked already, but the module's own code has run since."""
     pairs = zip(again.tensors, again.sources, strict=True)
     return tuple(
-        entry if source is None else replace(entry, chunks=_digests(source))
+        entry if source is None else replace(entry, chunks=digests_of(source))
         for entry, source in pairs
     )
 
 
-def _digests(source: TensorBytes) -> tuple[str, ...]:
-    return tuple(digest_of(source.read(*span)) for span in chunk_spans(source.nbytes))
+def _with_chunks_of(document: Document, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The entries with the digests that the document says."""
+    chunks = [tensor.chunks for tensor in document.tensors]
+    chunks += [()] * (len(tensors) - len(chunks))
+    return tuple(replace(tensor, chunks=own) for tensor, own in zip(tensors, chunks, strict=False))
 
 
 def _first_difference(wanted: Document, found: Document) -> str:
@@ -125,17 +139,15 @@ def _tensor_difference(one: Tensor, other: Tensor) -> str:
 
 
 def find_drift(document: Document) -> tuple[str, ...]:
-    """Classes that are not what they were at the push, of those that are loaded now."""
-    changed = []
+    """Classes that are not what they were at the push; imports nothing."""
+    sources, packages = [], {}
     for known in document.classes:
-        if known.reference.partition(":")[0] not in sys.modules:
-            continue
         now = describe_class(known.reference)
         if known.source_digest and now.source_digest and known.source_digest != now.source_digest:
-            changed.append(f"{known.reference}: its source changed since the push")
-        elif known.version != now.version:
-            changed.append(f"{known.reference}: {known.package} {known.version} → {now.version}")
-    return tuple(changed)
+            sources.append(f"{known.reference}: its source changed since the push")
+        if known.version and now.version and known.version != now.version:
+            packages[known.package] = f"{known.package} {known.version} → {now.version}"
+    return (*sources, *packages.values())
 
 
 def state_dict_names(document: Document) -> list[tuple[str, int]]:

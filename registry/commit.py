@@ -20,12 +20,14 @@ from ckpt.registry.tables import (
     aliases,
     chunks,
     claims,
+    class_uses,
     documents,
     environments,
     events,
     labels,
     meta,
     metrics,
+    model_classes,
     models,
     pushes,
     refs,
@@ -87,6 +89,9 @@ def commit_push(
         "created_at": now,
         "nbytes": facts.nbytes,
         "new_bytes": new_bytes,
+        "structure_digest": facts.structure,
+        "proof": facts.proof and facts.proof.kind,
+        "proof_reason": facts.proof and facts.proof.reason,
         "sequence": model.next_event,
         "epoch": epoch,
         "counter": counter,
@@ -100,6 +105,7 @@ def commit_push(
     )
     if needed:
         transaction.run(insert(refs), [{"version": version, "pack": p} for p in sorted(needed)])
+    _note_classes(transaction, version, document)
     set_metrics(transaction, version, facts.metrics)
     set_labels(transaction, version, facts.labels)
     for alias in facts.aliases:
@@ -207,7 +213,8 @@ def _check_packs(transaction: Transaction, needed: Collection[str]) -> None:
 
 def _check_decodable(transaction: Transaction, document: Document, needed: Collection[str]) -> None:
     """Every digest has a raw chunk in these packs, or a difference whose base has one."""
-    wanted = {digest for tensor in document.tensors for digest in tensor.chunks}
+    entries = (*document.tensors, *document.probe_tensors)
+    wanted = {digest for tensor in entries for digest in tensor.chunks}
     raw: set[str] = set()
     bases: dict[str, set[str]] = {}
     for some in batches(sorted(needed)):
@@ -279,6 +286,7 @@ def _facts_body(
         "nbytes": facts.nbytes,
         "new_bytes": new_bytes,
         "packs": sorted(needed),
+        "proof": facts.proof and [facts.proof.kind, facts.proof.reason],
     }
 
 
@@ -290,6 +298,32 @@ def _insert_document(transaction: Transaction, digest: str, document: Document) 
     insert_missing(transaction, structures, "digest", name, body=compress(structure))
     row = {"digest": digest, "structure": name, "body": compress(body)}
     transaction.run(insert(documents), row)
+
+
+def _note_classes(transaction: Transaction, version: int, document: Document) -> None:
+    """Write down which classes the version names."""
+    named = {digest_of(canonical(one)): one for one in document.classes}
+    if not named:
+        return
+    known: set[str] = set()
+    for some in batches(sorted(named)):
+        query = select(model_classes.c.digest).where(model_classes.c.digest.in_(some))
+        known |= {row.digest for row in transaction.rows(query)}
+    fresh = [
+        {
+            "digest": digest,
+            "reference": one.reference,
+            "package": one.package,
+            "version": one.version,
+            "source_digest": one.source_digest,
+        }
+        for digest, one in named.items()
+        if digest not in known
+    ]
+    if fresh:
+        transaction.run(insert(model_classes), fresh)
+    uses = [{"version": version, "model_class": digest} for digest in named]
+    transaction.run(insert(class_uses), uses)
 
 
 def _insert_audit(

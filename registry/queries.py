@@ -11,16 +11,18 @@ from sqlalchemy import Row, Select, func, select
 from ckpt.core.documents import Document, join_document
 from ckpt.core.errors import NotFoundError, UsageError
 from ckpt.core.names import NEWEST
-from ckpt.core.records import Environment, Model, Version
+from ckpt.core.records import ClassUse, Environment, Model, Proof, Version
 from ckpt.core.references import Reference, parse_reference
 from ckpt.registry.bodies import decompress, read_json
 from ckpt.registry.engine import Database, Transaction, batches
 from ckpt.registry.tables import (
     aliases,
+    class_uses,
     documents,
     environments,
     labels,
     metrics,
+    model_classes,
     models,
     runs,
     structures,
@@ -95,6 +97,42 @@ class Queries:
         return [
             Model(name=name, versions=count, newest=by_name.get(name))
             for name, count in counts.items()
+        ]
+
+    def proven(self, structure: str) -> Version | None:
+        """The newest version of this structure whose rebuilding was proven, or None."""
+        query = _VERSIONS.where(
+            versions.c.structure_digest == structure, versions.c.proof.in_(("fresh", "in-process"))
+        )
+        with self._database.read() as transaction:
+            row = transaction.row(query.order_by(versions.c.id.desc()).limit(1))
+            return None if row is None else _records(transaction, [row])[0]
+
+    def classes(self, model: str | None = None) -> list[ClassUse]:
+        """Every class that versions name, by reference and then by its first use."""
+        query = (
+            select(model_classes, models.c.name.label("model_name"), versions.c.number)
+            .join(class_uses, class_uses.c.model_class == model_classes.c.digest)
+            .join(versions, versions.c.id == class_uses.c.version)
+            .join(models, models.c.id == versions.c.model)
+            .order_by(model_classes.c.reference, versions.c.id)
+        )
+        with self._database.read() as transaction:
+            if model is not None:
+                query = query.where(models.c.name == require_model(transaction, model))
+            rows = transaction.rows(query)
+        grouped: dict[str, list[Row[Any]]] = {}
+        for row in rows:
+            grouped.setdefault(row.digest, []).append(row)
+        return [
+            ClassUse(
+                reference=uses[0].reference,
+                package=uses[0].package,
+                version=uses[0].version,
+                source_digest=uses[0].source_digest,
+                versions=tuple(f"{use.model_name}@{use.number}" for use in uses),
+            )
+            for uses in grouped.values()
         ]
 
     def taken_name(self, model: str) -> str | None:
@@ -253,4 +291,5 @@ def _record(
         message=row.message,
         author=row.author,
         environment=row.environment,
+        proof=None if row.proof is None else Proof(row.proof, row.proof_reason),
     )

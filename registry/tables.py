@@ -88,18 +88,20 @@ documents = Table(
     Column("body", LargeBinary, nullable=False),
 )
 
+# A class or function as one push found it; ``digest`` is of the whole record.
 model_classes = Table(
     "model_classes",
     metadata,
-    Column("id", _Id, primary_key=True),
+    Column("digest", String(64), primary_key=True),
     Column("reference", Text, nullable=False),
     Column("package", Text),
     Column("version", Text),
     Column("source_digest", String(64)),
-    UniqueConstraint("reference", "package", "version", "source_digest"),
+    Index(None, "reference"),
 )
 
 # ``facts`` is what the push said, for the copy in the store, whatever is labelled later.
+# ``structure_digest`` is of the structure without values: what is proven once is known by it.
 versions = Table(
     "versions",
     metadata,
@@ -119,6 +121,9 @@ versions = Table(
     Column("created_at", BigInteger, nullable=False),
     Column("nbytes", BigInteger, nullable=False),
     Column("new_bytes", BigInteger, nullable=False),
+    Column("structure_digest", String(64)),
+    Column("proof", String(16)),
+    Column("proof_reason", Text),
     Column("sequence", BigInteger, nullable=False),
     Column("epoch", BigInteger, nullable=False),
     Column("counter", BigInteger, nullable=False),
@@ -128,6 +133,17 @@ versions = Table(
     Index(None, "model", "digest"),
     Index(None, "run", "number"),
     Index(None, "copied", "counter"),
+    Index(None, "structure_digest"),
+)
+
+# Which version names which class.
+class_uses = Table(
+    "class_uses",
+    metadata,
+    Column("version", ForeignKey("versions.id", ondelete="CASCADE"), nullable=False),
+    Column("model_class", ForeignKey("model_classes.digest"), nullable=False),
+    PrimaryKeyConstraint("version", "model_class"),
+    Index(None, "model_class"),
 )
 
 # ``value`` is NULL for a metric that is not finite; ``special`` then says which.

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ckpt.core.documents import Document
 from ckpt.core.errors import IntegrityError, UsageError
 from ckpt.core.records import Version
 from ckpt.registry.registry import Registry
-from ckpt.service.pull import fill
+from ckpt.service.pull import fill, fill_document
 from ckpt.storage.store import Store
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ckpt.loader.restore import DeviceMap
+    from ckpt.loader.restore import DeviceMap, MemorySpace
     from ckpt.loader.trust import TrustLike
     from ckpt.loader.verify import Report
-
-# From the weakest to the strongest.
-VERDICTS = ("weights", "structure")
 
 
 def load_module(
@@ -35,30 +33,60 @@ def load_module(
 
     Raises:
         TrustError: ``class-not-allowed``, before a byte is read or anything imported.
-        IntegrityError: ``structure-differs``, ``verdict-too-low``, ``object-corrupt``.
+        IntegrityError: ``structure-differs``, ``outputs-differ``, ``verdict-too-low``,
+            ``object-corrupt``.
     """
-    from ckpt.loader.rebuild import rebuild
-    from ckpt.loader.restore import Restorer, check_devices
+    from ckpt.loader.replica import copied_again, replicate
+    from ckpt.loader.restore import check_devices
     from ckpt.loader.trust import Trust
-    from ckpt.loader.verify import Report, check_structure, find_drift
+    from ckpt.loader.verify import check_structure
 
     check_require(require)
     check_devices(device)
     document = module_document(registry, version)
     allowed = Trust(trust)
     allowed.check(document)
-    own = [index for index, tensor in enumerate(document.tensors) if tensor.has_bytes]
-    filled = fill(store, registry, version, document, own, None)
-    module = rebuild(document, Restorer(document, filled, device), allowed)
+    spaces, probed = fill_document(store, registry, version, document)
+    module = replicate(document, spaces, allowed, device)
     check_structure(document, module)
+
+    def copy() -> nn.Module:
+        return replicate(document, copied_again(document, spaces), allowed, device)
+
+    report = _judge(document, probed, copy, module, device)
+    _refuse_below(report, require, version)
+    return module, report
+
+
+def _judge(
+    document: Document,
+    probed: Mapping[int, MemorySpace],
+    copy: Callable[[], nn.Module],
+    module: nn.Module,
+    device: DeviceMap,
+) -> Report:
+    """The report on a module whose bytes and structure are proven already."""
+    from ckpt.loader.replay import replay
+    from ckpt.loader.verify import Report, find_drift
+
     report = Report(
         "structure",
         reason="no inputs were recorded, so outputs were not compared",
         drift=find_drift(document),
         wrappers=document.wrappers,
+        dropped=document.dropped,
     )
-    _refuse_below(report, require, version)
-    return module, report
+    if document.probe is None:
+        return report
+    try:
+        outcome = replay(document.probe, probed, copy, module, device)
+    except IntegrityError as error:
+        if report.drift:
+            raise IntegrityError(
+                error.code, f"{error.message}; {'; '.join(report.drift)}", hint=error.hint
+            ) from error
+        raise
+    return replace(report, verdict=outcome.verdict, reason=outcome.reason, outputs=outcome.outputs)
 
 
 def load_into(store: Store, registry: Registry, version: Version, module: nn.Module) -> Report:
@@ -108,6 +136,8 @@ def module_document(registry: Registry, version: Version) -> Document:
 
 def check_require(require: str | None) -> None:
     """Refuse a verdict that there is not."""
+    from ckpt.loader.verify import VERDICTS
+
     if require is not None and require not in VERDICTS:
         raise UsageError(
             "verdict-invalid", f'"{require}" is no verdict', hint=f"one of {', '.join(VERDICTS)}"
@@ -115,6 +145,8 @@ def check_require(require: str | None) -> None:
 
 
 def _refuse_below(report: Report, require: str | None, version: Version) -> None:
+    from ckpt.loader.verify import VERDICTS
+
     if require is not None and VERDICTS.index(report.verdict) < VERDICTS.index(require):
         raise IntegrityError(
             "verdict-too-low",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -197,6 +197,33 @@ def _count_values(value: Any) -> int:
     return 1
 
 
+def fill_document(
+    store: Store, registry: Registry, version: Version, document: Document
+) -> tuple[dict[int, MemorySpace], dict[int, MemorySpace]]:
+    """The bytes of all entries, and of the probe's, read at once and checked."""
+    own, probed = _spaces(document.tensors), _spaces(document.probe_tensors)
+    wanted = [
+        *_wanted(document.tensors, own),
+        *_wanted(document.probe_tensors, probed),
+    ]
+    fetch(store, registry, version, wanted)
+    return own, probed
+
+
+def _spaces(tensors: Sequence[Tensor]) -> dict[int, MemorySpace]:
+    from ckpt.loader.restore import MemorySpace
+
+    return {index: MemorySpace(tensor) for index, tensor in enumerate(tensors) if tensor.has_bytes}
+
+
+def _wanted(tensors: Sequence[Tensor], spaces: Mapping[int, MemorySpace]) -> Iterator[Wanted]:
+    from ckpt.loader.restore import stored_nbytes
+
+    for index, space in spaces.items():
+        tensor = tensors[index]
+        yield Wanted(tensor.name, stored_nbytes(tensor), tensor.chunks, space)
+
+
 def fill(
     store: Store,
     registry: Registry,
@@ -206,14 +233,10 @@ def fill(
     progress: Progress | None,
 ) -> dict[int, MemorySpace]:
     """Read the bytes of these entries, checked, into memory."""
-    from ckpt.loader.restore import MemorySpace, stored_nbytes
+    from ckpt.loader.restore import MemorySpace
 
     filled = {index: MemorySpace(document.tensors[index]) for index in indices}
-    wanted = []
-    for index, space in filled.items():
-        tensor = document.tensors[index]
-        wanted.append(Wanted(tensor.name, stored_nbytes(tensor), tensor.chunks, space))
-    fetch(store, registry, version, wanted, progress)
+    fetch(store, registry, version, list(_wanted(document.tensors, filled)), progress)
     return filled
 
 

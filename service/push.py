@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from ckpt.core.documents import (
     Document,
     ModelClass,
     Module,
+    Probe,
     SafetensorsFile,
     Tensor,
     canonical,
@@ -21,7 +22,7 @@ from ckpt.core.documents import (
     identity_bytes,
 )
 from ckpt.core.errors import CkptError, StorageError
-from ckpt.core.records import Environment, PackState, PushFacts, Version
+from ckpt.core.records import Environment, PackState, Proof, PushFacts, Version
 from ckpt.core.references import parse_reference
 from ckpt.core.tensors import TensorBytes
 from ckpt.registry.commit import name_clash
@@ -34,7 +35,8 @@ from ckpt.storage.store import Store
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Described:
-    """A state, ready to be pushed; ``sources[i]`` has the bytes of ``tensors[i]``, or is None.
+    """A state, ready to be pushed; ``sources[i]`` has the bytes of ``tensors[i]``, or is None,
+    and ``probe_sources`` those of the probe's tensors.
 
     ``check`` is called when all bytes were read, and raises if they changed meanwhile.
     """
@@ -47,6 +49,11 @@ class Described:
     modules: tuple[Module, ...] = ()
     classes: tuple[ModelClass, ...] = ()
     wrappers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+    probe: Probe | None = None
+    probe_sources: Sequence[TensorBytes | None] = ()
+    structure: str | None = None
+    proof: Proof | None = None
     header: SafetensorsFile | None = None
     check: Callable[[], None] = lambda: None
 
@@ -82,8 +89,10 @@ def push_described(
     if taken is not None and taken != said.model:
         raise name_clash(said.model, taken)
     sources = [source for source in described.sources if source is not None]
+    probed = [source for source in described.probe_sources if source is not None]
     recorded = Environment(digest_of(canonical(environment)), environment)
-    with Upload(store, registry.books, sources, progress) as upload:
+    everything = [*sources, *probed]
+    with Upload(store, registry.books, everything, progress, apart=len(sources)) as upload:
         try:
             upload.hash()
             document = _document(described, upload.digests, recorded.digest)
@@ -94,7 +103,7 @@ def push_described(
                 return same
             upload.finish()
             described.check()
-            facts = _facts(said, document, digest, sources)
+            facts = _facts(said, described, document, digest)
             _commit(registry, upload, facts, document, recorded)
         except BaseException as error:
             _abort(registry, upload, error)
@@ -109,10 +118,11 @@ def _document(
     described: Described, digests: Sequence[tuple[str, ...]], environment: str
 ) -> Document:
     remaining = iter(digests)
-    tensors = tuple(
-        tensor if source is None else replace(tensor, chunks=next(remaining))
-        for tensor, source in zip(described.tensors, described.sources, strict=True)
-    )
+    tensors = _with_chunks(described.tensors, described.sources, remaining)
+    probe = described.probe
+    if probe is not None:
+        probed = _with_chunks(probe.tensors, described.probe_sources, remaining)
+        probe = replace(probe, tensors=probed)
     return Document(
         format=FORMAT,
         state=described.state,
@@ -124,6 +134,19 @@ def _document(
         wrappers=dict(described.wrappers),
         order=described.order,
         safetensors=described.header,
+        dropped=described.dropped,
+        probe=probe,
+    )
+
+
+def _with_chunks(
+    tensors: Sequence[Tensor],
+    sources: Sequence[TensorBytes | None],
+    digests: Iterator[tuple[str, ...]],
+) -> tuple[Tensor, ...]:
+    return tuple(
+        tensor if source is None else replace(tensor, chunks=next(digests))
+        for tensor, source in zip(tensors, sources, strict=True)
     )
 
 
@@ -136,8 +159,11 @@ def _same_version(
         return None
     if newest.labels != said.labels or repr(newest.metrics) != repr(dict(said.metrics)):
         return None
-    # The digest leaves out what lies around the tensors of a pushed file.
-    if registry.queries.document(newest).safetensors != document.safetensors:
+    # The digest leaves out what lies around the tensors of a pushed file, and the probe.
+    known = registry.queries.document(newest)
+    if known.safetensors != document.safetensors:
+        return None
+    if document.probe is not None and known.probe != document.probe:
         return None
     packs, _ = registry.books.read_plan(newest.push)
     # What is damaged is not answered but written again.
@@ -154,14 +180,12 @@ def _same_version(
     return registry.queries.by_push(newest.push) if missing else newest
 
 
-def _facts(
-    said: Said, document: Document, digest: str, sources: Sequence[TensorBytes]
-) -> PushFacts:
+def _facts(said: Said, described: Described, document: Document, digest: str) -> PushFacts:
     return PushFacts(
         model=said.model,
         digest=digest,
         document_digest=digest_of(encode_document(document)),
-        nbytes=sum(source.nbytes for source in sources),
+        nbytes=sum(source.nbytes for source in described.sources if source is not None),
         step=said.step,
         metrics=said.metrics,
         labels=said.labels,
@@ -170,6 +194,8 @@ def _facts(
         parent=said.parent,
         run=said.run,
         author=author(),
+        structure=described.structure,
+        proof=described.proof,
     )
 
 

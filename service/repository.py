@@ -61,6 +61,7 @@ class Repository:
         state: Any,
         model: str,
         *,
+        inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
         step: int | None = None,
         metrics: Mapping[str, float] | None = None,
         labels: Mapping[str, str] | None = None,
@@ -68,6 +69,7 @@ class Repository:
         message: str | None = None,
         parent: VersionLike | None = None,
         run: str | None = None,
+        drop: Iterable[str] = (),
         progress: Progress | None = None,
     ) -> Version:
         """Store a state as a new version of ``model``; durable when this returns.
@@ -79,6 +81,9 @@ class Repository:
             state: an ``nn.Module``, or any nesting of dict, list, tuple and plain values with
                 tensors in it, such as ``{"model": net.state_dict(), "optimizer":
                 opt.state_dict(), "step": 100}``.
+            inputs: arguments for a module's forward, a tuple or a dict of keyword arguments,
+                best with a batch of at least 2. What a copy of the module gives on them is
+                recorded, and compared at every load.
             step: training step, a whole number.
             metrics: numbers by name; NaN and infinities are kept, and never compare.
             labels: text by key.
@@ -86,28 +91,21 @@ class Repository:
             parent: the version that this one comes from; by default the run's previous one, else
                 the model's newest.
             run: the training job, ``main`` by default.
+            drop: attributes of a module to leave out, by path, such as ``"encoder.lock"``.
             progress: called with ``(bytes done, bytes in all)``, also from other threads.
 
         Raises:
-            UsageError: ``cannot-store``, naming everything that cannot be stored; ``name-invalid``.
+            UsageError: ``cannot-store``, naming everything that cannot be stored;
+                ``probe-failed`` when the forward fails; ``rebuild-failed``, see
+                ``docs/verification.md``; ``name-invalid``.
             ConflictError: ``name-clash``, ``push-expired``.
             SpaceError, AccessError, StorageError: nothing was committed; run it again.
         """
-        from ckpt.loader.snapshot import capture_state
-        from ckpt.service.push import Described
+        from ckpt.service.describe import describe_state
 
         said = self._said(model, step, metrics, labels, alias, message, parent, run)
-        captured = capture_state(state)
-        described = Described(
-            state="module" if captured.modules else "values",
-            root=captured.root,
-            tensors=captured.tensors,
-            sources=captured.sources,
-            order=captured.order,
-            modules=captured.modules,
-            classes=captured.classes,
-            wrappers=captured.wrappers,
-        )
+        left_out = [drop] if isinstance(drop, str) else list(drop)
+        described = describe_state(self._registry, state, inputs, left_out)
         return self._push(described, said, progress)
 
     def push_file(

@@ -39,8 +39,9 @@ _Span = tuple[int, int, int, int]
 
 
 class Upload:
-    """Brings ``sources`` into the store under one push. Leaving the context without a commit
-    leaves no temporary file; finished packs stay, for the next push of the same content."""
+    """Brings ``sources`` into the store under one push; those from ``apart`` on lie in packs of
+    their own. Leaving the context without a commit leaves no temporary file; finished packs
+    stay, for the next push of the same content."""
 
     def __init__(
         self,
@@ -48,6 +49,7 @@ class Upload:
         books: Books,
         sources: Sequence[TensorBytes],
         progress: Progress | None = None,
+        apart: int | None = None,
     ) -> None:
         self.push = secrets.token_hex(16)
         self.opened = False
@@ -58,8 +60,11 @@ class Upload:
         self._store = store
         self._books = books
         self._sources = sources
+        self._apart = len(sources) if apart is None else apart
         sizes = [ITEM_SIZES[source.dtype] for source in sources]
-        self._order = sorted(range(len(sources)), key=lambda index: -sizes[index])
+        self._order = sorted(
+            range(len(sources)), key=lambda index: (index >= self._apart, -sizes[index])
+        )
         self._costs = [header_cost(source) for source in sources]
         self._header_room = sum(self._costs)  # what is not known to be shared may still need
         self._typed: list[int] = []
@@ -96,7 +101,7 @@ class Upload:
             for index in group:
                 self._place(index, known)
             if self._typed_bytes >= _FLUSH_BYTES:
-                self._write_typed()
+                self._write_typed(range(self._apart))
 
     def finish(self) -> None:
         """Claim what is shared, write what is not, and finish the packs.
@@ -104,11 +109,12 @@ class Upload:
         Afterwards ``needed`` names every pack that the version refers to.
         """
         self._share()
-        self._write_typed()
-        self._write_chunks()
-        self._drain()
-        if self._pack is not None:
-            self._close_pack(last=True)
+        for group in (range(self._apart), range(self._apart, len(self._sources))):
+            self._write_typed(group)
+            self._write_chunks(group)
+            self._drain()
+            if self._pack is not None:
+                self._close_pack(last=True)
         if not self.opened:
             self._open(())
         self._meter.finish()
@@ -206,22 +212,29 @@ class Upload:
         self.opened = True
         return claimed
 
-    def _write_typed(self) -> None:
-        """Give the waiting tensors their typed entries, and start to write their bytes."""
-        if not self._typed:
+    def _write_typed(self, group: range) -> None:
+        """Give the waiting tensors of a group their typed entries, and start to write their
+        bytes."""
+        typed = [index for index in self._typed if index in group]
+        if not typed:
             return
         self._store.check_room(self._typed_bytes)
-        for index in [*self._empty, *self._typed]:
+        empty = [index for index in self._empty if index in group]
+        for index in [*empty, *typed]:
             source = self._sources[index]
             pack = self._pack_for(self._costs[index])
             place = pack.add_tensor(source, self.digests[index])
             for offset, length in chunk_spans(source.nbytes):
                 self._write(pack, place + offset, index, offset, length)
-        self._empty, self._typed, self._typed_bytes = [], [], 0
+        self._empty = [index for index in self._empty if index not in group]
+        self._typed = [index for index in self._typed if index not in group]
+        self._typed_bytes = sum(self._sources[index].nbytes for index in self._typed)
 
-    def _write_chunks(self) -> None:
-        """Write the new chunks of tensors that are partly in the store."""
+    def _write_chunks(self, group: range) -> None:
+        """Write the new chunks of those tensors of a group that are partly in the store."""
         for index, number in self._chunks:
+            if index not in group:
+                continue
             source = self._sources[index]
             offset, length = chunk_spans(source.nbytes)[number]
             self._store.check_room(length)

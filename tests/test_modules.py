@@ -28,11 +28,19 @@ TRUST = ["chapter_models"]
 
 
 class Meddling(nn.Linear):
-    """A class that changes a weight in place when it is restored."""
+    """A class that changes a weight in place when it is restored, by as much as is said."""
+
+    by = 0.0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.weight.data[0, 0] += 1
+        self.weight.data[0, 0] += self.by
+
+
+class AlwaysMeddling(Meddling):
+    """Cannot be rebuilt as it was."""
+
+    by = 1.0
 
 
 # What the other interpreter does: load everything, compute, and tell.
@@ -44,7 +52,7 @@ inputs = load_file(f"{folder}/inputs.safetensors")
 outputs = {}
 with ckpt.open(folder, create=False) as repo:
     for name in names:
-        net = repo.load(name, trust=[trusted])
+        net = repo.load(name, trust=[trusted], require="outputs-exact")
         outputs[name] = net(inputs[name]).detach().clone()
 save_file(outputs, f"{folder}/outputs.safetensors")
 """
@@ -59,8 +67,8 @@ def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]
     torch.manual_seed(1)
     models = cases()
     with ckpt.open(folder) as repo:
-        for name, (net, _) in models.items():
-            repo.push(net, name)
+        for name, (net, x) in models.items():
+            repo.push(net, name, inputs=(x,))
         save_file(
             {name: x.clone() for name, (_, x) in models.items()}, folder / "inputs.safetensors"
         )
@@ -80,8 +88,10 @@ def test_the_chapters_model_gives_the_same_outputs_elsewhere(
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_its_structure_is_proven(pushed: dict[str, Any], case: str) -> None:
-    assert pushed["repo"].verify(case, trust=TRUST).verdict == "structure"
+def test_its_outputs_are_proven_to_be_equal(pushed: dict[str, Any], case: str) -> None:
+    report = pushed["repo"].verify(case, trust=TRUST)
+    assert report.verdict == "outputs-exact"
+    assert all(output.equal for output in report.outputs)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -180,8 +190,20 @@ def test_a_lazy_module_comes_out_as_a_file_without_what_has_no_values(
     assert set(load_file(tmp_path / "lazy.safetensors")) == {"1.weight", "1.bias"}
 
 
-def test_a_class_whose_own_code_changes_a_weight_fails_the_proof(repo: ckpt.Repository) -> None:
+def test_a_class_whose_own_code_changes_a_weight_is_refused_at_the_push(
+    repo: ckpt.Repository,
+) -> None:
+    with pytest.raises(UsageError, match='digest of "weight"') as caught:
+        repo.push(AlwaysMeddling(2, 2), "m")
+    assert caught.value.code == "rebuild-failed"
+    assert repo.models() == []
+
+
+def test_a_class_whose_code_changes_a_weight_since_fails_the_proof(
+    repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
     repo.push(Meddling(2, 2), "m")
+    monkeypatch.setattr(Meddling, "by", 1.0)
     with pytest.raises(IntegrityError, match='digest of "weight"') as caught:
         repo.load("m", trust=[Meddling])
     assert caught.value.code == "structure-differs"
@@ -413,4 +435,4 @@ def test_the_command_line_verifies_and_names_what_it_needs(
     assert "error[class-not-allowed]" in untrusted.stderr
     command += ["--trust", "chapter_models", "--path", HERE]
     verified = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert verified.stdout == "e@1: structure\n", verified.stderr
+    assert verified.stdout == "e@1: outputs-exact\n", verified.stderr

@@ -29,20 +29,14 @@ def upgrade() -> None:
     )
     op.create_table(
         "model_classes",
-        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("digest", sa.String(length=64), nullable=False),
         sa.Column("reference", sa.Text(), nullable=False),
         sa.Column("package", sa.Text(), nullable=True),
         sa.Column("version", sa.Text(), nullable=True),
         sa.Column("source_digest", sa.String(length=64), nullable=True),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_model_classes")),
-        sa.UniqueConstraint(
-            "reference",
-            "package",
-            "version",
-            "source_digest",
-            name=op.f("uq_model_classes_reference_package_version_source_digest"),
-        ),
+        sa.PrimaryKeyConstraint("digest", name=op.f("pk_model_classes")),
     )
+    op.create_index(op.f("ix_model_classes_reference"), "model_classes", ["reference"])
     op.create_table(
         "models",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
@@ -188,6 +182,9 @@ def upgrade() -> None:
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.Column("nbytes", sa.BigInteger(), nullable=False),
         sa.Column("new_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("structure_digest", sa.String(length=64), nullable=True),
+        sa.Column("proof", sa.String(length=16), nullable=True),
+        sa.Column("proof_reason", sa.Text(), nullable=True),
         sa.Column("sequence", sa.BigInteger(), nullable=False),
         sa.Column("epoch", sa.BigInteger(), nullable=False),
         sa.Column("counter", sa.BigInteger(), nullable=False),
@@ -211,6 +208,20 @@ def upgrade() -> None:
     op.create_index(
         op.f("ix_versions_copied_counter"), "versions", ["copied", "counter"], unique=False
     )
+    op.create_index(op.f("ix_versions_structure_digest"), "versions", ["structure_digest"])
+    op.create_table(
+        "class_uses",
+        sa.Column("version", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("model_class", sa.String(length=64), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["model_class"], ["model_classes.digest"], name=op.f("fk_class_uses_model_class")
+        ),
+        sa.ForeignKeyConstraint(
+            ["version"], ["versions.id"], name=op.f("fk_class_uses_version"), ondelete="CASCADE"
+        ),
+        sa.PrimaryKeyConstraint("version", "model_class", name=op.f("pk_class_uses")),
+    )
+    op.create_index(op.f("ix_class_uses_model_class"), "class_uses", ["model_class"])
     op.create_table(
         "aliases",
         sa.Column("model", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
