@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import asdict
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
 import click
 
 from ckpt.cli.command import Settings, command
 from ckpt.cli.render import age, metrics, print_json, size, table, version_json
 
+if TYPE_CHECKING:
+    from ckpt.core.records import ClassUse
+
 
 @command("ls")
-def ls(settings: Settings) -> None:
-    """List the models, each with its newest version."""
+@click.option("--classes", is_flag=True, help="List the classes that modules are made of.")
+def ls(settings: Settings, classes: bool) -> None:
+    """List the models, each with its newest version, or the classes that their modules name."""
     with settings.open() as repository:
+        if classes:
+            _list_classes(settings, repository.classes())
+            return
         models = repository.models()
     if settings.as_json:
         print_json(
@@ -40,6 +52,41 @@ def ls(settings: Settings) -> None:
         click.echo(table(head, rows, right=["VERSIONS", "SIZE"]))
     else:
         settings.say("no models yet; begin with `ckpt push model.safetensors NAME`")
+
+
+def _list_classes(settings: Settings, classes: list[ClassUse]) -> None:
+    """One row for every source that a class had, in the order of first use."""
+    if settings.as_json:
+        print_json([{**asdict(one), "versions": list(one.versions)} for one in classes])
+        return
+    rows = []
+    for before, one in pairwise([None, *classes]):
+        assert one is not None
+        changed = before is not None and before.reference == one.reference
+        source = (one.source_digest or "")[:8]
+        if changed and before is not None and before.source_digest != one.source_digest:
+            source += ", changed"
+        package = " ".join(part for part in (one.package, one.version) if part)
+        rows.append([one.reference, package, source, _spans(one.versions)])
+    if rows:
+        click.echo(table(["CLASS", "FROM", "SOURCE", "VERSIONS"], rows))
+    else:
+        settings.say("no modules yet; push one from Python: repo.push(net, NAME)")
+
+
+def _spans(references: Iterable[str]) -> str:
+    """``mlp@1-3 mlp@7``: neighbouring numbers of a model as one span."""
+    spans: list[tuple[str, int, int]] = []
+    for reference in references:
+        model, _, number = reference.rpartition("@")
+        value = int(number)
+        if spans and spans[-1][0] == model and spans[-1][2] == value - 1:
+            spans[-1] = (model, spans[-1][1], value)
+        else:
+            spans.append((model, value, value))
+    return " ".join(
+        f"{model}@{low}" if low == high else f"{model}@{low}-{high}" for model, low, high in spans
+    )
 
 
 @command("log")

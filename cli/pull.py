@@ -19,11 +19,14 @@ def pull(settings: Settings, reference: str, destination: str | None, force: boo
     """Write the version REF to the file DEST, every byte checked.
 
     DEST is ./<model>-<number>.safetensors by default; a folder takes that name in it. A pushed
-    .safetensors file comes back byte for byte. Prints the path on stdout.
+    .safetensors file comes back byte for byte, a pushed folder as the new folder DEST. Prints
+    the path on stdout.
     """
     with settings.open() as repository:
         version = repository.get(reference)
-        usual = f"{version.model.replace('/', '-')}-{version.number}.safetensors"
+        usual = f"{version.model.replace('/', '-')}-{version.number}"
+        if version.state != "files":
+            usual += ".safetensors"
         path = Path(destination or usual)
         if os.path.isdir(path):
             path = path / usual

@@ -43,7 +43,8 @@ def push(
     parent: str | None,
     run: str | None,
 ) -> None:
-    """Store the .safetensors file PATH as the newest version of MODEL.
+    """Store PATH as the newest version of MODEL: a .safetensors file, or a folder with some,
+    such as save_pretrained writes; its other files are kept as they are.
 
     Prints the reference of the version, and nothing else, on stdout.
     """
@@ -88,9 +89,9 @@ def _newest(repository: Repository, model: str) -> str | None:
 
 
 def refuse_unfit(path: Path) -> None:
-    """Refuse what only unpickling could read, folders, and what is not there: before a repository
-    is made for it."""
-    if path.suffix.lower() in _PICKLES:
+    """Refuse what only unpickling could read, folders without weights, and what is not there:
+    before a repository is made for it."""
+    if path.suffix.lower() in _PICKLES and not path.is_dir():
         raise TrustError(
             "pickle-refused",
             f"{escape(str(path))} is a pickle, which can run code when it is read",
@@ -101,9 +102,11 @@ def refuse_unfit(path: Path) -> None:
         mode = os.stat(path).st_mode
     except OSError as error:
         raise from_os_error(error, f"reading {path}") from error
-    if stat.S_ISDIR(mode):
+    if stat.S_ISDIR(mode) and not any(path.rglob("*.safetensors")):
         raise UsageError(
-            "is-folder", f"{escape(str(path))} is a folder", hint="give a .safetensors file"
+            "no-weights",
+            f"{escape(str(path))} is a folder without .safetensors files",
+            hint="give a .safetensors file, or a folder such as save_pretrained writes",
         )
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -83,6 +84,7 @@ def version_json(version: Version) -> dict[str, Any]:
         "nbytes": version.nbytes,
         "new_bytes": version.new_bytes,
         "push": version.push,
+        "proof": None if version.proof is None else asdict(version.proof),
     }
 
 

@@ -1,7 +1,8 @@
-"""``ckpt show``: all about one version."""
+"""``ckpt show``: all about one version, or what a load of it would need."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,33 +12,77 @@ from ckpt.cli.render import age, metrics, print_json, size, table, version_json
 from ckpt.core.printable import escape
 
 if TYPE_CHECKING:
-    from ckpt.core.documents import Document
+    from ckpt.core.documents import Document, Probe
     from ckpt.core.records import Environment, Version
+    from ckpt.service.inspect import ModuleDescription, NamedClass
 
 
 @command("show")
 @click.argument("reference", metavar="REF")
-def show(settings: Settings, reference: str) -> None:
-    """Show a version: its facts, what it was made on, and its tensors."""
+@click.option("--trust", "needs", is_flag=True, help="Show what a load would have to import.")
+def show(settings: Settings, reference: str, needs: bool) -> None:
+    """Show a version: its facts, what it was made on, its module tree, and its tensors.
+
+    Nothing that the version names is imported.
+    """
     with settings.open() as repository:
         version = repository.get(reference)
         document = repository.document(version)
         environment = repository.environment(version)
+        module = repository.describe(version) if document.state == "module" else None
+    if needs:
+        _show_needs(settings, version, module)
+    elif settings.as_json:
+        print_json(_as_json(version, document, environment, module))
+    else:
+        _show_all(version, document, environment, module)
+
+
+def _show_needs(settings: Settings, version: Version, module: ModuleDescription | None) -> None:
+    classes = module.classes if module else ()
     if settings.as_json:
-        print_json(_as_json(version, document, environment))
+        print_json([asdict(one) for one in classes])
         return
-    for name, value in _facts(version, environment):
+    head = ["NAME", "NEEDS TRUST", "FROM", "SOURCE HERE"]
+    rows = [
+        [one.reference, "no" if one.allowed else "yes", _package(one), one.source]
+        for one in classes
+    ]
+    click.echo(table(head, rows))
+    wanted = sorted({one.reference.partition(":")[0] for one in classes if not one.allowed})
+    if wanted:
+        flags = " ".join(f"--trust {escape(name, 80)}" for name in wanted)
+        settings.say(f"to load it: ckpt verify {version.reference} {flags}")
+
+
+def _package(one: NamedClass) -> str:
+    return " ".join(part for part in (one.package, one.version) if part)
+
+
+def _show_all(
+    version: Version,
+    document: Document,
+    environment: Environment,
+    module: ModuleDescription | None,
+) -> None:
+    for name, value in _facts(version, document, environment):
         if value:
             click.echo(f"{name:<12}{escape(value)}")
+    if module is not None:
+        click.echo(f"\n{module.tree}")
+        changed = [one for one in module.classes if one.source == "changed"]
+        for one in changed:
+            click.echo(f"\nthe source of {escape(one.reference)} changed since the push")
     click.echo()
     head = ["TENSOR", "DTYPE", "SHAPE", "DEVICE", "KIND"]
     click.echo(table(head, [_tensor_row(tensor) for tensor in document.tensors]))
 
 
-def _facts(version: Version, environment: Environment) -> list[tuple[str, str]]:
+def _facts(version: Version, document: Document, environment: Environment) -> list[tuple[str, str]]:
     body: dict[str, Any] = dict(environment.body)
     torch = body.get("torch") or {}
     devices = ", ".join(device["name"] for device in torch.get("devices", []))
+    proof = version.proof
     return [
         ("version", version.reference),
         ("digest", f"b3:{version.digest}"),
@@ -53,7 +98,35 @@ def _facts(version: Version, environment: Environment) -> list[tuple[str, str]]:
         ("message", version.message or ""),
         ("made with", " ".join(f"{k} {v}" for k, v in body.get("versions", {}).items())),
         ("devices", devices or str(body.get("cpu", {}).get("name", ""))),
+        ("proof", "" if proof is None else ", ".join(filter(None, (proof.kind, proof.reason)))),
+        ("probe", "" if document.probe is None else _probe(document.probe)),
+        ("unwrapped", _wrappers(document)),
+        ("left out", ", ".join(document.dropped)),
     ]
+
+
+def _probe(probe: Probe) -> str:
+    """The conditions of the recorded outputs, and what is special about the forward."""
+    conditions, behaviour = probe.conditions, probe.behaviour
+    words = [
+        f"on {conditions.device}, {conditions.name}, {conditions.capability}",
+        f"{conditions.threads} threads",
+        f"torch {conditions.torch}",
+    ]
+    if not behaviour.repeats:
+        words.append("the forward does not repeat itself")
+    if behaviour.stochastic:
+        words.append("draws random numbers")
+    if behaviour.changes_state:
+        words.append("changes its module")
+    if behaviour.changes_inputs:
+        words.append("changes its inputs")
+    return ", ".join(words)
+
+
+def _wrappers(document: Document) -> str:
+    pairs = document.wrappers.items()
+    return ", ".join(f"{path or '<root>'} from {' '.join(names)}" for path, names in pairs)
 
 
 def _tensor_row(tensor: Any) -> list[str]:
@@ -63,7 +136,12 @@ def _tensor_row(tensor: Any) -> list[str]:
     return [tensor.name, tensor.dtype, shape, tensor.device, kind + layout]
 
 
-def _as_json(version: Version, document: Document, environment: Environment) -> dict[str, Any]:
+def _as_json(
+    version: Version,
+    document: Document,
+    environment: Environment,
+    module: ModuleDescription | None,
+) -> dict[str, Any]:
     tensors = [
         {
             "name": tensor.name,
@@ -76,8 +154,16 @@ def _as_json(version: Version, document: Document, environment: Environment) -> 
         }
         for tensor in document.tensors
     ]
-    body = dict(environment.body)
-    return {**version_json(version), "environment": body, "tensors": tensors}
+    shown = {**version_json(version), "environment": dict(environment.body), "tensors": tensors}
+    if module is not None:
+        shown["module"] = {
+            "tree": module.tree,
+            "classes": [asdict(one) for one in module.classes],
+            "probe": None if document.probe is None else _probe(document.probe),
+            "wrappers": {path: list(names) for path, names in document.wrappers.items()},
+            "dropped": list(document.dropped),
+        }
+    return shown
 
 
 COMMANDS = {"show": show, "inspect": show}

@@ -14,6 +14,7 @@ import torch
 from ckpt.core.documents import Document, Tensor
 from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.errors import IntegrityError, UsageError
+from ckpt.core.printable import escape
 from ckpt.core.tensors import CHUNK_BYTES
 from ckpt.loader.capture import UNINITIALIZED
 from ckpt.loader.geometry import contiguous_strides, is_dense, stored_shape
@@ -260,6 +261,19 @@ def check_devices(devices: DeviceMap) -> None:
             raise UsageError(
                 "device-absent", f"{name} is not available here", hint='use device="cpu"'
             )
+
+
+def check_mapping(devices: DeviceMap, document: Document) -> None:
+    """Refuse one device for a module that was on several; UsageError ``device-ambiguous``."""
+    recorded = sorted({tensor.device for tensor in document.tensors if tensor.has_values})
+    if devices is None or isinstance(devices, Mapping) or len(recorded) < 2:
+        return
+    mapping = ", ".join(f'"{escape(name, 20)}": …' for name in recorded)
+    raise UsageError(
+        "device-ambiguous",
+        f"the module was on {' and '.join(escape(name, 20) for name in recorded)}",
+        hint=f"say where each part goes: device={{{mapping}}}",
+    )
 
 
 def _is_available(device: torch.device) -> bool:

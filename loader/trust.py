@@ -145,7 +145,7 @@ class Trust:
 
     def refused(self, document: Document) -> list[Named]:
         """What a document names and is not allowed; imports nothing."""
-        return [name for name in names_in(document) if not self._allows(name)]
+        return [name for name in names_in(document) if not self.allows(name)]
 
     def check(self, document: Document) -> None:
         """Refuse a document that names what is not allowed, all of it at once.
@@ -167,7 +167,8 @@ class Trust:
             hint=f"if you trust them: {way}, or --trust on the command line",
         )
 
-    def _allows(self, name: Named) -> bool:
+    def allows(self, name: Named) -> bool:
+        """Whether a name may be imported; imports nothing."""
         if self._given(name.reference) is not None or name.reference in self._exact:
             return True
         module, _, qualified = name.reference.partition(":")

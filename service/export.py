@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt.core.documents import Document, Tensor
+from ckpt.core.documents import Tensor, canonical
 from ckpt.core.dtypes import ITEM_SIZES, PACK_CODES
 from ckpt.core.effects import perform
 from ckpt.core.errors import ConflictError, NotFoundError, SpaceError, TrustError, from_os_error
 from ckpt.core.printable import is_printable
 from ckpt.core.tensors import TensorSpace
-from ckpt.storage.header import Header, parse_header
+from ckpt.storage.header import parse_header
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +44,23 @@ def write_at(handle: int, offset: int, data: memoryview | bytes) -> None:
         view, offset = view[count:], offset + count
 
 
-def pushed_header(document: Document) -> tuple[bytes, Header] | None:
-    """The first bytes of the file that was pushed, and what they say; None if it was no file."""
-    if document.safetensors is None:
-        return None
-    first = document.safetensors.header
-    end = len(first) + sum(math.prod(t.shape) * ITEM_SIZES[t.dtype] for t in document.tensors)
-    return first, parse_header(first[8:], end)
+def file_header(first: bytes | None, tensors: Sequence[Tensor]) -> tuple[bytes, list[int]]:
+    """``(first bytes, start of each tensor)`` of a file that was pushed: its own header and where
+    it puts each of ``tensors``, which are in the canonical order of their names; nothing and 0
+    where the file had no header.
+
+    Raises:
+        ValueError: the header and the tensors do not match.
+    """
+    if first is None:
+        return b"", [0] * len(tensors)
+    end = len(first) + sum(math.prod(t.shape) * ITEM_SIZES[t.dtype] for t in tensors)
+    header = parse_header(first[8:], end)
+    entries = sorted(header.entries, key=lambda entry: canonical(entry.name))
+    pairs = zip(entries, tensors, strict=True)
+    if any((e.dtype, e.shape) != (t.dtype, t.shape) for e, t in pairs):
+        raise ValueError("its header and its tensors do not match")
+    return first, [header.data_start + entry.start for entry in entries]
 
 
 def made_header(tensors: Sequence[Tensor]) -> tuple[bytes, list[int]]:
@@ -104,7 +114,7 @@ def new_file(destination: Path, nbytes: int, *, force: bool) -> Iterator[int]:
                 perform("rename", os.replace, temporary, destination)
             else:
                 perform("link", os.link, temporary, destination)
-            _sync_folder(destination.parent)
+            sync_folder(destination.parent)
         finally:
             if handle >= 0:
                 os.close(handle)
@@ -151,7 +161,8 @@ def _check_room(folder: Path, nbytes: int) -> None:
         )
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         perform("fsync_folder", os.fsync, handle)

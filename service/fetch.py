@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from ckpt.core.digests import digest_of
+from ckpt.core.documents import Tensor
+from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.errors import IntegrityError, NotFoundError
 from ckpt.core.printable import escape
 from ckpt.core.records import Chunk, Pack, Version
@@ -26,6 +29,11 @@ class Wanted:
     nbytes: int
     chunks: tuple[str, ...]
     space: TensorSpace
+
+
+def stored_size(tensor: Tensor) -> int:
+    """The bytes of a tensor whose values are all stored, in C order."""
+    return math.prod(tensor.shape) * ITEM_SIZES[tensor.dtype]
 
 
 @dataclass(frozen=True, slots=True)

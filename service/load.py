@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ckpt.core.documents import Document
 from ckpt.core.errors import IntegrityError, UsageError
+from ckpt.core.printable import escape
 from ckpt.core.records import Version
 from ckpt.registry.registry import Registry
 from ckpt.service.pull import fill, fill_document
@@ -37,13 +39,14 @@ def load_module(
             ``object-corrupt``.
     """
     from ckpt.loader.replica import copied_again, replicate
-    from ckpt.loader.restore import check_devices
+    from ckpt.loader.restore import CkptWarning, check_devices, check_mapping
     from ckpt.loader.trust import Trust
     from ckpt.loader.verify import check_structure
 
     check_require(require)
     check_devices(device)
     document = module_document(registry, version)
+    check_mapping(device, document)
     allowed = Trust(trust)
     allowed.check(document)
     spaces, probed = fill_document(store, registry, version, document)
@@ -55,6 +58,9 @@ def load_module(
 
     report = _judge(document, probed, copy, module, device)
     _refuse_below(report, require, version)
+    if report.dropped:
+        left_out = ", ".join(escape(path, 80) for path in report.dropped)
+        warnings.warn(f"left out at the push: {left_out}", CkptWarning, stacklevel=4)
     return module, report
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import fnmatch
-import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt.core.documents import Document, Tensor
-from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.errors import NotFoundError
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
 from ckpt.registry.registry import Registry
-from ckpt.service.export import made_header, new_file, pushed_header, spaces, write_at
-from ckpt.service.fetch import Wanted, fetch
+from ckpt.service.export import file_header, made_header, new_file, spaces, write_at
+from ckpt.service.fetch import Wanted, fetch, stored_size
+from ckpt.service.folder import pull_folder
 from ckpt.service.upload import Progress
 from ckpt.storage.store import Store
 
@@ -126,26 +125,26 @@ def pull_file(
     progress: Progress | None = None,
 ) -> None:
     """Write the version as a ``.safetensors`` file: a pushed file byte for byte, any other state
-    as its tensors under their canonical names.
+    as its tensors under their canonical names; a pushed folder as a folder.
 
     Raises:
         ConflictError: ``exists``; TrustError: ``symlink``; SpaceError: ``no-space``.
     """
     document = registry.queries.document(version)
+    if document.state == "files":
+        pull_folder(store, registry, version, document, destination, progress)
+        return
     if not all(_is_whole(tensor) for tensor in document.tensors):
         _pull_file_by_torch(store, registry, version, document, destination, force, progress)
         return
-    pushed = pushed_header(document)
-    if pushed is None:
+    if document.safetensors is None:
         first, starts = made_header(document.tensors)
     else:
-        first, header = pushed
-        by_name = {entry.name: header.data_start + entry.start for entry in header.entries}
-        starts = [by_name[tensor.name] for tensor in document.tensors]
+        first, starts = file_header(document.safetensors.header, document.tensors)
     with new_file(destination, len(first) + version.nbytes, force=force) as handle:
         write_at(handle, 0, first)
         places = zip(document.tensors, spaces(handle, starts), strict=True)
-        wanted = [Wanted(t.name, _stored(t), t.chunks, space) for t, space in places]
+        wanted = [Wanted(t.name, stored_size(t), t.chunks, space) for t, space in places]
         fetch(store, registry, version, wanted, progress)
 
 
@@ -258,7 +257,3 @@ def _is_whole(tensor: Tensor) -> bool:
     """Whether the stored bytes are all of the tensor's values, in C order."""
     plain = tensor.has_bytes and tensor.kind in ("tensor", "parameter", "buffer", "ndarray")
     return plain and 0 not in (tensor.strides or ())
-
-
-def _stored(tensor: Tensor) -> int:
-    return math.prod(tensor.shape) * ITEM_SIZES[tensor.dtype]

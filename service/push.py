@@ -12,6 +12,7 @@ from ckpt.core.digests import digest_of
 from ckpt.core.documents import (
     FORMAT,
     Document,
+    File,
     ModelClass,
     Module,
     Probe,
@@ -55,6 +56,7 @@ class Described:
     structure: str | None = None
     proof: Proof | None = None
     header: SafetensorsFile | None = None
+    files: Mapping[str, File] = field(default_factory=dict)
     check: Callable[[], None] = lambda: None
 
 
@@ -134,6 +136,7 @@ def _document(
         wrappers=dict(described.wrappers),
         order=described.order,
         safetensors=described.header,
+        files=dict(described.files),
         dropped=described.dropped,
         probe=probe,
     )
@@ -161,7 +164,7 @@ def _same_version(
         return None
     # The digest leaves out what lies around the tensors of a pushed file, and the probe.
     known = registry.queries.document(newest)
-    if known.safetensors != document.safetensors:
+    if (known.safetensors, known.files) != (document.safetensors, document.files):
         return None
     if document.probe is not None and known.probe != document.probe:
         return None

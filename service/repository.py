@@ -21,7 +21,7 @@ from ckpt.core.names import (
     check_run,
     check_step,
 )
-from ckpt.core.records import Environment, Model, Version
+from ckpt.core.records import ClassUse, Environment, Model, Version
 from ckpt.core.references import parse_reference
 from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import acknowledge_event, copy_pending
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ckpt.loader.restore import DeviceMap
     from ckpt.loader.trust import TrustLike
     from ckpt.loader.verify import Report
+    from ckpt.service.inspect import ModuleDescription
     from ckpt.service.push import Described, Said
     from ckpt.service.upload import Progress
 
@@ -122,17 +123,31 @@ class Repository:
         run: str | None = None,
         progress: Progress | None = None,
     ) -> Version:
-        """Store a ``.safetensors`` file, without importing torch; see :meth:`push`.
+        """Store a ``.safetensors`` file, or a folder with some; without importing torch.
 
-        Pulling it as a file gives the identical bytes.
+        Pulling it as a file or folder gives the identical bytes; pulling its state gives the
+        weights by name. Of a folder, such as ``save_pretrained`` writes, every other file is
+        kept as it is. For the other arguments see :meth:`push`.
 
         Raises:
             IntegrityError: the file's header is damaged or hostile; the message says how.
         """
+        from ckpt.service.folder import open_folder
         from ckpt.service.push import Described
         from ckpt.service.safetensors_file import open_file
 
         said = self._said(model, step, metrics, labels, alias, message, parent, run)
+        if os.path.isdir(path):
+            with open_folder(Path(path)) as folder:
+                described = Described(
+                    state="files",
+                    root=folder.root,
+                    tensors=folder.tensors,
+                    sources=folder.sources,
+                    files=folder.files,
+                    check=folder.check_unchanged,
+                )
+                return self._push(described, said, progress)
         with open_file(Path(path)) as file:
             described = Described(
                 state="values",
@@ -217,8 +232,10 @@ class Repository:
     ) -> nn.Module:
         """The module as it was pushed, rebuilt without pickle and proven.
 
-        Every tensor's digest is checked, and capturing the rebuilt module must give exactly the
-        structure that was pushed: the same tensors, ties, flags and attributes.
+        Every tensor's digest is checked; capturing the rebuilt module must give exactly the
+        structure that was pushed: the same tensors, ties, flags and attributes; and where inputs
+        were recorded, its outputs on them are compared. ``docs/verification.md`` says what each
+        verdict proves.
 
         Args:
             trust: classes, or names of modules, that may be imported; ``torch.nn`` always is.
@@ -227,7 +244,8 @@ class Repository:
 
         Raises:
             TrustError: ``class-not-allowed``, naming all classes; nothing was imported.
-            IntegrityError: ``structure-differs``, ``rebuild-failed``, ``verdict-too-low``.
+            IntegrityError: ``structure-differs``, ``rebuild-failed``, ``outputs-differ``,
+                ``verdict-too-low``.
             UsageError: ``no-module`` when the version is no module.
         """
         from ckpt.service.load import load_module
@@ -242,11 +260,12 @@ class Repository:
         *,
         trust: Iterable[TrustLike] = (),
         device: DeviceMap = None,
+        require: str | None = None,
     ) -> Report:
         """Load a version, drop it, and say what was proven; raises where :meth:`load` would."""
         from ckpt.service.load import load_module
 
-        return load_module(self._store, self._registry, self.get(ref), trust, device)[1]
+        return load_module(self._store, self._registry, self.get(ref), trust, device, require)[1]
 
     def load_into(self, module: nn.Module, ref: VersionLike) -> Report:
         """Fill a module of yours with a version's weights: strict, without casts, ties kept.
@@ -302,6 +321,21 @@ class Repository:
     def document(self, ref: VersionLike) -> Document:
         """The document of a version, which describes all of it but the bytes."""
         return self._registry.queries.document(self.get(ref))
+
+    def describe(self, ref: VersionLike) -> ModuleDescription:
+        """The module tree of a version and the classes that it names, importing none of them.
+
+        Raises:
+            UsageError: ``no-module`` when the version is no module.
+        """
+        from ckpt.service.inspect import describe_module
+        from ckpt.service.load import module_document
+
+        return describe_module(module_document(self._registry, self.get(ref)))
+
+    def classes(self, model: str | None = None) -> list[ClassUse]:
+        """Every class that versions name, of one model or of all, and which versions do."""
+        return self._registry.queries.classes(None if model is None else check_model(model))
 
     def environment(self, ref: VersionLike) -> Environment:
         """What a version was pushed on: devices, library versions, flags, host."""

@@ -1,4 +1,5 @@
-"""A ``.safetensors`` file as a state: described from its header, without importing torch."""
+"""Files that are pushed: a ``.safetensors`` file described from its header, any other as bytes;
+without importing torch."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ class OpenFile:
     tensors: tuple[Tensor, ...]
     sources: tuple[TensorBytes, ...]
     root: object
-    header: SafetensorsFile
+    header: SafetensorsFile | None
     path: Path
     handle: int
     status: tuple[int, int, int]
@@ -63,6 +64,24 @@ def open_file(path: Path) -> Iterator[OpenFile]:
         NotFoundError, AccessError: the file cannot be read.
         IntegrityError: its header is refused; the message names the file.
     """
+    with _opened(path) as handle:
+        yield _describe(path, handle)
+
+
+@contextmanager
+def open_plain(path: Path) -> Iterator[OpenFile]:
+    """Open any other file for a push, as one tensor of its bytes."""
+    with _opened(path) as handle:
+        status = _status(handle)
+        entry = Entry(path.name, "U8", (status[0],), 0, status[0])
+        tensor = Tensor(name=path.name, dtype="uint8", shape=(status[0],), kind="file")
+        sources = (FileTensor(handle, 0, entry),)
+        yield OpenFile((tensor,), sources, None, None, path, handle, status)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """The handle of a regular file."""
     try:
         # Without waiting for the other end, should it be a pipe.
         handle = perform("open", os.open, path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -70,8 +89,10 @@ def open_file(path: Path) -> Iterator[OpenFile]:
         raise from_os_error(error, f"reading {path}") from error
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise UsageError("not-a-file", f"{path} is not a file", hint="give a .safetensors file")
-        yield _describe(path, handle)
+            raise UsageError(
+                "not-a-file", f"{path} is not a file", hint="remove it, or give another"
+            )
+        yield handle
     finally:
         os.close(handle)
 
