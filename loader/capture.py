@@ -41,7 +41,8 @@ UNINITIALIZED = {
 @dataclass(frozen=True, slots=True)
 class Captured:
     """A state, described. ``sources[i]`` has the bytes of ``tensors[i]``; None where that entry
-    has none of its own. The entries have no chunks yet. Only a module has the last four."""
+    has none of its own. The entries have no chunks yet. Only a module has the last
+    five; ``notes`` says what its user should know."""
 
     root: Any
     tensors: tuple[Tensor, ...]
@@ -51,6 +52,7 @@ class Captured:
     classes: tuple[ModelClass, ...] = ()
     wrappers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:

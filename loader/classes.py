@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.metadata
-import inspect
+import linecache
 import os
 import sys
 import tokenize
@@ -41,9 +41,17 @@ def reference_of(value: Any) -> str:
     found: Any = sys.modules.get(module)
     for part in name.split("."):
         found = getattr(found, part, None)
-    if found is not value:
+    if found is not value and not _is_same_cell(module, name, found, value):
         raise RefusedError(f"{module}.{name} now names a different object; define it once")
     return f"{module}:{name}"
+
+
+def _is_same_cell(module: str, name: str, found: Any, value: Any) -> bool:
+    """Whether a notebook's cell was only run again, so that the name means an equal class."""
+    if module != "__main__" or type(found) is not type(value):
+        return False
+    digest = _cell_digest(value, name)
+    return digest is not None and digest == _cell_digest(found, name)
 
 
 def _home_of_builtin(value: Any, name: str) -> str:
@@ -85,10 +93,21 @@ def _source_digest(module: str, name: str) -> str | None:
             return _digests_in(path, info.st_mtime_ns, info.st_size).get(name)
         except (OSError, SyntaxError, ValueError):
             return None
-    try:  # a notebook's cell
-        return digest_of(inspect.getsource(live_object(f"{module}:{name}")).rstrip().encode())
-    except (OSError, TypeError):
-        return None  # built in, or typed at a prompt
+    return _cell_digest(live_object(f"{module}:{name}"), name)
+
+
+def _cell_digest(value: Any, name: str) -> str | None:
+    """The digest of a class or function of a notebook's cell, whose text linecache keeps."""
+    functions = [value] if not isinstance(value, type) else list(vars(value).values())
+    for function in functions:
+        code = getattr(function, "__code__", None)
+        if code is not None:
+            text = "".join(linecache.getlines(code.co_filename))
+            try:
+                return _digests_of(text).get(name)
+            except SyntaxError:  # a cell may have lines that are no Python
+                return None
+    return None  # built in, or typed at a prompt
 
 
 def _source_file(module: str) -> str | None:
@@ -112,7 +131,10 @@ def _digests_in(path: str, modified: int, size: int) -> dict[str, str]:
     """The digest of the lines of every class and function in a source file, by qualified name.
     ``modified`` and ``size`` tell one state of the file from the next."""
     with tokenize.open(path) as file:
-        text = file.read()
+        return _digests_of(file.read())
+
+
+def _digests_of(text: str) -> dict[str, str]:
     lines = text.splitlines(keepends=True)
     found: dict[str, str] = {}
 

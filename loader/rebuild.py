@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ckpt.core.documents import Document, Module
-from ckpt.core.errors import CkptError, IntegrityError
+from ckpt.core.errors import CkptError, IntegrityError, NotFoundError
 from ckpt.core.printable import escape
 from ckpt.loader.restore import Restorer
 from ckpt.loader.snapshot import INTERNALS
@@ -65,12 +65,19 @@ class _Builder:
             raise IntegrityError("document-damaged", f"there is no module {index!r}")
         if index not in self._built:
             record = self.document.modules[index]
-            kind = self.trust.resolve(Named("$module", record.reference))
+            kind = self._class_of(record)
             module = kind.__new__(kind)
             nn.Module.__init__(module)
             self._built[index] = module  # before its content: that may refer back to it
             self._fill(module, record)
         return self._built[index]
+
+    def _class_of(self, record: Module) -> Any:
+        try:
+            return self.trust.resolve(Named("$module", record.reference))
+        except NotFoundError as error:
+            error.message += f' (needed by "{escape(record.path, 80) or "<root>"}")'
+            raise
 
     def _fill(self, module: nn.Module, record: Module) -> None:
         state: dict[str, Any] = {"training": record.training}

@@ -29,6 +29,12 @@ _HOOKS = {
     "_backward_hooks": "backward hook",
     "_backward_pre_hooks": "backward pre-hook",
 }
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _MADE_BY_LAZY = {"_load_hook", "_initialize_hook"}
 
@@ -80,6 +86,7 @@ def capture_module(module: nn.Module, drop: Collection[str] = ()) -> Captured:
         classes=tuple(describe_class(reference) for reference in sorted(encoder.references)),
         wrappers=encoder.wrappers,
         dropped=tuple(sorted(encoder.dropped)),
+        notes=tuple(encoder.notes),
     )
 
 
@@ -93,6 +100,7 @@ class _ModuleEncoder(Encoder):
     wrappers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     drop: frozenset[str] = frozenset()
     dropped: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
     _seen: dict[int, int] = field(default_factory=dict)
 
     def _encode_other(self, value: Any, path: Path) -> Any:
@@ -235,7 +243,18 @@ class _ModuleEncoder(Encoder):
                 name = getattr(hook, "__qualname__", kind.__qualname__)
                 reason = f"{word} {name} changes outputs and cannot be stored; remove it first"
                 self.refusals.append((path, reason))
+        self._note_state_hooks(module, path)
         return tuple(stored)
+
+    def _note_state_hooks(self, module: nn.Module, path: Path) -> None:
+        """Hooks of state_dict() change no outputs: they are left out, and named."""
+        for place in _STATE_HOOKS:
+            for hook in getattr(module, place).values():
+                function = getattr(hook, "hook", hook)
+                name = getattr(function, "__qualname__", type(function).__qualname__)
+                if (getattr(function, "__module__", None) or "").partition(".")[0] != "torch":
+                    where = escape(".".join(path)) or "<root>"
+                    self.notes.append(f"{where}: state_dict hook {escape(name, 80)} is not stored")
 
 
 def unwrap(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:

@@ -48,6 +48,8 @@ def describe_state(
             sources=captured.sources,
             order=captured.order,
         )
+    for note in captured.notes:
+        _warn(note)
     structure = digest_of(structure_bytes(drafted(captured, digests=False)))
     before = registry.queries.proven(structure)
     recorded = None
@@ -84,5 +86,15 @@ def _proof(captured: Captured, recorded: RecordedProbe | None, before: Version |
         return Proof(before.proof.kind, f"as {before.reference}")
     proof = prove(captured, recorded)
     if proof.kind == "fresh" and proof.reason:
-        warnings.warn(f"in another interpreter: {proof.reason}", CkptWarning, stacklevel=5)
+        _warn(f"in another interpreter: {proof.reason}")
+    local = [
+        name for known in captured.classes if (name := known.reference).startswith("__main__:")
+    ]
+    if local:
+        given = local[0].partition(":")[2]
+        _warn(f"{', '.join(local)} was defined in this script; to load, give trust=[{given}]")
     return proof
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, CkptWarning, stacklevel=6)

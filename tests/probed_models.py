@@ -1,0 +1,107 @@
+"""Modules whose forwards behave in every way that a probe has to tell apart."""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+
+class Counting(nn.Module):
+    """Counts its calls even in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        return {"y": self.linear(x) * self.calls, "calls": self.calls}
+
+
+class Caching(nn.Module):
+    """Fills a cache on its first call, as timm's levit does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: dict[str, Tensor] = {}
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.linear.weight.sum()
+        y: Tensor = self.linear(x) + self.cache["bias"]
+        return y
+
+
+class Writing(nn.Module):
+    """Writes to its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.add_(1)
+
+
+class Unsteady(nn.Module):
+    """Gives something else each time, whatever the seed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = int.from_bytes(os.urandom(2), "little")
+        y: Tensor = x * self.weight + noise
+        return y
+
+
+class Noisy(nn.Module):
+    """Draws from all three global generators."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand(3) + random.random() + float(numpy.random.random())
+
+
+class Scaled(nn.Module):
+    """Its code may change after the push."""
+
+    factor = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        self.tail = Tail()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.tail(self.net(x))
+        return y
+
+
+class Tail(nn.Module):
+    """The child whose code changes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * Scaled.factor
+
+
+class LargestOf(nn.Module):
+    """Whole numbers and a nested result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 5)
+
+    def forward(self, x: Tensor, *, times: int) -> Any:
+        y = self.linear(x) * times
+        return {"logits": (y, [y.argmax(-1)]), "none": None, "count": times, "text": "x"}
+
+
+class MakesTensors(nn.Module):
+    """Its result depends on the default dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.ones(2)

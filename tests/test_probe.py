@@ -1,0 +1,412 @@
+"""Recorded outputs: how a forward behaves, what a replay proves, and what it does not hide."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from chapter_models import MLP, FixedHiddenMLP
+from msgspec.structs import replace
+from probed_models import (
+    Caching,
+    Counting,
+    LargestOf,
+    MakesTensors,
+    Noisy,
+    Scaled,
+    Tail,
+    Unsteady,
+    Writing,
+)
+from torch import Tensor, nn
+
+import ckpt
+from ckpt.core.documents import Behaviour
+from ckpt.core.errors import IntegrityError, UsageError
+from ckpt.loader.forward import run_forward
+from ckpt.loader.outputs import compare, named_tensors
+
+TRUST = ["probed_models", "chapter_models"]
+
+
+def behaviour_of(repo: ckpt.Repository, name: str) -> Behaviour:
+    probe = repo.document(name).probe
+    assert probe is not None
+    return probe.behaviour
+
+
+class TestBehaviour:
+    """A forward is run on copies, and classified."""
+
+    @pytest.mark.parametrize(
+        ("net", "wanted"),
+        [
+            (nn.Linear(3, 3), Behaviour()),
+            (nn.Sequential(nn.Linear(3, 3), nn.Dropout()), Behaviour(stochastic=True, random=True)),
+            (nn.Dropout().eval(), Behaviour()),
+            (nn.BatchNorm1d(3), Behaviour(changes_state=True)),
+            (nn.BatchNorm1d(3).eval(), Behaviour()),
+            (Counting(), Behaviour(changes_state=True)),
+            (Caching(), Behaviour(changes_state=True)),
+            (Writing(), Behaviour(changes_inputs=True)),
+            (Noisy(), Behaviour(stochastic=True, random=True)),
+            (
+                nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)),
+                Behaviour(changes_state=True),
+            ),
+            (nn.Sequential(nn.LazyLinear(4), nn.ReLU()), None),
+        ],
+        ids=lambda value: type(value).__name__,
+    )
+    def test_it_is_recorded_and_replayed_exactly(
+        self, repo: ckpt.Repository, net: nn.Module, wanted: Behaviour | None
+    ) -> None:
+        torch.manual_seed(0)
+        repo.push(net, "m", inputs=(torch.randn(4, 3),))
+        found = behaviour_of(repo, "m")
+        if wanted is None:  # a lazy module draws its weights on the first call
+            assert found.changes_state
+            assert found.stochastic
+        else:
+            assert found == wanted
+        assert repo.verify("m", trust=TRUST).verdict == "outputs-exact"
+
+    def test_a_forward_that_does_not_repeat_itself_is_compared_by_shape(
+        self, repo: ckpt.Repository
+    ) -> None:
+        repo.push(Unsteady(), "m", inputs=(torch.ones(3, 2),))
+        assert not behaviour_of(repo, "m").repeats
+        report = repo.verify("m", trust=TRUST)
+        assert report.verdict == "structure"
+        assert "does not repeat itself" in report.reason
+
+    def test_neither_module_nor_inputs_nor_generators_are_touched(
+        self, repo: ckpt.Repository
+    ) -> None:
+        net, x = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(), Writing()), torch.ones(4, 3)
+        before = [torch.get_rng_state(), *(value.clone() for value in net.state_dict().values())]
+        python, numbers = random.getstate(), numpy.random.random()
+        numpy.random.seed(5)
+        repo.push(net, "m", inputs=(x,))
+        after = [torch.get_rng_state(), *net.state_dict().values()]
+        assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+        assert torch.equal(x, torch.ones(4, 3))
+        assert random.getstate() == python
+        numpy_after = numpy.random.random()
+        numpy.random.seed(5)
+        assert numpy.random.random() == numpy_after
+        assert numbers is not None
+
+    def test_a_load_leaves_the_module_as_it_was_pushed(self, repo: ckpt.Repository) -> None:
+        repo.push(Counting(), "m", inputs=(torch.ones(2, 3),))
+        loaded: Any = repo.load("m", trust=TRUST)
+        assert loaded.calls == 0
+
+    def test_a_known_structure_is_not_run_again_for_what_is_known(
+        self, repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        runs: list[Any] = []
+
+        def counted(*given: Any) -> Any:
+            runs.append(given)
+            return run_forward(*given)
+
+        monkeypatch.setattr("ckpt.loader.probe.run_forward", counted)
+        for _ in range(2):
+            repo.push(nn.Linear(3, 3), "m", inputs=(torch.ones(2, 3),))
+            runs.append(None)
+        assert runs.index(None) == 4  # once, again, other seed, double precision
+        assert len(runs) - runs.index(None) == 4  # once and in double precision
+        assert behaviour_of(repo, "m") == Behaviour()
+
+    def test_above_256_mib_it_runs_once_and_shares_parameters(
+        self, repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("ckpt.loader.probe.FULL_BYTES", 16)
+        monkeypatch.setattr("ckpt.loader.prove.FULL_BYTES", 16)
+        net: Any = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), Counting())
+        before = {key: value.clone() for key, value in net.state_dict().items()}
+        repo.push(net, "m", inputs=(torch.randn(4, 3),))
+        assert behaviour_of(repo, "m") == Behaviour(changes_state=True, once=True)
+        assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+        assert net[2].calls == 0
+        assert repo.verify("m", trust=TRUST).verdict == "outputs-exact"
+        repo.push(Unsteady(), "unsteady", inputs=(torch.ones(3, 2),))
+        assert repo.verify("unsteady", trust=TRUST).verdict == "structure"
+
+    def test_above_256_mib_a_forward_that_writes_to_parameters_is_refused(
+        self, repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("ckpt.loader.probe.FULL_BYTES", 16)
+        net = nn.Embedding(4, 3, max_norm=0.1)
+        with pytest.raises(UsageError, match="writes to its parameters"):
+            repo.push(net, "m", inputs=(torch.tensor([1, 2]),))
+
+
+class TestInputs:
+    """What may be given, and what is refused before anything is stored."""
+
+    def test_keyword_arguments_and_nested_results_are_kept(self, repo: ckpt.Repository) -> None:
+        repo.push(LargestOf(), "m", inputs={"x": torch.ones(2, 3), "times": 3})
+        report = repo.verify("m", trust=TRUST)
+        names = [output.name for output in report.outputs]
+        assert sorted(names) == ["output.count", "output.logits.0", "output.logits.1.0"]
+        assert report.verdict == "outputs-exact"
+
+    @pytest.mark.parametrize(
+        ("inputs", "code"),
+        [
+            (torch.ones(2, 3), "inputs-invalid"),
+            ([torch.ones(2, 3)], "inputs-invalid"),
+            ({1: torch.ones(2, 3)}, "inputs-invalid"),
+            ((torch.ones(2, 5),), "probe-failed"),
+            ((), "probe-failed"),
+            ((lambda: 0,), "cannot-store"),
+        ],
+    )
+    def test_what_cannot_be_run_is_refused_and_nothing_is_stored(
+        self, repo: ckpt.Repository, inputs: Any, code: str
+    ) -> None:
+        with pytest.raises(UsageError) as caught:
+            repo.push(nn.Linear(3, 3), "m", inputs=inputs)
+        assert caught.value.code == code
+        assert repo.models() == []
+        assert not list(repo.location.store.glob("packs/*/*"))
+
+    def test_only_a_module_has_inputs(self, repo: ckpt.Repository) -> None:
+        with pytest.raises(UsageError, match="only a module has inputs"):
+            repo.push({"w": torch.ones(2)}, "m", inputs=(1,))
+
+    def test_a_probe_is_added_to_content_that_is_there_already(self, repo: ckpt.Repository) -> None:
+        net = nn.Linear(3, 3)
+        first = repo.push(net, "m")
+        second = repo.push(net, "m", inputs=(torch.ones(2, 3),))
+        assert second.digest == first.digest
+        assert second.number == 2
+        assert repo.push(net, "m", inputs=(torch.ones(2, 3),)).number == 2
+        assert repo.push(net, "m").number == 2
+
+    def test_its_tensors_lie_in_a_pack_of_their_own(self, repo: ckpt.Repository) -> None:
+        version = repo.push(nn.Linear(3, 3), "m", inputs=(torch.ones(2, 3),))
+        names = sorted(path.name for path in repo.location.store.glob("packs/*/*"))
+        assert names == [f"{version.push}-{n}.safetensors" for n in (0, 1)]
+        assert version.nbytes == 4 * (9 + 3)
+
+
+class TestVerdicts:
+    """What a replay proves."""
+
+    def test_without_inputs_the_structure_is_proven(self, repo: ckpt.Repository) -> None:
+        repo.push(MLP(), "m")
+        report = repo.verify("m", trust=[MLP])
+        assert (report.verdict, report.outputs) == ("structure", ())
+        assert "no inputs were recorded" in report.reason
+
+    def test_require_refuses_what_is_below(self, repo: ckpt.Repository) -> None:
+        repo.push(MLP(), "m")
+        with pytest.raises(IntegrityError, match="proven to structure, outputs-exact was required"):
+            repo.load("m", trust=[MLP], require="outputs-exact")
+        with pytest.raises(UsageError, match="is no verdict"):
+            repo.load("m", trust=[MLP], require="perfect")
+
+    def test_one_ulp_that_no_output_shows_is_caught_by_its_digest(
+        self, repo: ckpt.Repository
+    ) -> None:
+        """Outputs alone prove too little; every byte of every pack counts."""
+        torch.manual_seed(3)
+        x = torch.rand(2, 8)
+        net: Any = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        repo.push(net, "m", inputs=(x,))
+        weight = net[0].weight.data
+        unseen = None
+        for place in range(weight.numel()):
+            old, wanted = weight.view(-1)[place].clone(), net(x)
+            weight.view(-1)[place] = torch.nextafter(old, torch.tensor(torch.inf))
+            if torch.equal(net(x), wanted):
+                unseen = old.numpy().tobytes()
+            weight.view(-1)[place] = old
+        assert unseen is not None
+        pack = min(repo.location.store.glob("packs/*/*"))
+        body = pack.read_bytes()
+        at = body.index(unseen, 4096)
+        pack.chmod(0o644)
+        pack.write_bytes(body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :])
+        with pytest.raises(IntegrityError) as caught:
+            repo.load("m")
+        assert caught.value.code == "object-corrupt"
+
+    def test_changed_code_is_named_by_output_and_by_child(
+        self, repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        repo.push(Scaled(), "m", inputs=(torch.ones(2, 3),))
+        monkeypatch.setattr(Scaled, "factor", 1.01)
+        with pytest.raises(
+            IntegrityError, match=r"output: .*first differing child: tail"
+        ) as caught:
+            repo.load("m", trust=TRUST)
+        assert caught.value.code == "outputs-differ"
+
+    def test_a_changed_form_of_the_outputs_is_refused(
+        self, repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        repo.push(Scaled(), "m", inputs=(torch.ones(2, 3),))
+        monkeypatch.setattr(Tail, "forward", lambda self, x: {"y": x})
+        with pytest.raises(IntegrityError, match="is on one side only"):
+            repo.load("m", trust=TRUST)
+        monkeypatch.setattr(Tail, "forward", lambda self, x: x / None)
+        with pytest.raises(IntegrityError, match="the forward fails on the recorded inputs"):
+            repo.load("m", trust=TRUST)
+
+    def test_another_processor_gives_close_and_not_a_failure(
+        self, repo: ckpt.Repository, tmp_path: Path
+    ) -> None:
+        """The instruction set of the processor is chosen by the environment, in another process."""
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.Softmax(-1))
+        repo.push(net, "m", inputs=(torch.randn(8, 64),))
+        repo.push(FixedHiddenMLP(), "d", inputs=(torch.rand(2, 20),))
+        program = [sys.executable, "-c", _VERIFYING, str(tmp_path)]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "ATEN_CPU_CAPABILITY": "default",
+        }
+        found = subprocess.run(program, capture_output=True, text=True, check=True, env=environment)
+        verdict, reason, other = found.stdout.splitlines()
+        assert verdict == "outputs-close"
+        assert "capability" in reason
+        assert other in ("outputs-close", "outputs-exact")
+
+    def test_a_stochastic_forward_on_another_processor_is_not_judged(
+        self, repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        repo.push(nn.Sequential(nn.Linear(3, 3), nn.Dropout()), "m", inputs=(torch.ones(9, 3),))
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "OTHER")
+        monkeypatch.setattr("ckpt.loader.forward.isolated", _unseeded)
+        report = repo.verify("m")
+        assert report.verdict == "structure"
+        assert "draws random numbers" in report.reason
+
+    def test_flags_are_replayed_as_they_were_and_restored(self, repo: ckpt.Repository) -> None:
+        torch.set_num_threads(1)
+        torch.set_default_dtype(torch.float64)
+        torch.set_float32_matmul_precision("high")
+        try:
+            repo.push(MakesTensors(), "m", inputs=(torch.ones(2),))
+        finally:
+            torch.set_num_threads(2)
+            torch.set_default_dtype(torch.float32)
+            torch.set_float32_matmul_precision("highest")
+        assert repo.verify("m", trust=TRUST).verdict == "outputs-exact"
+        assert torch.get_num_threads() == 2
+        assert torch.get_default_dtype() == torch.float32
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+def _unseeded(seed: int, devices: Any) -> Any:
+    from ckpt.loader.conditions import isolated
+
+    return isolated(seed + 1, devices)
+
+
+_VERIFYING = """
+import sys, warnings, ckpt
+with ckpt.open(sys.argv[1], create=False) as repo:
+    report = repo.verify("m")
+    print(report.verdict, report.reason, sep="\\n")
+    print(repo.verify("d", trust=["chapter_models"]).verdict)
+"""
+
+
+class TestDrift:
+    """Code that changed since the push is named; torch's own shims are honoured."""
+
+    def test_a_changed_source_is_reported(
+        self, repo: ckpt.Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = tmp_path / "drifting.py"
+        text = "from torch import nn\nclass Net(nn.Linear):\n    note = 1\n"
+        source.write_text(text)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        import drifting  # type: ignore[import-not-found]
+
+        repo.push(drifting.Net(2, 2), "m")
+        assert repo.verify("m", trust=["drifting"]).drift == ()
+        source.write_text(text.replace("1", "22"))
+        drift = repo.verify("m", trust=["drifting"]).drift
+        assert drift == ("drifting:Net: its source changed since the push",)
+        assert [one.source for one in repo.describe("m").classes] == ["changed"]
+        source.write_text(text.replace("Net", "Renamed"))
+        monkeypatch.delitem(sys.modules, "drifting")
+        with pytest.raises(ckpt.CkptError, match="drifting has no Net") as caught:
+            repo.load("m", trust=["drifting"])
+        assert caught.value.code == "class-missing"
+        source.unlink()
+        monkeypatch.delitem(sys.modules, "drifting")
+        with pytest.raises(ckpt.CkptError, match=r"cannot import drifting.*needed by"):
+            repo.load("m", trust=["drifting"])
+
+    def test_a_record_of_an_older_class_is_named(
+        self, repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A GELU of before ``approximate``: its forward fails, and says on what."""
+        repo.push(nn.Sequential(nn.GELU()), "m", inputs=(torch.ones(2),))
+        document = repo.document("m")
+        modules = tuple(
+            replace(module, attrs={name: v for name, v in module.attrs.items() if name == "x"})
+            for module in document.modules
+        )
+        older = replace(document, modules=modules)
+        monkeypatch.setattr(repo._registry.queries, "document", lambda version: older)
+        with pytest.raises(IntegrityError, match="approximate"):
+            repo.load("m")
+
+
+class TestComparison:
+    """The arithmetic of close."""
+
+    def compare(self, old: Tensor, new: Tensor, reference: Tensor | None = None) -> Any:
+        return compare("output", old, new, reference, across=False)
+
+    def test_noise_is_close_and_damage_is_not(self) -> None:
+        torch.manual_seed(0)
+        exact = torch.randn(1000, dtype=torch.float64)
+        old = exact.float()
+        noise = old + 1e-7 * torch.randn(1000)
+        damage = old * 1.001
+        assert self.compare(old, noise, exact).close
+        assert not self.compare(old, damage, exact).close
+        assert not self.compare(old, damage).close
+
+    def test_small_outputs_are_judged_by_their_own_size(self) -> None:
+        old = torch.full((20,), 1e-6)
+        assert not self.compare(old, old * 1.01).close
+
+    @pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
+    def test_what_is_not_finite_must_be_the_same(self, special: float) -> None:
+        old = torch.tensor([1.0, special])
+        assert self.compare(old, old.clone()).equal
+        assert not self.compare(old, torch.tensor([1.0, 2.0])).close
+        assert not self.compare(torch.tensor([1.0, 2.0]), old).close
+
+    def test_whole_numbers_and_zeros_of_another_sign_differ(self) -> None:
+        assert not self.compare(torch.tensor([1, 2]), torch.tensor([1, 3])).close
+        assert not self.compare(torch.tensor([0.0]), torch.tensor([-0.0])).equal
+        assert not self.compare(torch.ones(2), torch.ones(2).double()).close
+        assert not self.compare(torch.ones(2), torch.ones(3)).close
+
+    def test_results_of_any_form_have_names(self) -> None:
+        class Result:
+            def __init__(self) -> None:
+                self.cache = [torch.ones(1)]
+                self.itself = self
+
+        found = named_tensors((torch.ones(2), {"a": numpy.ones(2), "b": None}, Result(), 1.5))
+        assert sorted(found) == ["output.0", "output.1.a", "output.2.cache.0", "output.3"]
