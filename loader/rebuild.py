@@ -34,14 +34,20 @@ def rebuild(document: Document, restorer: Restorer, trust: Trust) -> nn.Module:
     except CkptError:
         raise
     except Exception as error:
-        raise IntegrityError(
-            "rebuild-failed",
-            f"the module cannot be rebuilt: {type(error).__name__}: {escape(str(error))}",
-            hint="its code may have changed since; get the weights with pull",
-        ) from error
+        raise _failed("", error) from error
     if not isinstance(root, nn.Module):
         raise IntegrityError("document-damaged", "the root of the document is no module")
     return root
+
+
+def _failed(path: str, error: Exception) -> IntegrityError:
+    """The error for code of the module's own that raises."""
+    what = f'the module "{escape(path, 80)}"' if path else "the module"
+    return IntegrityError(
+        "rebuild-failed",
+        f"{what} cannot be rebuilt: {type(error).__name__}: {escape(str(error))}",
+        hint="its code may have changed since; get the weights with pull",
+    )
 
 
 @dataclass(slots=True)
@@ -66,8 +72,11 @@ class _Builder:
         if index not in self._built:
             record = self.document.modules[index]
             kind = self._class_of(record)
-            module = kind.__new__(kind)
-            nn.Module.__init__(module)
+            try:
+                module = kind.__new__(kind)
+                nn.Module.__init__(module)
+            except Exception as error:
+                raise _failed(record.path, error) from error
             self._built[index] = module  # before its content: that may refer back to it
             self._fill(module, record)
         return self._built[index]
@@ -95,7 +104,10 @@ class _Builder:
         if kind.__setstate__ is vars(nn.Module)["__setstate__"]:
             vars(module).update(state)
         else:  # torch's own compatibility shims live there
-            kind.__setstate__(module, {**vars(module), **state})
+            try:
+                kind.__setstate__(module, {**vars(module), **state})
+            except Exception as error:
+                raise _failed(record.path, error) from error
         for place, value in record.hooks:
             hook = self.decoder.decode(value)
             if place == "_forward_pre_hooks":

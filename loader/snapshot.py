@@ -163,7 +163,8 @@ class _ModuleEncoder(Encoder):
 
     def _describe(self, module: nn.Module, path: Path) -> Module:
         if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
-            name = type(module).__qualname__
+            is_graph = isinstance(module, torch.fx.GraphModule)
+            name = "GraphModule" if is_graph else type(module).__qualname__
             raise RefusedError(f"{name} carries generated code; push the original module")
         reference = self._refer(_own_class(module))
         state = _state_of(module)

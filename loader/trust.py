@@ -174,7 +174,7 @@ class Trust:
         module, _, qualified = name.reference.partition(":")
         if any(_inside(module, prefix) for prefix in self._prefixes):
             return True
-        if name.tag in ("$module", "$enum"):
+        if name.tag in ("$module", "$enum", "$class"):
             return any(_inside(module, home) for home in _TRUSTED_MODULES)
         if name.tag == "$object":
             return name.reference in STORED_HOOKS

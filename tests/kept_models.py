@@ -1,0 +1,141 @@
+"""Modules that keep more than parameters: every kind of attribute, and what must be refused."""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Self
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Mode(Enum):
+    """An enumeration."""
+
+    FAST = 1
+    SLOW = 2
+
+
+@dataclass
+class Settings:
+    """A plain object."""
+
+    width: int
+    scale: Tensor
+
+
+def double(x: Tensor) -> Tensor:
+    """A named function."""
+    return x * 2
+
+
+class Keeping(nn.Module):
+    """Has an attribute of every kind that can be stored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.register_buffer("missing", None)
+        self.register_parameter("absent", None)
+        self.mode = Mode.SLOW
+        self.settings = Settings(3, torch.ones(3))
+        self.function = double
+        self.activation = functional.gelu
+        self.rounding = functools.partial(double)
+        self.kind = nn.Linear
+        self.floats = [math.inf, -math.inf, -0.0, 1e-300]
+        self.numbers = {1: 2**80, "two": complex(1, -2), (3, 4): {5, 6}}
+        self.array = numpy.arange(3, dtype=numpy.int16)
+        self.scalar = numpy.float32(0.1)
+        self.dtype, self.device, self.size = torch.bfloat16, torch.device("cpu"), torch.Size([1])
+        self.ordered = OrderedDict(b=1, a=2)
+        self.part = slice(1, None, 2)
+        self.hidden = [nn.Linear(2, 2), (nn.ReLU(), {"x": nn.Tanh()})]
+        self.same = self.linear.weight
+        self.view = self.linear.weight.detach()[0]
+        self.generator = torch.Generator().manual_seed(3)
+        self.nan = math.nan
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer: Any = self.hidden[0]
+        noise = torch.rand(2, generator=self.generator)
+        y: Tensor = self.function(self.activation(layer(self.linear(x)))) + noise
+        return y * self.settings.scale[0]
+
+
+class Backward(nn.Module):
+    """Its child knows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = nn.Linear(2, 2)
+        self.child.owner = [self]  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.child(x)
+        return y
+
+
+class NeedsArguments(nn.Module):
+    """Cannot be made without arguments."""
+
+    def __new__(cls, width: int) -> Self:
+        return super().__new__(cls)
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+
+
+class Locking(nn.Module):
+    """Has a lock, which no checkpoint can hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock: Any = threading.Lock()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y
+
+
+class LockingAgain(Locking):
+    """Makes its lock when it is restored."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "lock": threading.Lock()})  # type: ignore[no-untyped-call]
+
+
+class Strange(nn.Module):
+    """Every tensor that a module may hold beside dense ones, as buffers and attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        base = torch.arange(24, dtype=torch.float32)
+        whole = base.view(4, 6)
+        self.register_buffer("whole", whole)
+        self.register_buffer("row", whole[1])
+        self.register_buffer("transposed", torch.rand(3, 4).t())
+        self.register_buffer("expanded", torch.rand(3, 1).expand(3, 4))
+        self.register_buffer(
+            "channels", torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last)
+        )
+        self.register_buffer("conjugate", torch.rand(3, dtype=torch.complex64).conj())
+        self.register_buffer("empty", torch.empty(0, 3))
+        self.register_buffer("scalar", torch.tensor(2.5, dtype=torch.bfloat16))
+        self.register_buffer("small", torch.rand(8).to(torch.float8_e4m3fn))
+        self.sparse = torch.eye(3).to_sparse()
+        self.shared = [torch.from_numpy(numpy.ones(4)), None]
+        self.shared[1] = self.shared[0][1:]  # type: ignore[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole: Any = self.whole
+        y: Tensor = x + whole[0, :3] + self.sparse.to_dense()[0]
+        return y
