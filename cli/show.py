@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +22,13 @@ if TYPE_CHECKING:
 @command("show")
 @click.argument("reference", metavar="REF")
 @click.option("--trust", "needs", is_flag=True, help="Show what a load would have to import.")
-def show(settings: Settings, reference: str, needs: bool) -> None:
+@click.option("--path", "paths", multiple=True, metavar="DIR", help="Look for sources here too.")
+def show(settings: Settings, reference: str, needs: bool, paths: tuple[str, ...]) -> None:
     """Show a version: its facts, what it was made on, its module tree, and its tensors.
 
-    Nothing that the version names is imported.
+    Nothing that the version names is imported; sources are only compared.
     """
+    sys.path[:0] = [os.path.abspath(path) for path in paths]
     with settings.open() as repository:
         version = repository.get(reference)
         document = repository.document(version)

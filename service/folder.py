@@ -73,13 +73,22 @@ class OpenFolder:
 
 
 @contextmanager
-def open_folder(path: Path) -> Iterator[OpenFolder]:
+def open_folder(path: Path, repository: Path) -> Iterator[OpenFolder]:
     """Open every file below a folder for a push; hidden folders are left out.
 
     Raises:
-        UsageError: ``no-weights`` when there is no ``.safetensors`` file, ``not-a-file``.
+        UsageError: ``no-weights`` when there is no ``.safetensors`` file, ``not-a-file``,
+            ``holds-repository`` when the repository itself lies in it.
         IntegrityError: a header is refused; the message names the file.
     """
+    if repository.resolve().is_relative_to(path.resolve()):
+        inside = repository.resolve().relative_to(path.resolve())
+        if not any(part.startswith(".") for part in inside.parts):
+            raise UsageError(
+                "holds-repository",
+                f"{escape(str(path))} holds the repository {escape(str(repository))}",
+                hint="push the folder of the weights alone",
+            )
     names = list(_names(path))
     if not any(name.endswith(".safetensors") for name in names):
         raise UsageError(

@@ -138,7 +138,7 @@ class Repository:
 
         said = self._said(model, step, metrics, labels, alias, message, parent, run)
         if os.path.isdir(path):
-            with open_folder(Path(path)) as folder:
+            with open_folder(Path(path), self.location.root) as folder:
                 described = Described(
                     state="files",
                     root=folder.root,

@@ -85,13 +85,14 @@ def test_only_push_and_init_make_a_repository(shell: Shell) -> None:
     [
         ("no.safetensors", "net", 3),
         ("net.pt", "net", 9),
-        (".", "net", 2),
+        ("bare", "net", 2),
         ("net.safetensors", "", 2),
     ],
 )
 def test_a_push_that_is_refused_makes_no_repository(
     shell: Shell, path: str, model: str, status: int
 ) -> None:
+    (shell.folder / "bare").mkdir()
     shell("push", path, model, status=status)
     assert not (shell.folder / "home").exists()
 

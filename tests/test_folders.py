@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,11 @@ def test_what_is_no_folder_of_weights_is_refused(
     (tmp_path / "bare").mkdir()
     with pytest.raises(UsageError, match=r"no \.safetensors file"):
         repo.push_file(tmp_path / "bare", "net")
+    shutil.copytree(repo.location.root, folder / "repository")
+    with ckpt.open(folder / "repository") as inside:
+        with pytest.raises(UsageError, match="holds the repository"):
+            inside.push_file(folder, "net")
+    shutil.rmtree(folder / "repository")
     (folder / "linked").symlink_to(tmp_path / "bare")
     with pytest.raises(UsageError, match="is a link to a folder"):
         repo.push_file(folder, "net")
