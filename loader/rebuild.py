@@ -17,6 +17,16 @@ from ckpt.loader.snapshot import INTERNALS
 from ckpt.loader.trust import Named, Trust
 from ckpt.loader.values import Decoder
 
+# What rebuilding calls on a module.
+_CALLED = (
+    "__init_subclass__",
+    "__setstate__",
+    "_register_load_state_dict_pre_hook",
+    "has_uninitialized_params",
+    "register_forward_hook",
+    "register_forward_pre_hook",
+)
+
 
 def rebuild(document: Document, restorer: Restorer, trust: Trust) -> nn.Module:
     """The module that a document describes; nothing is imported before all of it is allowed.
@@ -38,6 +48,22 @@ def rebuild(document: Document, restorer: Restorer, trust: Trust) -> nn.Module:
     if not isinstance(root, nn.Module):
         raise IntegrityError("document-damaged", "the root of the document is no module")
     return root
+
+
+def runs_own_code(document: Document, trust: Trust) -> bool:
+    """Whether rebuilding runs code that is not torch's, which may write to what was restored."""
+    for reference in {module.reference for module in document.modules}:
+        kind: Any = trust.resolve(Named("$module", reference))
+        called = [getattr(kind, name, None) for name in _CALLED]
+        own = [found for found in called if not _is_of_torch(found)]
+        if own or kind.__new__ is not object.__new__:
+            return True
+    return False
+
+
+def _is_of_torch(found: Any) -> bool:
+    home = getattr(found, "__module__", None) or "builtins"
+    return home.partition(".")[0] in ("torch", "builtins")
 
 
 def _failed(path: str, error: Exception) -> IntegrityError:

@@ -18,7 +18,7 @@ from ckpt.registry.registry import Registry
 from ckpt.service.upload import Progress
 from ckpt.storage.store import Store
 
-_THREADS = 2
+_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)

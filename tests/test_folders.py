@@ -110,9 +110,9 @@ def test_what_is_no_folder_of_weights_is_refused(
     with pytest.raises(UsageError, match=r"no \.safetensors file"):
         repo.push_file(tmp_path / "bare", "net")
     shutil.copytree(repo.location.root, folder / "repository")
-    with ckpt.open(folder / "repository") as inside:
-        with pytest.raises(UsageError, match="holds the repository"):
-            inside.push_file(folder, "net")
+    inside = ckpt.open(folder / "repository")
+    with inside, pytest.raises(UsageError, match="holds the repository"):
+        inside.push_file(folder, "net")
     shutil.rmtree(folder / "repository")
     (folder / "linked").symlink_to(tmp_path / "bare")
     with pytest.raises(UsageError, match="is a link to a folder"):

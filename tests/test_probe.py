@@ -242,6 +242,23 @@ class TestVerdicts:
             repo.load("m")
         assert caught.value.code == "object-corrupt"
 
+    def test_one_ulp_anywhere_in_the_store_is_caught(self, repo: ckpt.Repository) -> None:
+        repo.push(nn.Linear(3, 4), "m", inputs=(torch.randn(2, 3),))
+        edits = 0
+        for pack in repo.location.store.glob("packs/*/*"):
+            pack.chmod(0o644)
+            body = pack.read_bytes()
+            for at in range(4096, len(body), 4):
+                pack.write_bytes(body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :])
+                with pytest.raises(IntegrityError) as caught:
+                    repo.load("m")
+                assert caught.value.code == "object-corrupt"
+                edits += 1
+            pack.write_bytes(body)
+        # weights; inputs, outputs and a reference of twice their size
+        assert edits == (3 * 4 + 4) + (2 * 3 + 2 * 4 + 2 * 2 * 4)
+        assert repo.verify("m").verdict == "outputs-exact"
+
     def test_changed_code_is_named_by_output_and_by_child(
         self, repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
     ) -> None:
