@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,6 +12,7 @@ import numpy
 import torch
 
 from ckpt.core.documents import Conditions
+from ckpt.core.errors import IntegrityError
 from ckpt.loader.environment import cpu_name
 
 # (name in the record, read, write); each is set again for a replay.
@@ -41,8 +43,27 @@ _FLAGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         lambda value: setattr(torch.backends.mkldnn, "enabled", bool(value)),
     ),
 }
+# More threads than this for each processor are not started, whatever a record says.
+_THREADS_EACH = 4
 # Between a CPU and a GPU only full precision can be compared.
 FULL_PRECISION: dict[str, bool | str] = {"float32_matmul": "highest", "cudnn_tf32": False}
+
+
+def check_conditions(conditions: Conditions, seed: int) -> None:
+    """Refuse recorded conditions that no forward can have had; IntegrityError
+    ``document-damaged``."""
+    try:
+        torch.device(conditions.device)
+        fine = 0 <= seed < 2**32 and conditions.threads >= 1
+    except RuntimeError:
+        fine = False
+    precision = conditions.flags.get("float32_matmul", "highest")
+    if not fine or precision not in ("highest", "high", "medium"):
+        raise IntegrityError(
+            "document-damaged",
+            "the probe was recorded under conditions that there are not",
+            hint="run `ckpt fsck`",
+        )
 
 
 def describe_conditions(device: str) -> Conditions:
@@ -72,6 +93,7 @@ def differences(recorded: Conditions, now: Conditions) -> tuple[str, ...]:
         ("build", recorded.build, now.build),
         ("processor", recorded.name, now.name),
         ("capability", recorded.capability, now.capability),
+        ("threads", recorded.threads, now.threads),
     ]
     for word, before, after in pairs:
         if before != after:
@@ -86,7 +108,7 @@ def replaying(conditions: Conditions, *, full_precision: bool = False) -> Iterat
     before = {flag: read() for flag, (read, _) in _FLAGS.items()}
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(max(1, conditions.threads))
+        torch.set_num_threads(min(conditions.threads, _THREADS_EACH * (os.cpu_count() or 1)))
         for flag, value in wanted.items():
             if flag in _FLAGS and before[flag] != value:
                 _FLAGS[flag][1](value)

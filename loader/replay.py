@@ -13,7 +13,7 @@ from torch import nn
 from ckpt.core.documents import FORMAT, Document, Probe
 from ckpt.core.errors import IntegrityError
 from ckpt.core.printable import escape
-from ckpt.loader.conditions import describe_conditions, differences, replaying
+from ckpt.loader.conditions import check_conditions, describe_conditions, differences, replaying
 from ckpt.loader.forward import (
     Inputs,
     Outputs,
@@ -84,6 +84,7 @@ class _Replay:
         module: nn.Module,
         device: DeviceMap,
     ) -> None:
+        check_conditions(probe.conditions, probe.seed)
         self._probe = probe
         self._document = as_document(probe)
         self._spaces = spaces
@@ -159,7 +160,14 @@ class _Replay:
         fresh = copied_again(self._document, self._spaces)
         state = Restorer(self._document, fresh, self._device).state()
         if not isinstance(state, dict) or state.keys() != {"inputs", "outputs", "reference"}:
-            raise IntegrityError("document-damaged", "the probe has no inputs and outputs")
+            raise _damaged("it has no inputs and outputs")
+        for results in (state["outputs"], state["reference"]):
+            if not isinstance(results, dict) or not all(
+                isinstance(tensor, torch.Tensor) for tensor in results.values()
+            ):
+                raise _damaged("its outputs are no tensors by name")
+        if not isinstance(state["inputs"], (tuple, dict)) or not state["outputs"]:
+            raise _damaged("it has no inputs or no outputs")
         return state
 
     def _first_child(self, changed: tuple[str, ...]) -> str:
@@ -179,6 +187,12 @@ class _Replay:
             if differs:
                 return path
         return ""
+
+
+def _damaged(reason: str) -> IntegrityError:
+    return IntegrityError(
+        "document-damaged", f"the probe contradicts itself: {reason}", hint="run `ckpt fsck`"
+    )
 
 
 def _tensors_of(module: nn.Module) -> list[torch.Tensor]:

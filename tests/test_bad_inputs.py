@@ -101,6 +101,11 @@ def gone(folder: Path) -> None:
     (folder / "gone").rmdir()
 
 
+def bare_folder(folder: Path) -> None:
+    """A folder without weights."""
+    (folder / "bare").mkdir()
+
+
 def nothing(folder: Path) -> None:
     """Nothing has to be prepared."""
 
@@ -145,7 +150,7 @@ ROWS: list[tuple[str, Prepare, list[str], int, str, str]] = [
     ("zip", raw_file(b"PK\x03\x04" + bytes(60)), PUSH, 4, "not-safetensors", ""),
     ("pt", nothing, ["push", "net.pt", "net"], 9, "pickle-refused", "weights_only"),
     ("missing file", nothing, ["push", "no.safetensors", "net"], 3, "not-found", "no.safetensors"),
-    ("folder", nothing, ["push", ".", "net"], 2, "is-folder", "folder"),
+    ("folder", bare_folder, ["push", "bare", "net"], 2, "no-weights", "folder"),
     *(
         (f"name {name!r}", nothing, ["push", OK, "--", name], 2, "name-invalid", word)
         for name, word in [
