@@ -30,6 +30,8 @@ COMMANDS = {
     "untag": "names",
     "label": "names",
     "rm": "rm",
+    "gc": "gc",
+    "du": "gc",
     "db": "db",
     "completion": "completion",
 }

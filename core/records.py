@@ -165,6 +165,34 @@ class ClassUse:
 
 
 @dataclass(frozen=True, slots=True)
+class Unneeded:
+    """A pack that nobody needs now; ``condemned_at`` in microseconds since 1970, or None while it
+    is live. ``explained`` says whether an act or an aborted push is why."""
+
+    pack: Pack
+    condemned_at: int | None
+    explained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Bytes of the packs of one version: ``unique`` go when it goes, ``shared`` stay."""
+
+    reference: str
+    push: str
+    unique: int
+    shared: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeadKey:
+    """A key that may be deleted once its event is in the store."""
+
+    key: str
+    event: str
+
+
+@dataclass(frozen=True, slots=True)
 class StoreCopy:
     """An object that the store must hold because a row says so: a document or an event."""
 

@@ -120,6 +120,12 @@ class Books:
 
         self._database.write(act)
 
+    def is_over(self, push: str) -> bool:
+        """Whether a push is known and not open any more."""
+        with self._database.read() as transaction:
+            row = transaction.row(select(pushes.c.state).where(pushes.c.id == push))
+        return row is not None and row.state != PushState.OPEN.value
+
     def note_alarm(self, pack: Pack, size: int | None) -> None:
         """Write into the history that the store does not have a pack as it should."""
 
@@ -159,7 +165,7 @@ class Books:
                     .order_by(chunks.c.digest, chunks.c.pack)
                 )
                 for row in transaction.rows(query):
-                    found.setdefault(row.digest, []).append(_chunk(row))
+                    found.setdefault(row.digest, []).append(as_chunk(row))
         return found
 
     def read_plan(self, push: str) -> tuple[dict[str, Pack], dict[str, list[Chunk]]]:
@@ -172,10 +178,10 @@ class Books:
         )
         with self._database.read() as transaction:
             rows = transaction.rows(select(packs).where(packs.c.id.in_(mine)))
-            known = {row.id: _pack(row) for row in rows}
+            known = {row.id: as_pack(row) for row in rows}
             found: dict[str, list[Chunk]] = {}
             for row in transaction.rows(select(chunks).where(chunks.c.pack.in_(mine))):
-                found.setdefault(row.digest, []).append(_chunk(row))
+                found.setdefault(row.digest, []).append(as_chunk(row))
         for places in found.values():
             places.sort(key=lambda chunk: (known[chunk.pack].state == PackState.BROKEN, chunk.pack))
         return known, found
@@ -201,7 +207,7 @@ def lock_packs(
     for some in batches(sorted(set(wanted))):
         query = select(packs).where(packs.c.id.in_(some)).order_by(packs.c.id)
         rows = transaction.rows(query.with_for_update(read=not exclusive))
-        found.extend(_pack(row) for row in rows)
+        found.extend(as_pack(row) for row in rows)
     return found
 
 
@@ -234,9 +240,11 @@ def _expired(push: str) -> ConflictError:
     )
 
 
-def _pack(row: Row[Any]) -> Pack:
+def as_pack(row: Row[Any]) -> Pack:
+    """The record of a pack's row."""
     return Pack(row.id, row.key, row.size, row.push, PackState(row.state))
 
 
-def _chunk(row: Row[Any]) -> Chunk:
+def as_chunk(row: Row[Any]) -> Chunk:
+    """The record of a chunk's row."""
     return Chunk(row.digest, row.pack, row.offset, row.length, row.raw_length, row.codec, row.base)

@@ -53,7 +53,7 @@ class Changes:
             if expect is not None:
                 self._check_expected(transaction, model.id, alias, expect)
             set_alias(transaction, model.id, alias, row.id)
-            return _note(transaction, "tag", model, author, alias=alias, push=row.push)
+            return note_event(transaction, "tag", author, model, alias=alias, push=row.push)
 
         return self._database.write(act)
 
@@ -80,7 +80,9 @@ class Changes:
             row, model = _locked(transaction, reference)
             same = (aliases.c.model == model.id) & (aliases.c.name == reference.alias)
             transaction.run(delete(aliases).where(same))
-            return _note(transaction, "untag", model, author, alias=reference.alias, push=row.push)
+            return note_event(
+                transaction, "untag", author, model, alias=reference.alias, push=row.push
+            )
 
         return self._database.write(act)
 
@@ -106,7 +108,7 @@ class Changes:
                 "metrics": {name: number_text(value) for name, value in metric_values.items()},
                 "removed": list(removed),
             }
-            return _note(transaction, "label", model, author, push=row.push, **said)
+            return note_event(transaction, "label", author, model, push=row.push, **said)
 
         return self._database.write(act)
 
@@ -131,7 +133,7 @@ class Changes:
             transaction.run(delete(refs).where(refs.c.version == row.id))
             transaction.run(delete(versions).where(versions.c.id == row.id))
             self._drop_document(transaction, row.document)
-            return _note(transaction, "rm", model, author, push=push, number=row.number)
+            return note_event(transaction, "rm", author, model, push=push, number=row.number)
 
         return self._database.write(act)
 
@@ -167,11 +169,15 @@ def _locked(transaction: Transaction, reference: Reference) -> tuple[Row[Any], R
     return resolve(transaction, reference), model
 
 
-def _note(transaction: Transaction, kind: str, model: Row[Any], author: str, **said: object) -> str:
-    """Write the event of an act, in the act's transaction; returns its id."""
+def note_event(
+    transaction: Transaction, kind: str, author: str, model: Row[Any] | None = None, **said: object
+) -> str:
+    """Write the event of an act, in the act's transaction; returns its id. An act on a model has
+    a place in the model's order."""
     identity = secrets.token_hex(16)
     epoch, counter = next_counter(transaction)
     now = transaction.now()
+    place = {} if model is None else {"model": model.name, "sequence": model.next_event}
     body = {
         "format": 1,
         "id": identity,
@@ -180,8 +186,7 @@ def _note(transaction: Transaction, kind: str, model: Row[Any], author: str, **s
         "kind": kind,
         "author": author,
         "time": now,
-        "model": model.name,
-        "sequence": model.next_event,
+        **place,
         **said,
     }
     row = {
@@ -189,15 +194,15 @@ def _note(transaction: Transaction, kind: str, model: Row[Any], author: str, **s
         "kind": kind,
         "epoch": epoch,
         "counter": counter,
-        "model": model.id,
-        "model_seq": model.next_event,
+        "model": None if model is None else model.id,
+        "model_seq": None if model is None else model.next_event,
         "created_at": now,
         "author": author,
         "body": canonical(body),
         "copied": False,
     }
     transaction.run(insert(events), row)
-    transaction.run(
-        update(models).where(models.c.id == model.id), {"next_event": model.next_event + 1}
-    )
+    if model is not None:
+        following = {"next_event": model.next_event + 1}
+        transaction.run(update(models).where(models.c.id == model.id), following)
     return identity

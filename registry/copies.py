@@ -46,6 +46,14 @@ class Copies:
         """Remember that ``copy`` is in the store."""
         self._done.add(copy.id)
 
+    def is_copied(self, event: str) -> bool:
+        """Whether an event is in the store, and so every earlier one: they are copied in order."""
+        if event in self._done:
+            return True
+        with self._database.read() as transaction:
+            row = transaction.row(select(events.c.copied).where(events.c.id == event))
+        return row is not None and bool(row.copied)
+
     def flush(self, transaction: Transaction) -> None:
         """Write down what was noted, in a transaction that writes anyway."""
         for some in batches(sorted(self._done)):

@@ -24,6 +24,7 @@ from ckpt.registry.tables import (
     metrics,
     model_classes,
     models,
+    packs,
     runs,
     structures,
     versions,
@@ -134,6 +135,13 @@ class Queries:
             )
             for uses in grouped.values()
         ]
+
+    def stored_bytes(self) -> int:
+        """Bytes of all packs."""
+        with self._database.read() as transaction:
+            return int(
+                transaction.run(select(func.coalesce(func.sum(packs.c.size), 0))).scalar_one()
+            )
 
     def taken_name(self, model: str) -> str | None:
         """The model that has this name when case is ignored, or None."""

@@ -9,11 +9,13 @@ from ckpt.core.documents import Document
 from ckpt.core.records import Environment, FinishedPack, PushFacts
 from ckpt.registry.books import Books
 from ckpt.registry.changes import Changes
+from ckpt.registry.collect import Collector
 from ckpt.registry.commit import commit_push
 from ckpt.registry.copies import Copies
 from ckpt.registry.engine import Database, open_sqlite
 from ckpt.registry.queries import Queries
 from ckpt.registry.schema import check_schema, migrate
+from ckpt.registry.usage import Usages
 
 
 class Registry:
@@ -25,6 +27,8 @@ class Registry:
         self.books = Books(database, before_write=self.copies.flush)
         self.queries = Queries(database)
         self.changes = Changes(database)
+        self.collector = Collector(database)
+        self.usages = Usages(database)
 
     @classmethod
     def open(cls, path: Path, store: str) -> Registry:

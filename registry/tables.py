@@ -224,6 +224,7 @@ packs = Table(
     Column("key", Text, nullable=False, unique=True),
     Column("size", BigInteger, nullable=False),
     Column("state", String(9), nullable=False),
+    Column("condemned_at", BigInteger),
     Column("push", ForeignKey("pushes.id"), nullable=False),
     CheckConstraint("state in ('live', 'condemned', 'broken')", name="state"),
     Index(None, "push"),

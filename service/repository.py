@@ -6,7 +6,7 @@ What only push or pull needs is imported by them, so that looking something up s
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -36,9 +36,11 @@ if TYPE_CHECKING:
     from ckpt.loader.restore import DeviceMap
     from ckpt.loader.trust import TrustLike
     from ckpt.loader.verify import Report
+    from ckpt.service.gc import Collected
     from ckpt.service.inspect import ModuleDescription
     from ckpt.service.push import Described, Said
     from ckpt.service.upload import Progress
+    from ckpt.service.usage import DiskUsage
 
 PathLike = str | os.PathLike[str]
 VersionLike = str | Version
@@ -403,6 +405,32 @@ class Repository:
         event = self._registry.changes.remove(version.push, author())
         acknowledge_event(self._store, self._registry, event)
         return version
+
+    def gc(
+        self,
+        *,
+        grace: float = 7 * 86400,
+        dry_run: bool = False,
+        allow: Collection[str] = (),
+    ) -> Collected:
+        """Free the bytes that no version needs and has not needed for ``grace`` seconds; safe
+        beside pushes, pulls and other collectors.
+
+        Args:
+            allow: reasons to refuse that are overruled: ``empty``, ``unknown``, ``much``.
+
+        Raises:
+            ConflictError: ``gc-refused``, naming the reason.
+        """
+        from ckpt.service.gc import collect
+
+        return collect(self._store, self._registry, grace, dry_run=dry_run, allow=allow)
+
+    def du(self) -> DiskUsage:
+        """What the store holds, and what removing each version would free."""
+        from ckpt.service.usage import disk_usage
+
+        return disk_usage(self._registry)
 
     def _reference(self, ref: VersionLike) -> Any:
         return parse_reference(ref.reference if isinstance(ref, Version) else ref)

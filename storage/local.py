@@ -7,7 +7,8 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ckpt.core.effects import perform
@@ -15,6 +16,8 @@ from ckpt.core.errors import SpaceError, StorageError, from_os_error
 from ckpt.storage.store import ObjectInfo, Store, Upload, check_key, differs, missing, short
 
 _TEMPORARY = ".tmp"
+_ABANDONED_SECONDS = 86400
+_PUSH_DIGITS = 32
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
 
 
@@ -97,6 +100,22 @@ class LocalStore(Store):
             except FileNotFoundError:
                 return
             self.sync_folder(path.parent)
+
+    def discard_unfinished(self, is_over: Callable[[str], bool]) -> None:
+        folder = self.root / _TEMPORARY
+        with _typed(f"tidying {folder}"):
+            try:
+                entries = perform("list", os.listdir, folder)
+            except FileNotFoundError:
+                return
+            for name in sorted(entries):
+                path = folder / name
+                with contextlib.suppress(FileNotFoundError):  # its writer lives, and was faster
+                    # A pack's name begins with its push; to write a copy takes no day.
+                    push = name.partition("-")[0]
+                    aged = time.time() - path.stat().st_mtime > _ABANDONED_SECONDS
+                    if is_over(push) or (aged and len(push) != _PUSH_DIGITS):
+                        perform("unlink", os.unlink, path)
 
     def check_room(self, nbytes: int) -> None:
         with _typed(f"looking at {self.root}"):

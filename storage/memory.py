@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ckpt.core.errors import StorageError
 from ckpt.storage.store import ObjectInfo, Store, Upload, check_key, differs, missing, short
@@ -56,6 +56,9 @@ class MemoryStore(Store):
 
     def delete(self, key: str) -> None:
         self.objects.pop(check_key(key), None)
+
+    def discard_unfinished(self, is_over: Callable[[str], bool]) -> None:
+        pass  # nothing outlives its writer here
 
     def check_room(self, nbytes: int) -> None:
         """Memory has no limit that could be asked for."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -99,6 +99,11 @@ class Store(ABC):
     @abstractmethod
     def check_room(self, nbytes: int) -> None:
         """SpaceError ``no-space`` when ``nbytes`` more surely do not fit."""
+
+    @abstractmethod
+    def discard_unfinished(self, is_over: Callable[[str], bool]) -> None:
+        """Remove what writers that died left of objects that never appeared; ``is_over`` says of
+        a push whether it ended."""
 
     def get(self, key: str) -> bytes:
         """The whole of a small object; IntegrityError ``object-missing`` when absent."""

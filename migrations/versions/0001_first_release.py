@@ -106,6 +106,7 @@ def upgrade() -> None:
         sa.Column("key", sa.Text(), nullable=False),
         sa.Column("size", sa.BigInteger(), nullable=False),
         sa.Column("state", sa.String(length=9), nullable=False),
+        sa.Column("condemned_at", sa.BigInteger(), nullable=True),
         sa.Column("push", sa.String(length=32), nullable=False),
         sa.CheckConstraint("state in ('live', 'condemned', 'broken')", name=op.f("ck_packs_state")),
         sa.ForeignKeyConstraint(["push"], ["pushes.id"], name=op.f("fk_packs_push")),

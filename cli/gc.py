@@ -1,0 +1,88 @@
+"""``ckpt gc`` and ``ckpt du``: free what no version needs, and see what versions cost."""
+
+from __future__ import annotations
+
+import re
+
+import click
+
+from ckpt.cli.command import Settings, command
+from ckpt.cli.render import print_json, size, table
+from ckpt.core.errors import UsageError
+from ckpt.core.printable import escape
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+def duration(text: str) -> float:
+    """Seconds of ``7d``, ``12h``, ``0``; UsageError ``duration-invalid``."""
+    found = re.fullmatch(r"(\d{1,9})([smhdw]?)", text)
+    if found is None or (not found[2] and found[1] != "0"):
+        raise UsageError(
+            "duration-invalid", f'"{escape(text, 40)}" is no duration', hint="write 7d, 12h or 0"
+        )
+    return float(int(found[1]) * _UNITS[found[2] or "s"])
+
+
+@command("gc")
+@click.option("--grace", default="7d", show_default=True, help="How long to keep what is unneeded.")
+@click.option("-n", "--dry-run", is_flag=True, help="Only say what would be freed.")
+@click.option(
+    "--allow",
+    multiple=True,
+    type=click.Choice(["empty", "unknown", "much"]),
+    help="Overrule this reason to refuse. Repeatable.",
+)
+def gc(settings: Settings, grace: str, dry_run: bool, allow: tuple[str, ...]) -> None:
+    """Free the bytes that no version needs.
+
+    What was removed a moment ago waits for the end of the grace. Safe beside pushes, pulls and
+    other collectors.
+    """
+    from ckpt.service.gc import gc_summary
+
+    with settings.open() as repository:
+        collected = repository.gc(grace=duration(grace), dry_run=dry_run, allow=allow)
+    for warning in collected.warnings:
+        settings.say(f"warning: {warning}")
+    if settings.as_json:
+        print_json(gc_summary(collected))
+        return
+    verb = "would free" if dry_run else "freed"
+    click.echo(f"{verb} {size(collected.freed_bytes)} in {len(collected.freed)} packs")
+    if collected.orphans:
+        settings.say(f"{len(collected.orphans)} unfinished packs of pushes that ended")
+    if collected.waiting:
+        settings.say(
+            f"{size(collected.waiting_bytes)} in {len(collected.waiting)} packs wait for the end "
+            f"of the grace of {grace}; --grace 0 frees them now"
+        )
+    if collected.unknown:
+        settings.say(f"{len(collected.unknown)} packs of unknown pushes are left alone")
+
+
+@command("du")
+def du(settings: Settings) -> None:
+    """Show what the store holds, and what removing each version would free."""
+    with settings.open() as repository:
+        usage = repository.du()
+    if settings.as_json:
+        print_json(
+            {
+                "stored": usage.stored,
+                "reclaimable": usage.reclaimable,
+                "versions": [
+                    {"reference": one.reference, "unique": one.unique, "shared": one.shared}
+                    for one in usage.versions
+                ],
+            }
+        )
+        return
+    rows = [[one.reference, size(one.unique), size(one.shared)] for one in usage.versions]
+    if rows:
+        head = ["VERSION", "REMOVING IT FREES", "SHARED"]
+        click.echo(table(head, rows, right=["REMOVING IT FREES", "SHARED"]))
+    click.echo(f"{size(usage.stored)} stored, {size(usage.reclaimable)} of it unneeded")
+
+
+COMMANDS = {"gc": gc, "du": du}

@@ -1,0 +1,195 @@
+"""gc: free the bytes that no version needs (the order of steps is ``docs/safety.md``)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckpt.core.errors import ConflictError
+from ckpt.core.records import Pack, Unneeded
+from ckpt.registry.registry import Registry
+from ckpt.service.acknowledge import copy_pending
+from ckpt.service.author import author
+from ckpt.storage.store import Store
+
+GRACE_SECONDS = 7 * 86400
+# Reasons to refuse that a person may overrule, one by one.
+OVERRIDES = ("empty", "unknown", "much")
+_MOST_UNEXPLAINED = 0.3
+_CLOCK_SECONDS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What a collection did, or with ``dry_run`` would do.
+
+    Attributes:
+        freed: packs that are gone from the store, with their bytes.
+        waiting: packs that nobody needs, and that wait for the end of the grace.
+        orphans: keys without a row, of pushes that ended before they registered them.
+        unknown: keys of pushes that the registry never heard of; left alone.
+        warnings: what a person should look at.
+    """
+
+    freed: tuple[Pack, ...]
+    waiting: tuple[Pack, ...]
+    orphans: tuple[str, ...]
+    unknown: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    dry_run: bool = False
+
+    @property
+    def freed_bytes(self) -> int:
+        """Bytes of ``freed``."""
+        return sum(pack.size for pack in self.freed)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of ``waiting``."""
+        return sum(pack.size for pack in self.waiting)
+
+
+def collect(
+    store: Store,
+    registry: Registry,
+    grace: float = GRACE_SECONDS,
+    *,
+    dry_run: bool = False,
+    allow: Collection[str] = (),
+) -> Collected:
+    """Free what nobody needs and has not needed for ``grace`` seconds.
+
+    Raises:
+        ConflictError: ``gc-refused``, naming the reason and what overrules it.
+    """
+    listed = _Listed(store)
+    ended = _check(registry, listed, allow)
+    found = registry.collector.unneeded()
+    _check_share(registry, found, allow)
+    warnings = _clock_warning(registry)
+    if dry_run:
+        return _foreseen(registry, found, listed, grace, warnings)
+    registry.collector.expire()
+    registry.collector.condemn(one.pack for one in registry.collector.unneeded())
+    freed = registry.collector.remove(int(grace * 1e6), author())
+    orphans, unknown = registry.collector.sweep(listed.packs, author())
+    copy_pending(store, registry)
+    _delete(store, registry)
+    _delete_documents(store, listed, ended)
+    store.discard_unfinished(registry.books.is_over)
+    waiting = [one.pack for one in registry.collector.unneeded()]
+    return Collected(tuple(freed), tuple(waiting), tuple(orphans), tuple(unknown), warnings)
+
+
+@dataclass(slots=True)
+class _Listed:
+    """What the store holds, by kind."""
+
+    store: Store
+    packs: list[str] = field(default_factory=list)
+    documents: dict[str, str] = field(default_factory=dict)
+    events: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Copies before packs: a push that commits meanwhile is then known by its pack's rows.
+        for place, found in (("documents/", self.documents), ("events/", self.events)):
+            for info in self.store.list(place):
+                found[info.key.rpartition("-")[2].removesuffix(".json")] = info.key
+        self.packs = [info.key for info in self.store.list("packs/")]
+
+
+def _check(registry: Registry, listed: _Listed, allow: Collection[str]) -> set[str]:
+    """The tripwire: a store that knows more than the registry belongs to a newer one. Returns the
+    pushes whose versions were removed by an act."""
+    there, ended, events = registry.collector.known()
+    unknown = sorted(listed.documents.keys() - there - ended)
+    unknown += sorted(listed.events.keys() - events)
+    if unknown and "unknown" not in allow:
+        raise _refused(
+            f"the store {listed.store.name} has {len(unknown)} documents or events that the "
+            "registry does not know: it may be an older copy",
+            "unknown",
+        )
+    if not there and listed.packs and not ended and "empty" not in allow:
+        raise _refused("the registry has no versions, and the store has packs", "empty")
+    return ended
+
+
+def _check_share(registry: Registry, found: list[Unneeded], allow: Collection[str]) -> None:
+    """Refuse when much would die without an act that says so."""
+    dying = sum(one.pack.size for one in found if not one.explained)
+    total = registry.queries.stored_bytes()
+    if total and dying > _MOST_UNEXPLAINED * total and "much" not in allow:
+        raise _refused(
+            f"{dying} of {total} bytes would go although no version of theirs was removed", "much"
+        )
+
+
+def _refused(reason: str, override: str) -> ConflictError:
+    return ConflictError(
+        "gc-refused",
+        reason,
+        hint=f"look with `ckpt doctor`; if it is as it should be: --allow {override}",
+    )
+
+
+def _clock_warning(registry: Registry) -> tuple[str, ...]:
+    """A clock that is wrong costs the grace, never a byte that is needed."""
+    skew = abs(registry.collector.now() / 1e6 - time.time())
+    if skew < _CLOCK_SECONDS:
+        return ()
+    return (f"the clocks of this machine and of the registry differ by {skew:.0f} s",)
+
+
+def _foreseen(
+    registry: Registry,
+    found: list[Unneeded],
+    listed: _Listed,
+    grace: float,
+    warnings: tuple[str, ...],
+) -> Collected:
+    latest = registry.collector.now() - int(grace * 1e6)
+    ripe, waiting = [], []
+    for one in found:
+        if grace == 0 or (one.condemned_at is not None and one.condemned_at <= latest):
+            ripe.append(one.pack)
+        else:
+            waiting.append(one.pack)
+    orphans, unknown = registry.collector.orphans(listed.packs)
+    return Collected(
+        tuple(ripe), tuple(waiting), tuple(orphans), tuple(unknown), warnings, dry_run=True
+    )
+
+
+def _delete(store: Store, registry: Registry) -> None:
+    """(i): each key whose ``dead`` event, and every earlier one, is in the store by now."""
+    gone = []
+    for dead in registry.collector.dead():
+        if registry.copies.is_copied(dead.event) and registry.collector.may_delete(dead):
+            store.delete(dead.key)
+            gone.append(dead)
+    # One that is written late, by a push that died, is found by the next sweep.
+    registry.collector.forget(gone)
+
+
+def _delete_documents(store: Store, listed: _Listed, ended: set[str]) -> None:
+    """The documents of versions whose removal was known before everything was copied, and so is
+    in the store."""
+    for push in sorted(listed.documents.keys() & ended):
+        store.delete(listed.documents[push])
+
+
+def gc_summary(collected: Collected) -> dict[str, Any]:
+    """The stable JSON of a collection."""
+    return {
+        "dry_run": collected.dry_run,
+        "freed_bytes": collected.freed_bytes,
+        "freed": [pack.id for pack in collected.freed],
+        "waiting_bytes": collected.waiting_bytes,
+        "waiting": [pack.id for pack in collected.waiting],
+        "orphans": list(collected.orphans),
+        "unknown": list(collected.unknown),
+        "warnings": list(collected.warnings),
+    }

@@ -1,0 +1,267 @@
+"""gc frees what no version needs, nothing else, and refuses what looks wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sqlalchemy import delete, update
+
+import ckpt
+from ckpt.core.effects import observed
+from ckpt.core.errors import ConflictError, NotFoundError
+from ckpt.registry.tables import chunks, claims, packs, pushes, refs, versions
+
+
+def state(seed: int, count: int = 3) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {f"w{n}": torch.rand(64, 64, generator=generator) for n in range(count)}
+
+
+def stored(repo: ckpt.Repository) -> set[str]:
+    return {path.name for path in repo.location.store.glob("packs/*/*")}
+
+
+def write(repo: ckpt.Repository, *statements: Any) -> None:
+    """Change the registry behind its back."""
+
+    def act(transaction: Any) -> None:
+        for statement in statements:
+            transaction.run(statement)
+
+    repo._registry._database.write(act)
+
+
+class StoppedError(BaseException):
+    """The process does nothing any more."""
+
+
+def stopping(kind: str, after: int = 0) -> Any:
+    """A hook by which everything stops before one effect of this kind."""
+    seen = 0
+
+    def stop(found: str, act: Any, given: Any) -> Any:
+        nonlocal seen
+        seen += found == kind
+        if seen > after:
+            raise StoppedError
+        return act(*given)
+
+    return stop
+
+
+def test_what_was_removed_is_freed_after_the_grace(repo: ckpt.Repository) -> None:
+    first, second = repo.push(state(1), "a"), repo.push(state(2), "a")
+    repo.rm(first)
+    waiting = repo.gc()
+    assert (waiting.freed, len(waiting.waiting)) == ((), 1)
+    assert len(stored(repo)) == 2
+    assert repo.gc(dry_run=True).freed == ()
+    collected = repo.gc(grace=0)
+    assert [pack.push for pack in collected.freed] == [first.push]
+    assert stored(repo) == {f"{second.push}-0.safetensors"}
+    assert not list(repo.location.store.glob(f"documents/*/*{first.push}*"))
+    assert torch.equal(repo.pull("a")["w0"], state(2)["w0"])
+    assert repo.gc(grace=0).freed == ()
+
+
+def test_a_dry_run_tells_exactly_and_changes_nothing(repo: ckpt.Repository) -> None:
+    repo.push(state(1), "a")
+    repo.rm(repo.push(state(2), "a"))
+    foreseen = repo.gc(grace=0, dry_run=True)
+    assert len(stored(repo)) == 2
+    assert repo.gc(grace=0).freed_bytes == foreseen.freed_bytes > 3 * 64 * 64 * 4
+
+
+def test_a_shared_pack_stays_as_long_as_anyone_needs_it(repo: ckpt.Repository) -> None:
+    first = repo.push(state(1), "a")
+    repo.push({**state(1), "more": torch.ones(5)}, "b")
+    repo.rm(first)
+    assert repo.gc(grace=0).freed == ()
+    assert torch.equal(repo.pull("b")["w0"], state(1)["w0"])
+
+
+def test_what_was_condemned_is_rescued_by_a_push_that_needs_it(repo: ckpt.Repository) -> None:
+    repo.push(state(2), "b")
+    repo.rm(repo.push(state(1), "a"))
+    repo.gc()
+    again = repo.push(state(1), "a")
+    assert again.new_bytes == 0
+    assert repo.gc(grace=0).freed == ()
+    assert torch.equal(repo.pull("a")["w1"], state(1)["w1"])
+
+
+def test_a_claimed_pack_survives_any_collection(repo: ckpt.Repository) -> None:
+    """Claims and the check of the commit are two defences; each is tested by itself."""
+    repo.push(state(2), "b")
+    first = repo.push(state(1), "a")
+    (pack,) = repo._registry.books.read_plan(first.push)[0]
+    repo._registry.books.open_push("c" * 32, "push", {pack})
+    repo.rm(first)
+    assert repo.gc(grace=0).freed == ()
+    repo._registry.books.abort("c" * 32)
+    assert len(repo.gc(grace=0).freed) == 1
+
+
+def test_a_commit_refuses_a_pack_whose_row_is_gone(
+    repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo.push(state(1), "a")
+    books = repo._registry.books
+    original = books.claim, books.open_push
+
+    def lost(claimed: list[Any]) -> list[Any]:
+        write(repo, delete(claims), delete(refs), delete(chunks), delete(packs))
+        return claimed
+
+    monkeypatch.setattr(books, "claim", lambda *given: lost(original[0](*given)))
+    monkeypatch.setattr(books, "open_push", lambda *given: lost(original[1](*given)))
+    with pytest.raises(ConflictError) as caught:
+        repo.push({**state(1), "more": torch.ones(5)}, "b")
+    assert caught.value.code == "pack-gone"
+
+
+@pytest.mark.parametrize("at", ["link", "sql.commit", "fsync", "write"])
+def test_what_a_killed_push_left_goes_with_its_lease(repo: ckpt.Repository, at: str) -> None:
+    kept = repo.push(state(1), "a")
+    with pytest.raises(StoppedError), observed(stopping(at)):
+        repo.push(state(9), "killed")
+    repo.gc(grace=0)
+    write(repo, update(pushes).where(pushes.c.state == "open").values(expires_at=0))
+    repo.gc(grace=0)
+    assert stored(repo) == {f"{kept.push}-0.safetensors"}
+    assert not list((repo.location.store / ".tmp").iterdir())
+    assert torch.equal(repo.pull("a")["w0"], state(1)["w0"])
+
+
+def test_a_pack_of_an_open_push_is_left_alone(repo: ckpt.Repository) -> None:
+    repo.push(state(1), "a")
+    push = "d" * 32
+    repo._registry.books.open_push(push, "push")
+    key = f"packs/dd/{push}-0.safetensors"
+    repo._store.put(key, b"bytes")
+    repo._store.put(f"packs/ee/{'e' * 32}-0.safetensors", b"of nobody")
+    collected = repo.gc(grace=0)
+    assert collected.orphans == ()
+    assert len(collected.unknown) == 1
+    assert repo._store.size(key) == 5
+    repo._registry.books.abort(push)
+    assert repo.gc(grace=0).orphans == (key,)
+    assert repo._store.size(key) is None
+
+
+def test_nothing_is_deleted_before_its_event_is_in_the_store(repo: ckpt.Repository) -> None:
+    repo.push(state(2), "b")
+    repo.rm(repo.push(state(1), "a"))
+    order: list[str] = []
+
+    def watch(kind: str, act: Any, given: Any) -> Any:
+        if kind == "link" and "/events/" in str(given):
+            order.append("event")
+        if kind == "unlink" and "/packs/" in str(given):
+            order.append("delete")
+        return act(*given)
+
+    with observed(watch):
+        repo.gc(grace=0)
+    assert order == ["event", "delete"]
+    bodies = [json.loads(path.read_text()) for path in repo.location.store.glob("events/1/*")]
+    assert sorted(body["kind"] for body in bodies) == ["dead", "rm"]
+
+
+@pytest.mark.parametrize("kind", ["sql.commit", "link", "unlink", "fsync_folder"])
+def test_a_collection_that_is_stopped_anywhere_is_finished_by_the_next(
+    repo: ckpt.Repository, kind: str
+) -> None:
+    kept = repo.push(state(2), "b")
+    repo.push(state(1), "a")
+    repo.rm("a@1")
+    for stop_at in range(12):
+        with suppress(StoppedError), observed(stopping(kind, stop_at)):
+            repo.gc(grace=0)
+        assert torch.equal(repo.pull("b")["w2"], state(2)["w2"])
+    repo.gc(grace=0)
+    assert stored(repo) == {f"{kept.push}-0.safetensors"}
+
+
+class TestRefusals:
+    """gc refuses what looks wrong, and names what overrules it."""
+
+    def refused(self, repo: ckpt.Repository, reason: str) -> None:
+        before = stored(repo)
+        with pytest.raises(ConflictError, match=f"--allow {reason}") as caught:
+            repo.gc(grace=0)
+        assert caught.value.code == "gc-refused"
+        assert stored(repo) == before
+
+    def test_a_registry_without_versions(self, repo: ckpt.Repository) -> None:
+        repo._store.put(f"packs/dd/{'d' * 32}-0.safetensors", b"bytes")
+        self.refused(repo, "empty")
+        assert repo.gc(grace=0, allow=["empty"]).unknown
+
+    @pytest.mark.parametrize("place", ["documents", "events"])
+    def test_a_store_that_knows_more(self, repo: ckpt.Repository, place: str) -> None:
+        repo.push(state(1), "a")
+        repo._store.put(f"{place}/1/000000000099-{'f' * 32}.json", b"{}")
+        self.refused(repo, "unknown")
+        repo.gc(grace=0, allow=["unknown"])
+
+    def test_much_that_dies_without_an_act(self, repo: ckpt.Repository) -> None:
+        repo.push(state(1), "a")
+        lost = repo.push(state(2), "b")
+        write(
+            repo,
+            delete(refs).where(refs.c.version == 2),
+            delete(versions).where(versions.c.id == 2),
+        )
+        for path in repo.location.store.glob(f"documents/1/*-{lost.push}.json"):
+            path.unlink()  # else the store knows more
+        self.refused(repo, "much")
+        assert len(repo.gc(grace=0, allow=["much"]).freed) == 1
+
+    def test_an_unknown_duration_is_refused(self, repo: ckpt.Repository) -> None:
+        program = Path(sys.executable).with_name("ckpt")
+        command = [str(program), "-r", str(repo.location.root), "gc", "--grace", "soon"]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert found.returncode == 2
+        assert "duration-invalid" in found.stderr
+
+
+def test_what_removing_frees_is_told_exactly(repo: ckpt.Repository) -> None:
+    repo.push(state(1), "a")
+    repo.push({**state(1), "more": torch.rand(300)}, "b")
+    repo.push(state(3), "c")
+    for reference in ("c@1", "b@1", "a@1"):
+        usage = {one.reference: one for one in repo.du().versions}[reference]
+        before = repo.du().stored
+        repo.rm(reference)
+        assert repo.du().reclaimable == usage.unique
+        assert repo.gc(grace=0, allow=["empty"]).freed_bytes == usage.unique
+        assert repo.du().stored == before - usage.unique
+    assert repo.du().stored == 0
+    with pytest.raises(NotFoundError):
+        repo.get("a")
+
+
+def test_the_command_line_tells_what_it_frees(repo: ckpt.Repository) -> None:
+    repo.push(state(1), "a")
+    repo.rm(repo.push(state(2), "b"))
+    program = str(Path(sys.executable).with_name("ckpt"))
+
+    def run(*arguments: str) -> str:
+        command = [str(program), "-r", str(repo.location.root), *arguments]
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+        return found.stdout + found.stderr
+
+    assert "52.0 KiB stored" not in run("du").splitlines()[-2]
+    assert "104.0 KiB stored, 52.0 KiB of it unneeded" in run("du")
+    assert "52.0 KiB in 1 packs wait" in run("gc")
+    assert "would free 52.0 KiB in 1 packs" in run("gc", "--grace", "0", "-n")
+    assert "freed 52.0 KiB in 1 packs" in run("gc", "--grace", "0")
+    assert json.loads(run("gc", "--json"))["freed"] == []
