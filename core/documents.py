@@ -49,7 +49,9 @@ class Tensor(Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unkno
     @property
     def has_values(self) -> bool:
         """Whether the entry is a tensor of the state, and not a part or a place of others."""
-        return self.kind not in ("region", "component", "file") and not self.kind.startswith("uninit")
+        return self.kind not in ("region", "component", "file") and not self.kind.startswith(
+            "uninit"
+        )
 
     def __post_init__(self) -> None:
         # msgspec leaves a default out only if it is the same object, and "cpu" from outside is not.

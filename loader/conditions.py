@@ -19,7 +19,7 @@ from ckpt.loader.environment import cpu_name
 _FLAGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "default_dtype": (
         lambda: str(torch.get_default_dtype()).removeprefix("torch."),
-        lambda name: torch.set_default_dtype(_dtype(name)),
+        lambda name: torch.set_default_dtype(getattr(torch, name)),
     ),
     "deterministic": (
         torch.are_deterministic_algorithms_enabled,
@@ -43,6 +43,7 @@ _FLAGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         lambda value: setattr(torch.backends.mkldnn, "enabled", bool(value)),
     ),
 }
+_DEFAULT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 # More threads than this for each processor are not started, whatever a record says.
 _THREADS_EACH = 4
 # Between a CPU and a GPU only full precision can be compared.
@@ -57,8 +58,10 @@ def check_conditions(conditions: Conditions, seed: int) -> None:
         fine = 0 <= seed < 2**32 and conditions.threads >= 1
     except RuntimeError:
         fine = False
-    precision = conditions.flags.get("float32_matmul", "highest")
-    if not fine or precision not in ("highest", "high", "medium"):
+    flags = conditions.flags
+    fine &= flags.get("float32_matmul", "highest") in ("highest", "high", "medium")
+    fine &= str(flags.get("default_dtype", "float32")) in _DEFAULT_DTYPES
+    if not fine:
         raise IntegrityError(
             "document-damaged",
             "the probe was recorded under conditions that there are not",
@@ -147,8 +150,3 @@ def random_states() -> list[Any]:
     if cuda.is_available() and cuda.is_initialized():
         states.append([state.tolist() for state in cuda.get_rng_state_all()])
     return states
-
-
-def _dtype(name: Any) -> torch.dtype:
-    found = getattr(torch, str(name), None)
-    return found if isinstance(found, torch.dtype) else torch.float32

@@ -13,7 +13,7 @@ from ckpt.core.documents import Document, Module
 from ckpt.core.errors import CkptError, IntegrityError, NotFoundError
 from ckpt.core.printable import escape
 from ckpt.loader.restore import Restorer
-from ckpt.loader.snapshot import INTERNALS
+from ckpt.loader.snapshot import INTERNALS, find_cycle
 from ckpt.loader.trust import Named, Trust
 from ckpt.loader.values import Decoder
 
@@ -37,6 +37,8 @@ def rebuild(document: Document, restorer: Restorer, trust: Trust) -> nn.Module:
         IntegrityError: ``document-damaged``, ``rebuild-failed``.
     """
     trust.check(document)
+    if find_cycle(document.modules) is not None:
+        raise IntegrityError("document-damaged", "a module of the document is a child of itself")
     builder = _Builder(document, restorer, trust)
     try:
         root = builder.decoder.decode(document.root)
@@ -148,7 +150,7 @@ class _Builder:
 
     @staticmethod
     def _check_name(module: nn.Module, name: str) -> None:
-        if name in INTERNALS or callable(getattr(type(module), name, None)):
+        if name in INTERNALS or name == "__dict__" or callable(getattr(type(module), name, None)):
             raise IntegrityError(
                 "document-damaged",
                 f'attribute "{escape(name)}" would replace a method of {type(module).__qualname__}',

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -75,6 +75,11 @@ def capture_module(module: nn.Module, drop: Collection[str] = ()) -> Captured:
     root = encoder.encode(module)
     for path, reason in table.share():
         encoder.refusals.append((path, reason))
+    modules = tuple(record for record in encoder.modules if record is not None)
+    cycle = None if encoder.refusals else find_cycle(modules)
+    if cycle is not None:
+        reason = "it is a child of itself; keep the parent in a list, not as a child"
+        encoder.refusals.append((tuple(cycle.split(".")) if cycle else (), reason))
     encoder.raise_refusals()
     entries, sources = table.finish()
     return Captured(
@@ -82,7 +87,7 @@ def capture_module(module: nn.Module, drop: Collection[str] = ()) -> Captured:
         entries,
         sources,
         tuple(encoder.order),
-        modules=tuple(record for record in encoder.modules if record is not None),
+        modules=modules,
         classes=tuple(describe_class(reference) for reference in sorted(encoder.references)),
         wrappers=encoder.wrappers,
         dropped=tuple(sorted(encoder.dropped)),
@@ -280,6 +285,29 @@ def _attribute_path(path: Path) -> str:
     while parts and parts[-1].isdigit():
         parts.pop()
     return escape(".".join(parts), 80)
+
+
+def find_cycle(modules: Sequence[Module]) -> str | None:
+    """The path of a module that is a child of itself, at any depth: no state_dict can have it."""
+    done: set[int] = set()
+
+    def visit(index: int, above: frozenset[int]) -> str | None:
+        if index in above:
+            return modules[index].path
+        if index in done or not 0 <= index < len(modules):
+            return None
+        for _, child in modules[index].children:
+            found = None if child is None else visit(child, above | {index})
+            if found is not None:
+                return found
+        done.add(index)
+        return None
+
+    for index in range(len(modules)):
+        found = visit(index, frozenset())
+        if found is not None:
+            return found
+    return None
 
 
 def _own_class(module: nn.Module) -> type:
