@@ -18,10 +18,10 @@ def upgrade(settings: Settings) -> None:
     """Bring the registry's schema up to date; harmless when it is."""
     from ckpt.service.opening import upgrade_registry
 
-    path = upgrade_registry(settings.repo)
-    settings.say(f"{path} is up to date")
+    where = upgrade_registry(settings.repo)
+    settings.say(f"{where} is up to date")
     if settings.as_json:
-        print_json({"registry": str(path)})
+        print_json({"registry": where})
 
 
 db.add_command(upgrade)

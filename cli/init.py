@@ -2,23 +2,54 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import click
 
 from ckpt.cli.command import Settings, command
 from ckpt.cli.render import print_json
+from ckpt.core.errors import UsageError
 from ckpt.core.printable import escape
 
 
 @command("init")
 @click.argument("folder", required=False)
-def init(settings: Settings, folder: str | None) -> None:
-    """Make a repository in FOLDER/.ckpt (default: here), unless there is one."""
+@click.option("--registry", metavar="URL", help="postgresql+psycopg://… in place of a file.")
+@click.option("--store", metavar="URL", help="s3://bucket/prefix in place of a folder.")
+@click.option("--endpoint", metavar="URL", help="Of an S3 server that is not AWS.")
+@click.option("--region", help="Of the bucket; default: the AWS configuration.")
+def init(
+    settings: Settings,
+    folder: str | None,
+    registry: str | None,
+    store: str | None,
+    endpoint: str | None,
+    region: str | None,
+) -> None:
+    """Make a repository in FOLDER/.ckpt (default: here), unless there is one.
+
+    With the same two addresses, everybody in a team has the same repository. Credentials are
+    never written down: the AWS configuration has those of S3, PGPASSWORD or ~/.pgpass the other.
+    """
     from ckpt.service.config import locate
-    from ckpt.service.opening import open_repository
+    from ckpt.service.opening import make_repository, open_repository
+    from ckpt.service.places import S3Options, as_place
 
     chosen = folder or settings.repo or "."
-    existed = locate(chosen).exists
-    with open_repository(chosen) as repository:
+    location = locate(chosen)
+    existed = location.exists
+    if not existed:
+        location = replace(
+            location,
+            registry_place=as_place(registry, "registry") if registry else location.registry_place,
+            store_place=as_place(store, "store") if store else location.store_place,
+            options=S3Options(endpoint, region),
+        )
+    elif registry or store or endpoint or region:
+        raise UsageError(
+            "exists", f"{location.root} is a repository already", hint="edit its config.toml"
+        )
+    with open_repository(chosen) if existed else make_repository(location) as repository:
         root = repository.location.root.resolve()
     if settings.as_json:
         print_json({"repository": str(root), "created": not existed})

@@ -33,6 +33,7 @@ COMMANDS = {
     "gc": "gc",
     "du": "gc",
     "db": "db",
+    "registry": "registry",
     "completion": "completion",
 }
 _HIDDEN = {"inspect"}

@@ -186,10 +186,11 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class DeadKey:
-    """A key that may be deleted once its event is in the store."""
+    """A key that may be deleted once its event is in the store; ``epoch`` is the registry's."""
 
     key: str
     event: str
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import partial
 
-from sqlalchemy import ColumnElement, delete, exists, insert, select, true, update
+from sqlalchemy import ColumnElement, delete, exists, insert, select, update
 
 from ckpt.core.records import DeadKey, Pack, PackState, PushState, Unneeded
 from ckpt.registry.bodies import read_json
@@ -164,21 +164,18 @@ class Collector:
 
     def dead(self) -> list[DeadKey]:
         """All dead keys, in the order of their events."""
-        query = select(dead_keys, events.c.counter).join(events, events.c.id == dead_keys.c.event)
+        query = select(dead_keys).join(events, events.c.id == dead_keys.c.event)
         with self._database.read() as transaction:
+            epoch = transaction.run(select(meta.c.epoch)).scalar_one()
             rows = transaction.rows(query.order_by(events.c.counter))
-        return [DeadKey(row.key, row.event) for row in rows]
+        return [DeadKey(row.key, row.event, epoch) for row in rows]
 
     def may_delete(self, dead: DeadKey) -> bool:
         """(i), asked anew: whether the key is still dead, in the same epoch."""
         epoch = select(meta.c.epoch).scalar_subquery()
-        query = (
-            select(true())
-            .select_from(dead_keys.join(events, events.c.id == dead_keys.c.event))
-            .where(dead_keys.c.key == dead.key, events.c.epoch == epoch)
-        )
+        same = (dead_keys.c.key == dead.key) & (epoch == dead.epoch)
         with self._database.read() as transaction:
-            return transaction.row(query) is not None
+            return transaction.row(select(dead_keys.c.key).where(same)) is not None
 
     def forget(self, gone: Sequence[DeadKey]) -> None:
         """Drop the dead keys that the store has no more; their events stay for ever."""

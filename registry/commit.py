@@ -64,15 +64,16 @@ def commit_push(
     _check_packs(transaction, needed)
     _check_decodable(transaction, document, needed)
 
-    run = _run_id(transaction, model.id, facts.run)
+    run = run_id(transaction, model.id, facts.run)
     parent = facts.parent or _parent(transaction, model, run)
-    epoch, counter = next_counter(transaction)
-    now = transaction.now()
-    said = _facts_body(facts, push, model, parent, epoch, counter, now, new_bytes, needed)
-    _insert_document(transaction, facts.document_digest, document)
+    insert_document(transaction, facts.document_digest, document)
     insert_missing(
         transaction, environments, "digest", environment.digest, body=canonical(environment.body)
     )
+    # Everybody waits for the counter, and an act that drops a document takes it after that.
+    epoch, counter = next_counter(transaction)
+    now = transaction.now()
+    said = _facts_body(facts, push, model, parent, epoch, counter, now, new_bytes, needed)
     row = {
         "model": model.id,
         "number": model.next_number,
@@ -105,7 +106,7 @@ def commit_push(
     )
     if needed:
         transaction.run(insert(refs), [{"version": version, "pack": p} for p in sorted(needed)])
-    _note_classes(transaction, version, document)
+    note_classes(transaction, version, document)
     set_metrics(transaction, version, facts.metrics)
     set_labels(transaction, version, facts.labels)
     for alias in facts.aliases:
@@ -128,7 +129,7 @@ def lock_model(transaction: Transaction, name: str) -> Any:
     row = transaction.row(query)
     if row is None:
         fresh = {"name": name, "folded": name.lower(), "next_number": 1, "next_event": 1}
-        transaction.run(insert(models), fresh)
+        transaction.insert_absent(models, fresh)
         row = transaction.row(query)
     assert row is not None
     if row.name != name:
@@ -163,7 +164,8 @@ def set_metrics(transaction: Transaction, version: int, values: Any) -> None:
         {
             "version": version,
             "name": name,
-            "value": value if math.isfinite(value) else None,
+            # SQLite has no negative zero, and both databases must answer the same.
+            "value": value + 0.0 if math.isfinite(value) else None,
             "special": None if math.isfinite(value) else str(value),
         }
         for name, value in values.items()
@@ -191,9 +193,16 @@ def set_alias(transaction: Transaction, model: int, alias: str, version: int) ->
 def insert_missing(
     transaction: Transaction, table: Table, column: str, digest: str, **values: object
 ) -> None:
-    """Insert a row that is named by a digest, unless it is there."""
-    if transaction.row(select(table.c[column]).where(table.c[column] == digest)) is None:
-        transaction.run(insert(table), {column: digest, **values})
+    """Insert a row that is named by a digest, unless it is there, and keep it there until the
+    transaction ends: another one may be removing what no version needs."""
+    while not _held(transaction, table, column, digest):
+        transaction.insert_absent(table, {column: digest, **values})
+
+
+def _held(transaction: Transaction, table: Table, column: str, digest: str) -> bool:
+    """Whether the row is there; if so, a lock keeps it until the transaction ends."""
+    query = select(table.c[column]).where(table.c[column] == digest)
+    return transaction.row(query.with_for_update(read=True, key_share=True)) is not None
 
 
 def number_text(value: float) -> float | str:
@@ -233,7 +242,8 @@ def _check_decodable(transaction: Transaction, document: Document, needed: Colle
         )
 
 
-def _run_id(transaction: Transaction, model: int, name: str) -> int:
+def run_id(transaction: Transaction, model: int, name: str) -> int:
+    """The run's row, made when there is none; the lock on the model's row keeps others out."""
     query = select(runs.c.id).where(runs.c.model == model, runs.c.name == name)
     row = transaction.row(query)
     if row is None:
@@ -290,17 +300,17 @@ def _facts_body(
     }
 
 
-def _insert_document(transaction: Transaction, digest: str, document: Document) -> None:
-    if transaction.row(select(documents.c.digest).where(documents.c.digest == digest)) is not None:
+def insert_document(transaction: Transaction, digest: str, document: Document) -> None:
+    """Insert a document and the structure that it shares with others, unless they are there."""
+    if _held(transaction, documents, "digest", digest):
         return
     structure, body = split_document(document)
     name = digest_of(structure)
     insert_missing(transaction, structures, "digest", name, body=compress(structure))
-    row = {"digest": digest, "structure": name, "body": compress(body)}
-    transaction.run(insert(documents), row)
+    insert_missing(transaction, documents, "digest", digest, structure=name, body=compress(body))
 
 
-def _note_classes(transaction: Transaction, version: int, document: Document) -> None:
+def note_classes(transaction: Transaction, version: int, document: Document) -> None:
     """Write down which classes the version names."""
     named = {digest_of(canonical(one)): one for one in document.classes}
     if not named:
@@ -309,6 +319,7 @@ def _note_classes(transaction: Transaction, version: int, document: Document) ->
     for some in batches(sorted(named)):
         query = select(model_classes.c.digest).where(model_classes.c.digest.in_(some))
         known |= {row.digest for row in transaction.rows(query)}
+    # Sorted, so that two pushes with the same classes wait for each other in one order.
     fresh = [
         {
             "digest": digest,
@@ -317,11 +328,11 @@ def _note_classes(transaction: Transaction, version: int, document: Document) ->
             "version": one.version,
             "source_digest": one.source_digest,
         }
-        for digest, one in named.items()
+        for digest, one in sorted(named.items())
         if digest not in known
     ]
     if fresh:
-        transaction.run(insert(model_classes), fresh)
+        transaction.insert_absent(model_classes, fresh)
     uses = [{"version": version, "model_class": digest} for digest in named]
     transaction.run(insert(class_uses), uses)
 

@@ -1,38 +1,24 @@
-"""Connections and transactions: pragmas, locking, retries, and database errors made typed."""
+"""Connections and transactions on either database: snapshots, retries, and errors made typed."""
 
 from __future__ import annotations
 
-import os
 import random
-import sqlite3
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from sqlalchemy import Connection, CursorResult, Engine, Executable, Row, create_engine, event, text
+from sqlalchemy import Connection, CursorResult, Engine, Executable, Row, Table, text
 from sqlalchemy.exc import DBAPIError
 
 from ckpt.core.effects import perform
-from ckpt.core.errors import (
-    AccessError,
-    CkptError,
-    IntegrityError,
-    SpaceError,
-    StorageError,
-    UsageError,
-)
+from ckpt.core.errors import CkptError, StorageError, UsageError
+from ckpt.core.printable import escape
 
 T = TypeVar("T")
 
-_WAIT_SECONDS = 30
 _ATTEMPTS = 8
-# Until 3.51.3, two connections that write and checkpoint a WAL at once could corrupt it; these
-# two branches have the fix as well (sqlite.org, "WAL-reset bug").
-_WAL_SAFE = (3, 51, 3)
-_WAL_SAFE_BRANCHES = ((3, 44, 6), (3, 50, 7))
-_NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "fuse", "9p", "afs", "lustre", "gpfs", "ceph")
 
 Parameters = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
@@ -58,27 +44,56 @@ class Transaction:
         """The first row of a query, or None."""
         return self.run(statement, values).first()
 
+    def insert_absent(self, table: Table, values: Parameters) -> None:
+        """Insert rows, but none whose key is taken; one that another transaction is inserting is
+        waited for."""
+        if self._is_sqlite:
+            from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+
+            self.run(sqlite_insert(table).on_conflict_do_nothing(), values)
+        else:
+            from sqlalchemy.dialects.postgresql import insert as postgres_insert
+
+            self.run(postgres_insert(table).on_conflict_do_nothing(), values)
+
     def now(self) -> int:
         """Microseconds since 1970, by the database's clock."""
-        if self.connection.dialect.name == "sqlite":
+        if self._is_sqlite:
             query = "SELECT CAST((julianday('now') - 2440587.5) * 86400000000.0 AS INTEGER)"
         else:
             query = "SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)"
         return int(self.run(text(query)).scalar_one())
 
+    @property
+    def _is_sqlite(self) -> bool:
+        return self.connection.dialect.name == "sqlite"
 
-class Database:
-    """An engine with the transactions that ckpt uses; nothing else opens connections."""
+
+class Database(ABC):
+    """An engine with the transactions that ckpt uses; nothing else opens connections.
+
+    ``name`` is how messages call the database, without any secret.
+    """
+
+    read_options: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, engine: Engine, name: str) -> None:
         self.engine = engine
         self.name = name
 
+    @abstractmethod
+    def is_passing(self, error: DBAPIError) -> bool:
+        """Whether the transaction was surely rolled back, and may succeed when it runs again."""
+
+    @abstractmethod
+    def typed_error(self, error: DBAPIError, reason: str) -> CkptError:
+        """The error of ckpt for one of the driver; ``reason`` is its message on one line."""
+
     @contextmanager
     def read(self) -> Iterator[Transaction]:
         """A consistent snapshot; nothing is written."""
         with self._typed(), self.engine.connect() as connection:
-            yield Transaction(connection)
+            yield Transaction(connection.execution_options(**self.read_options))
 
     def write(self, act: Callable[[Transaction], T]) -> T:
         """Run ``act`` in one transaction and commit it, again when the database says busy.
@@ -91,7 +106,7 @@ class Database:
                 try:
                     return self._once(act)
                 except DBAPIError as error:
-                    if attempt == _ATTEMPTS - 1 or not _is_busy(error):
+                    if attempt == _ATTEMPTS - 1 or not self.is_passing(error):
                         raise
             time.sleep(random.uniform(0, 0.05 * 2**attempt))
         raise AssertionError("unreachable")
@@ -109,128 +124,27 @@ class Database:
         try:
             yield
         except DBAPIError as error:
-            raise _from_database_error(error, self.name) from error
+            raise self.typed_error(error, escape(" ".join(str(error.orig).split()))) from error
+        except (OverflowError, UnicodeEncodeError) as error:
+            raise value_invalid(str(error)) from error
 
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
 
 
-def open_sqlite(path: Path, *, create: bool) -> Database:
-    """The database in the file ``path``.
-
-    Raises:
-        StorageError: ``registry-filesystem`` on a network filesystem, ``registry-missing``.
-    """
-    _check_filesystem(path)
-    if not create and not path.exists():
-        raise StorageError(
-            "registry-missing",
-            f"the registry {path} is missing",
-            hint="put its backup back, or run `ckpt registry rebuild`, which reads the store",
-        )
-    mode = "rwc" if create else "rw"
-    url = f"sqlite:///file:{_quoted(path)}?mode={mode}&uri=true"
-    engine = create_engine(url, connect_args={"timeout": _WAIT_SECONDS, "isolation_level": None})
-    event.listen(engine, "connect", _set_pragmas)
-    event.listen(engine, "begin", _begin)
-    return Database(engine, str(path))
+def value_invalid(reason: str) -> UsageError:
+    """The error for a value that a database cannot hold."""
+    return UsageError("value-invalid", f"the registry cannot hold a value ({reason})")
 
 
-def _quoted(path: Path) -> str:
-    return str(path.absolute()).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-
-
-def _set_pragmas(connection: sqlite3.Connection, _: object) -> None:
-    wal = wal_is_safe(sqlite3.sqlite_version_info)
-    mode = "wal" if wal else "delete"
-    answer = connection.execute(f"PRAGMA journal_mode={mode}").fetchone()[0]
-    if answer != mode:
-        raise StorageError("registry-journal", f"SQLite keeps journal mode {answer}, not {mode}")
-    # EXTRA also syncs the folder when a rollback journal is removed; a WAL needs FULL.
-    for pragma in (
-        f"synchronous={'full' if wal else 'extra'}",
-        "foreign_keys=on",
-        "trusted_schema=off",
-        "cell_size_check=on",
-        "mmap_size=0",
-    ):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def wal_is_safe(version: tuple[int, ...]) -> bool:
-    """Whether this SQLite version may use a write-ahead log with several writers."""
-    return version >= _WAL_SAFE or any(
-        version[:2] == branch[:2] and version >= branch for branch in _WAL_SAFE_BRANCHES
+def registry_busy(name: str, reason: str) -> StorageError:
+    """The error for a lock that others held until the last attempt was over."""
+    return StorageError(
+        "registry-busy",
+        f"others kept the registry {name} locked ({reason})",
+        hint="run again when they are done",
     )
-
-
-def _begin(connection: Connection) -> None:
-    # A writer takes the lock before it reads, so that it never has to give up half-way.
-    writes = connection.get_execution_options().get("ckpt_writes", False)
-    perform("sql.begin", connection.exec_driver_sql, "BEGIN IMMEDIATE" if writes else "BEGIN")
-
-
-def _check_filesystem(path: Path) -> None:
-    kind = _filesystem_of(path)
-    if kind.startswith(_NETWORK_FILESYSTEMS):
-        raise StorageError(
-            "registry-filesystem",
-            f"{path} is on {kind}, where SQLite's locks are not safe",
-            hint="keep the registry on a local disk, or use PostgreSQL",
-        )
-
-
-def _filesystem_of(path: Path) -> str:
-    """The type of the filesystem that holds ``path``; empty where the system does not say."""
-    mounts = Path("/proc/self/mountinfo")
-    if not mounts.exists():
-        return ""
-    target = os.path.realpath(path)
-    best, kind = "", ""
-    for line in mounts.read_text(errors="replace").splitlines():
-        fields, _, rest = line.partition(" - ")
-        mount = fields.split(" ")[4].encode().decode("unicode_escape")
-        inside = target == mount or target.startswith(mount.rstrip("/") + "/")
-        if inside and len(mount) >= len(best):
-            best, kind = mount, rest.split(" ")[0]
-    return kind
-
-
-def _is_busy(error: DBAPIError) -> bool:
-    code = getattr(error.orig, "sqlstate", None)
-    if code is not None:
-        return code in ("40001", "40P01")
-    return isinstance(error.orig, sqlite3.OperationalError) and "locked" in str(error.orig)
-
-
-def _from_database_error(error: DBAPIError, name: str) -> CkptError:
-    reason = str(error.orig)
-    if "database or disk is full" in reason:
-        return SpaceError(
-            "no-space",
-            f"no room left for the registry {name}",
-            hint="free some space and run again",
-        )
-    if "readonly" in reason or "permission denied" in reason:
-        return AccessError(
-            "permission", f"not permitted to write the registry {name}", hint="check its mode"
-        )
-    if "unable to open" in reason:
-        return AccessError(
-            "permission", f"the registry {name} cannot be opened", hint="check its path and mode"
-        )
-    if any(sign in reason for sign in ("malformed", "not a database", "no such table")):
-        return StorageError(
-            "registry-corrupt",
-            f"the registry {name} is damaged ({reason})",
-            hint="run `ckpt registry rebuild`, which reads the store",
-        )
-    if "FOREIGN KEY" in reason.upper():
-        return IntegrityError("registry-rule", f"the registry {name} refused a change ({reason})")
-    if isinstance(error.orig, (OverflowError, TypeError)):
-        return UsageError("value-invalid", f"the registry cannot hold a value ({reason})")
-    return StorageError("registry", f"the registry {name} failed ({reason})", hint="run again")
 
 
 def batches(values: Sequence[T], size: int = 500) -> Iterator[Sequence[T]]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from ckpt.core.documents import Document
+from ckpt.core.errors import AccessError, IntegrityError, StorageError
 from ckpt.core.records import Environment, FinishedPack, PushFacts
 from ckpt.registry.books import Books
 from ckpt.registry.changes import Changes
 from ckpt.registry.collect import Collector
 from ckpt.registry.commit import commit_push
 from ckpt.registry.copies import Copies
-from ckpt.registry.engine import Database, open_sqlite
+from ckpt.registry.engine import Database
+from ckpt.registry.postgres import open_postgres
 from ckpt.registry.queries import Queries
+from ckpt.registry.rebuild import StoreContents, fence, rebuild
 from ckpt.registry.schema import check_schema, migrate
+from ckpt.registry.sqlite import open_sqlite
 from ckpt.registry.usage import Usages
 
 
@@ -31,34 +36,59 @@ class Registry:
         self.usages = Usages(database)
 
     @classmethod
-    def open(cls, path: Path, store: str) -> Registry:
-        """The registry in the file ``path`` of the store with this id; checks its schema."""
-        return cls._checked(open_sqlite(path, create=False), store)
+    def open(cls, where: Path | str, store: str) -> Registry:
+        """The registry of the store with this id, in the SQLite file ``where`` or, when that is
+        text, in the PostgreSQL database of this URL; checks its schema."""
+        database = _database(where, create=False)
+        with _closed_on_error(database):
+            check_schema(database, store)
+            return cls(database)
 
     @classmethod
-    def create(cls, path: Path, store: str) -> Registry:
-        """Like :meth:`open`; makes the file and its tables when they are not there."""
-        database = open_sqlite(path, create=True)
-        migrate(database, store)
-        return cls._checked(database, store)
+    def create(cls, where: Path | str, store: str) -> Registry:
+        """Like :meth:`open`; makes the file, but no database on a server, and the tables when
+        they are not there."""
+        database = _database(where, create=True)
+        with _closed_on_error(database):
+            migrate(database, store)
+            check_schema(database, store)
+            return cls(database)
 
     @classmethod
-    def upgrade(cls, path: Path, store: str) -> None:
+    def upgrade(cls, where: Path | str, store: str) -> None:
         """Bring the schema of an existing registry up to date."""
-        database = open_sqlite(path, create=False)
+        database = _database(where, create=False)
         try:
             migrate(database, store)
         finally:
             database.close()
 
     @classmethod
-    def _checked(cls, database: Database, store: str) -> Registry:
+    def fence(cls, where: Path | str, store: str, epoch: int) -> None:
+        """Cut off an old registry, if it can be read at all: nothing is acknowledged or deleted
+        from it any more."""
+        try:
+            database = _database(where, create=False)
+        except (StorageError, AccessError):
+            return
         try:
             check_schema(database, store)
-        except BaseException:
+            fence(database, epoch)
+        except (StorageError, IntegrityError):
+            pass  # too damaged to do any harm
+        finally:
             database.close()
-            raise
-        return cls(database)
+
+    @classmethod
+    def rebuild(cls, path: Path, store: str, contents: StoreContents) -> list[str]:
+        """Make a new registry in a file from what a store holds; returns the versions whose bytes
+        are not all there."""
+        database = open_sqlite(path, create=True)
+        try:
+            migrate(database, store)
+            return rebuild(database, contents)
+        finally:
+            database.close()
 
     def commit(
         self,
@@ -83,3 +113,16 @@ class Registry:
             self.copies.close()
         finally:
             self._database.close()
+
+
+def _database(where: Path | str, *, create: bool) -> Database:
+    return open_postgres(where) if isinstance(where, str) else open_sqlite(where, create=create)
+
+
+@contextmanager
+def _closed_on_error(database: Database) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        database.close()
+        raise

@@ -11,6 +11,9 @@ from ckpt.registry.tables import meta
 
 SCHEMA = "0001"
 
+# The advisory lock of migrations, held until their transaction ends: any number, but always this.
+_MIGRATING = int.from_bytes(b"ckpt db")
+
 
 def schema_number(transaction: Transaction) -> str | None:
     """The number of the last migration that ran, or None in an empty database."""
@@ -46,6 +49,10 @@ def migrate(database: Database, store: str) -> None:
     """
 
     def act(transaction: Transaction) -> None:
+        if transaction.connection.dialect.name == "postgresql":
+            # SQLite's writers exclude each other anyway. A migration may take its time.
+            alone = "SELECT set_config('statement_timeout', '0', true), pg_advisory_xact_lock(:key)"
+            transaction.run(text(alone), {"key": _MIGRATING})
         fresh = not inspect(transaction.connection).has_table("alembic_version")
         number = None if fresh else schema_number(transaction)
         if number == SCHEMA:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckpt.core.effects import perform
 from ckpt.core.errors import IntegrityError, NotFoundError, TrustError, UsageError, from_os_error
 from ckpt.core.printable import escape
+from ckpt.service.approval import approve, is_approved
+from ckpt.service.places import Place, S3Options, as_place, shown
 
 FOLDER = ".ckpt"
 CONFIG = "config.toml"
 VARIABLE = "CKPT_REPO"
-_CONFIG_TEXT = """# A ckpt repository. Paths are relative to this folder.
-registry = "registry.db"
-store = "store"
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +25,26 @@ class Location:
     """Where a repository is. ``exists`` is false while it has no ``config.toml``."""
 
     root: Path
-    registry: Path
-    store: Path
+    registry_place: Place
+    store_place: Place
     exists: bool
+    options: S3Options = field(default_factory=S3Options)
+
+    @property
+    def registry(self) -> Path:
+        """The file of a registry on this machine; UsageError ``remote`` for another."""
+        return _local(self.registry_place, "registry")
+
+    @property
+    def store(self) -> Path:
+        """The folder of a store on this machine; UsageError ``remote`` for another."""
+        return _local(self.store_place, "store")
+
+
+def _local(place: Place, what: str) -> Path:
+    if isinstance(place, Path):
+        return place
+    raise UsageError("remote", f"the {what} {shown(place)} is no path", hint="ask its server")
 
 
 def locate(repo: str | os.PathLike[str] | None) -> Location:
@@ -55,7 +71,8 @@ def locate(repo: str | os.PathLike[str] | None) -> Location:
 
 
 def _given(text: str) -> Location:
-    path = local_path(text, "repository")
+    path = as_place(text, "repository")
+    assert isinstance(path, Path)  # a repository has no address of its own
     if _is_file(path / CONFIG):
         return read_config(path, inside=False)
     return read_config(path / FOLDER, inside=False)
@@ -85,26 +102,41 @@ def read_config(root: Path, *, inside: bool) -> Location:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise _damaged(config, str(error)) from None
-    unknown = sorted(set(values) - {"registry", "store"})
+    unknown = sorted(set(values) - {"registry", "store", "endpoint", "region"})
     if unknown:
         raise _damaged(config, f'it has the unknown key "{escape(unknown[0])}"')
     return Location(
         root,
-        _path(config, values, "registry", "registry.db", inside),
-        _path(config, values, "store", "store", inside),
+        _place(config, values, "registry", "registry.db", inside),
+        _place(config, values, "store", "store", inside),
         exists=True,
+        options=S3Options(_text(config, values, "endpoint"), _text(config, values, "region")),
     )
 
 
-def _path(config: Path, values: dict[str, object], key: str, usual: str, inside: bool) -> Path:
-    value = values.get(key, usual)
-    if not isinstance(value, str):
+def _text(config: Path, values: dict[str, object], key: str) -> str | None:
+    value = values.get(key)
+    if value is not None and not isinstance(value, str):
         raise _damaged(config, f"{key} is not text")
+    return value
+
+
+def _place(config: Path, values: dict[str, object], key: str, usual: str, inside: bool) -> Place:
+    said = _text(config, values, key)
     try:
-        path = config.parent / local_path(value, key)
+        place = as_place(usual if said is None else said, key)
     except UsageError as error:
         error.message = f"{config}: {error.message}"
         raise
+    if not isinstance(place, Path):
+        if inside and not is_approved(config):
+            raise TrustError(
+                "config-remote",
+                f"{config} was found by walking up and names {escape(shown(place), 200)}",
+                hint=f"if you trust it, name it: --repo {config.parent}, or run `ckpt init` there",
+            )
+        return place
+    path = config.parent / place
     if inside and not path.resolve().is_relative_to(config.parent.resolve()):
         raise TrustError(
             "config-outside",
@@ -123,20 +155,6 @@ def _check_owner(root: Path, config: Path) -> None:
             f"{config} was found by walking up and belongs to another user",
             hint=f"if you trust it, name it: --repo {config.parent}",
         )
-
-
-def local_path(text: str, what: str) -> Path:
-    """``text`` as a path; anything that looks like a URL is refused."""
-    if "://" in text:
-        scheme = text.partition("://")[0]
-        raise UsageError(
-            "uri-refused",
-            f'the scheme "{escape(scheme, 20)}" cannot name a {what}',
-            hint="give a path of a local folder",
-        )
-    if "\0" in text or not text:
-        raise UsageError("path-invalid", f"{escape(text)!r} cannot name a {what}")
-    return Path(text)
 
 
 def _user_folder() -> Path:
@@ -162,15 +180,34 @@ def complete(location: Location) -> None:
     temporary = config.with_name(f"{CONFIG}.{os.getpid()}.tmp")
     try:
         try:
-            perform("write_text", temporary.write_text, _CONFIG_TEXT)
+            perform("write_text", temporary.write_text, _config_text(location))
             _sync(temporary)
             perform("rename", temporary.replace, config)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         _sync(location.root)
+        if (
+            not isinstance(location.registry_place, Path)
+            or location.options != S3Options()
+            or not isinstance(location.store_place, Path)
+        ):
+            approve(config)
     except OSError as error:
         raise from_os_error(error, f"making the repository {location.root}") from error
+
+
+def _config_text(location: Location) -> str:
+    """What makes the folder a repository; what is usual is said relative to it."""
+    registry, store = location.registry_place, location.store_place
+    places = {
+        "registry": "registry.db" if registry == location.root / "registry.db" else str(registry),
+        "store": "store" if store == location.root / "store" else str(store),
+        "endpoint": location.options.endpoint,
+        "region": location.options.region,
+    }
+    lines = [f"{key} = {json.dumps(value)}" for key, value in places.items() if value is not None]
+    return "# A ckpt repository. Paths are relative to this folder.\n" + "\n".join(lines) + "\n"
 
 
 def _sync(path: Path) -> None:

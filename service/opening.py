@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from ckpt.core.errors import StorageError, UsageError
 from ckpt.registry.registry import Registry
-from ckpt.service.config import Location, complete, local_path, locate, no_repository, prepare
+from ckpt.service.config import Location, complete, locate, no_repository, prepare
+from ckpt.service.places import Place, as_place, open_store, shown
 from ckpt.service.repository import PathLike, Repository
 from ckpt.storage.identity import ensure_identity, read_identity
-from ckpt.storage.local import LocalStore
+from ckpt.storage.store import Store
+
+T = TypeVar("T")
 
 
 def open_repository(
@@ -25,7 +30,8 @@ def open_repository(
     Args:
         repo: a folder: itself if it is a repository, else its ``.ckpt/``. By default
             ``CKPT_REPO``, else the nearest ``.ckpt/`` upwards, else the user's own.
-        registry, store: in place of ``repo``, the file of the one and the folder of the other.
+        registry, store: in place of ``repo``, the file or PostgreSQL address of the one, and the
+            folder or ``s3://bucket/prefix`` of the other.
         create: make the repository when there is none.
 
     Raises:
@@ -38,44 +44,68 @@ def open_repository(
             raise UsageError(
                 "usage", "a repository is one folder, or a registry and a store", hint="give both"
             )
-        return _open_parts(registry, store, create)
+        return _open_parts(as_place(registry, "registry"), as_place(store, "store"), create)
     location = locate(repo)
-    identity = read_identity(LocalStore(location.store))
     if location.exists:
-        if identity is None:
-            raise StorageError(
-                "store-missing",
-                f"the store {location.store} is missing",
-                hint="put it back, or correct config.toml",
-            )
-        return Repository(location, Registry.open(location.registry, identity))
+        return _open_existing(location)
     if not create:
         raise no_repository(location)
+    return make_repository(location)
+
+
+def make_repository(location: Location) -> Repository:
+    """Make the repository that ``location`` describes; a store or registry that is there already
+    is taken as it is."""
     prepare(location)
-    opened = Registry.create(location.registry, ensure_identity(LocalStore(location.store)))
-    complete(location)
-    return Repository(replace(location, exists=True), opened)
+    identity = _with_store(location, ensure_identity)
+    opened = Registry.create(location.registry_place, identity)
+    try:
+        complete(location)
+        return Repository(replace(location, exists=True), opened)
+    except BaseException:
+        opened.close()
+        raise
 
 
-def _open_parts(registry: str, store: str, create: bool) -> Repository:
+def _open_existing(location: Location) -> Repository:
+    identity = _with_store(location, read_identity)
+    if identity is None:
+        raise StorageError(
+            "store-missing",
+            f"the store {shown(location.store_place)} is missing",
+            hint="put it back, or correct config.toml",
+        )
+    return Repository(location, Registry.open(location.registry_place, identity))
+
+
+def _with_store(location: Location, ask: Callable[[Store], T]) -> T:
+    store = open_store(location.store_place, location.options)
+    try:
+        return ask(store)
+    finally:
+        store.close()
+
+
+def _open_parts(registry: Place, store: Place, create: bool) -> Repository:
     """Open a registry and a store that lie in different places."""
-    database = local_path(registry.removeprefix("sqlite:///"), "registry")
-    folder = local_path(store, "store")
-    location = Location(folder, database, folder, exists=database.exists())
-    identity = read_identity(LocalStore(folder))
-    if location.exists and identity is not None:
-        return Repository(location, Registry.open(database, identity))
+    local = isinstance(registry, Path)
+    exists = registry.exists() if isinstance(registry, Path) else True
+    root = store if isinstance(store, Path) else registry if isinstance(registry, Path) else Path()
+    location = Location(root, registry, store, exists=exists)
+    identity = _with_store(location, read_identity)
+    if identity is not None and (exists if local else not create):
+        return Repository(location, Registry.open(registry, identity))
     if not create:
         raise no_repository(location)
-    opened = Registry.create(database, ensure_identity(LocalStore(folder)))
+    opened = Registry.create(registry, _with_store(location, ensure_identity))
     return Repository(replace(location, exists=True), opened)
 
 
-def upgrade_registry(repo: PathLike | None = None) -> Path:
+def upgrade_registry(repo: PathLike | None = None) -> str:
     """Bring the schema of a repository's registry up to date; returns where it is."""
     location = locate(repo)
-    identity = read_identity(LocalStore(location.store))
-    if not location.exists or identity is None:
+    identity = _with_store(location, read_identity) if location.exists else None
+    if identity is None:
         raise no_repository(location)
-    Registry.upgrade(location.registry, identity)
-    return location.registry
+    Registry.upgrade(location.registry_place, identity)
+    return shown(location.registry_place)

@@ -168,12 +168,8 @@ def _same_version(
         return None
     if document.probe is not None and known.probe != document.probe:
         return None
-    packs, _ = registry.books.read_plan(newest.push)
     # What is damaged is not answered but written again.
-    if any(
-        pack.state is PackState.BROKEN or store.size(pack.key) != pack.size
-        for pack in packs.values()
-    ):
+    if not _is_whole(store, registry, newest, document):
         return None
     acknowledge_push(store, registry, newest.push)
     missing = [alias for alias in said.aliases if alias not in newest.aliases]
@@ -181,6 +177,16 @@ def _same_version(
         event = registry.changes.tag(parse_reference(newest.reference), alias, None, author())
         acknowledge_event(store, registry, event)
     return registry.queries.by_push(newest.push) if missing else newest
+
+
+def _is_whole(store: Store, registry: Registry, version: Version, document: Document) -> bool:
+    """Whether the store has every pack of a version, and these have every chunk."""
+    packs, rows = registry.books.read_plan(version.push)
+    entries = (*document.tensors, *document.probe_tensors)
+    return all(chunk in rows for entry in entries for chunk in entry.chunks) and all(
+        pack.state is not PackState.BROKEN and store.size(pack.key) == pack.size
+        for pack in packs.values()
+    )
 
 
 def _facts(said: Said, described: Described, document: Document, digest: str) -> PushFacts:

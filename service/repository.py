@@ -27,7 +27,7 @@ from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import acknowledge_event, copy_pending
 from ckpt.service.author import author
 from ckpt.service.config import Location
-from ckpt.storage.local import LocalStore
+from ckpt.service.places import open_store
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,7 +57,7 @@ class Repository:
     def __init__(self, location: Location, registry: Registry) -> None:
         self.location = location
         self._registry = registry
-        self._store = LocalStore(location.store)
+        self._store = open_store(location.store_place, location.options)
 
     def push(
         self,
@@ -440,8 +440,11 @@ class Repository:
         return self.get(ref)
 
     def close(self) -> None:
-        """Close the registry; the repository cannot be used afterwards."""
-        self._registry.close()
+        """Close the registry and the store; the repository cannot be used afterwards."""
+        try:
+            self._registry.close()
+        finally:
+            self._store.close()
 
     def __enter__(self) -> Self:
         return self

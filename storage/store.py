@@ -105,6 +105,9 @@ class Store(ABC):
         """Remove what writers that died left of objects that never appeared; ``is_over`` says of
         a push whether it ended."""
 
+    def close(self) -> None:  # noqa: B027 -- most stores hold nothing open
+        """End what the store holds open; it cannot be used afterwards."""
+
     def get(self, key: str) -> bytes:
         """The whole of a small object; IntegrityError ``object-missing`` when absent."""
         size = self.size(key)

@@ -243,7 +243,7 @@ ROWS: list[tuple[str, Prepare, list[str], int, str, str]] = [
      "foreign-store", ""),
     ("config outside", config('store = "../../elsewhere"'), ["ls"], 9, "config-outside", "--repo"),
     ("config absolute", config('registry = "/tmp/x.db"'), ["ls"], 9, "config-outside", "--repo"),
-    ("config remote", config('store = "s3://bucket"'), ["ls"], 2, "uri-refused", "config.toml"),
+    ("config remote", config('store = "s3://bucket"'), ["ls"], 9, "config-remote", "config.toml"),
     ("config named remote", config('store = "http://x"'), ["-r", ".", "ls"], 2, "uri-refused",
      "http"),
     ("config link", linked_store, ["ls"], 9, "config-outside", "--repo"),
@@ -362,7 +362,7 @@ def test_a_configuration_that_is_named_may_name_other_places(folder: Path, shell
 def test_a_network_filesystem_is_refused(
     shell: Shell, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr("ckpt.registry.engine._filesystem_of", lambda path: kind)
+    monkeypatch.setattr("ckpt.registry.sqlite._filesystem_of", lambda path: kind)
     status, _, err = shell("ls")
     assert status == 6
     assert err.startswith("error[registry-filesystem]: ")

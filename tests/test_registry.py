@@ -1,35 +1,56 @@
-"""The registry's schema, its SQLite settings, and what its queries answer."""
+"""The registry's schema and what its queries answer, over both databases; SQLite's settings."""
 
 from __future__ import annotations
 
 import json
 import math
 import sqlite3
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import text
+from postgres_server import repository_over
+from sqlalchemy import func, insert, text, update
 
 import ckpt
 from ckpt.core.errors import ConflictError, IntegrityError, NotFoundError, StorageError, UsageError
-from ckpt.registry.engine import open_sqlite, wal_is_safe
+from ckpt.registry.engine import Database, Transaction
+from ckpt.registry.postgres import open_postgres
 from ckpt.registry.registry import Registry
-from ckpt.registry.schema import SCHEMA, migrate
-from ckpt.registry.tables import metadata
+from ckpt.registry.schema import SCHEMA
+from ckpt.registry.sqlite import open_sqlite, wal_is_safe
+from ckpt.registry.tables import metadata, models, versions
+
+pytest_plugins = ("postgres_server",)
 
 STORE = "00000000-0000-4000-8000-000000000000"
 
 
-def test_the_models_and_the_migrated_schema_agree(tmp_path: Path) -> None:
-    database = open_sqlite(tmp_path / "registry.db", create=True)
-    migrate(database, STORE)
+@pytest.fixture
+def repo(where: Path | str, tmp_path: Path) -> Iterator[ckpt.Repository]:
+    """An empty repository over each database."""
+    with repository_over(where, tmp_path) as repository:
+        yield repository
+
+
+@pytest.fixture
+def database(where: Path | str) -> Iterator[Database]:
+    """The database of a new registry."""
+    Registry.create(where, STORE).close()
+    found = open_postgres(where) if isinstance(where, str) else open_sqlite(where, create=False)
+    yield found
+    found.close()
+
+
+def test_the_models_and_the_migrated_schema_agree(database: Database) -> None:
     with database.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_server_default": True})
         assert compare_metadata(context, metadata) == []
-    database.close()
 
 
 def test_only_migrations_make_tables() -> None:
@@ -40,13 +61,19 @@ def test_only_migrations_make_tables() -> None:
             assert "create_all" not in file.read_text(), file
 
 
-def test_migrating_twice_changes_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "registry.db"
-    Registry.create(path, STORE).close()
-    before = path.read_bytes()
-    Registry.create(path, STORE).close()
-    Registry.upgrade(path, STORE)
-    assert path.read_bytes() == before
+def test_migrating_twice_changes_nothing(where: Path | str, database: Database) -> None:
+    def everything() -> Any:
+        if isinstance(where, Path):
+            return where.read_bytes()
+        # Of each row the transaction that wrote it.
+        tables = (text(f"SELECT xmin::text, * FROM {name}") for name in ("meta", "alembic_version"))
+        with database.read() as transaction:
+            return [transaction.rows(table) for table in tables]
+
+    before = everything()
+    Registry.create(where, STORE).close()
+    Registry.upgrade(where, STORE)
+    assert everything() == before
 
 
 @pytest.mark.parametrize(
@@ -54,28 +81,32 @@ def test_migrating_twice_changes_nothing(tmp_path: Path) -> None:
     [("9999", "schema-newer", "pip install -U"), ("0000", "schema-older", "ckpt db upgrade")],
 )
 def test_another_schema_is_refused_with_the_command_that_helps(
-    tmp_path: Path, number: str, code: str, hint: str
+    where: Path | str, database: Database, number: str, code: str, hint: str
 ) -> None:
-    path = tmp_path / "registry.db"
-    Registry.create(path, STORE).close()
-    with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE alembic_version SET version_num = ?", (number,))
-    connection.close()
+    statement = text("UPDATE alembic_version SET version_num = :number")
+    database.write(lambda transaction: transaction.run(statement, {"number": number}))
     with pytest.raises(StorageError) as caught:
-        Registry.open(path, STORE)
+        Registry.open(where, STORE)
     assert caught.value.code == code
     assert hint in str(caught.value)
     if number > SCHEMA:
         with pytest.raises(StorageError, match="schema"):
-            Registry.upgrade(path, STORE)
+            Registry.upgrade(where, STORE)
 
 
-def test_a_registry_of_another_store_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "registry.db"
-    Registry.create(path, STORE).close()
+def test_a_registry_of_another_store_is_refused(where: Path | str, database: Database) -> None:
     with pytest.raises(IntegrityError) as caught:
-        Registry.open(path, STORE.replace("4", "5"))
+        Registry.open(where, STORE.replace("4", "5"))
     assert caught.value.code == "foreign-store"
+
+
+def test_half_a_surrogate_and_a_number_without_end_are_refused(database: Database) -> None:
+    for row in ({"name": "\ud800"}, {"next_number": 2**70}):
+        full = {"name": "m", "folded": "m", "next_number": 1, "next_event": 1} | row
+        statement = insert(models).values(full)
+        with pytest.raises(UsageError) as caught:
+            database.write(partial(Transaction.run, statement=statement))
+        assert caught.value.code == "value-invalid"
 
 
 @pytest.mark.parametrize(
@@ -149,10 +180,8 @@ class TestReferences:
         assert repo.get(f"vision/net@b3:{version.digest}") == version
 
     def test_an_ambiguous_prefix_is_refused(self, repo: ckpt.Repository) -> None:
-        path = repo.location.registry
-        with sqlite3.connect(path) as connection:
-            connection.execute("UPDATE versions SET digest = '0123abcd' || substr(digest, 9)")
-        connection.close()
+        similar = update(versions).values(digest="0123abcd" + func.substr(versions.c.digest, 9))
+        repo._registry._database.write(lambda transaction: transaction.run(similar))
         with pytest.raises(UsageError) as caught:
             repo.get("vision/net@b3:0123abcd")
         assert caught.value.code == "ambiguous"
@@ -274,21 +303,28 @@ def test_every_act_lies_in_the_store_before_it_is_acknowledged(repo: ckpt.Reposi
     assert all(event["push"] == version.push for event in stored("events"))
 
 
-def test_a_copy_that_is_missing_is_made_by_the_next_act(repo: ckpt.Repository) -> None:
+def test_a_copy_that_is_missing_is_made_by_the_next_act(
+    repo: ckpt.Repository, where: Path | str
+) -> None:
     repo.push({"w": torch.ones(1)}, "m")
     (document,) = repo.location.store.glob("documents/1/*")
     body = document.read_bytes()
     document.unlink()  # as if the process had died between the commit and the copy
-    with ckpt.open(repo.location.root) as another:
+    with repository_over(where, repo.location.root) as another:
         another.push({"w": torch.zeros(1)}, "other")
     assert document.read_bytes() == body
 
 
-def test_a_repeated_rm_says_gone_only_when_its_event_is_in_the_store(repo: ckpt.Repository) -> None:
+def test_a_repeated_rm_says_gone_only_when_its_event_is_in_the_store(
+    repo: ckpt.Repository, where: Path | str
+) -> None:
     version = repo.push({"w": torch.ones(1)}, "m")
     repo._registry.changes.remove(version.push, "me")  # the process dies here
     assert not list(repo.location.store.glob("events/1/*"))
-    with ckpt.open(repo.location.root) as another, pytest.raises(NotFoundError):
+    with (
+        repository_over(where, repo.location.root) as another,
+        pytest.raises(NotFoundError),
+    ):
         another.rm("m@1")
     (event,) = repo.location.store.glob("events/1/*")
     assert json.loads(event.read_bytes())["kind"] == "rm"

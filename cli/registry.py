@@ -1,0 +1,68 @@
+"""``ckpt registry rebuild``: make the registry anew from the store."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from ckpt.cli.command import Settings, command
+from ckpt.cli.render import print_json
+from ckpt.core.errors import UsageError
+from ckpt.core.printable import escape
+
+
+@click.group("registry")
+def registry() -> None:
+    """Work on the registry as a whole."""
+
+
+@command("rebuild")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+def rebuild(settings: Settings, yes: bool) -> None:
+    """Make the registry anew from the store alone, and keep the old one beside it.
+
+    Every version that was acknowledged comes back, and what was removed does not. Stop whatever
+    uses the repository first: what it does meanwhile is refused or lost.
+    """
+    from ckpt.service.config import locate
+    from ckpt.service.places import open_store
+    from ckpt.service.rebuild import rebuild_registry
+
+    location = locate(settings.repo)
+    _confirm(yes)
+    store = open_store(location.store_place, location.options)
+    try:
+        found = rebuild_registry(location, store)
+    finally:
+        store.close()
+    if settings.as_json:
+        print_json(
+            {
+                "epoch": found.epoch,
+                "versions": found.versions,
+                "damaged": list(found.damaged),
+                "unreadable": list(found.unreadable),
+                "kept": found.kept,
+            }
+        )
+        return
+    click.echo(f"rebuilt: {found.versions} versions, epoch {found.epoch}")
+    for reference in found.damaged:
+        settings.say(f"{reference} is damaged: not all of its bytes are in the store")
+    for line in found.unreadable:
+        settings.say(f"left alone: {escape(line)}")
+    if found.kept is not None:
+        settings.say(f"the old registry is {found.kept}")
+
+
+def _confirm(yes: bool) -> None:
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError("not-confirmed", "nobody to ask about the rebuild", hint="add --yes")
+    click.confirm("Make the registry anew from the store?", abort=True, err=True)
+
+
+registry.add_command(rebuild)
+COMMANDS = {"registry": registry}

@@ -1,0 +1,253 @@
+"""A registry made anew from what the store holds: packs, documents and events (rule (k))."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import insert, update
+
+from ckpt.core.digests import digest_of
+from ckpt.core.documents import Document, canonical, structure_bytes
+from ckpt.core.records import Chunk, FinishedPack, PushState
+from ckpt.registry.books import insert_pack
+from ckpt.registry.commit import (
+    insert_document,
+    insert_missing,
+    note_classes,
+    run_id,
+    set_labels,
+    set_metrics,
+)
+from ckpt.registry.engine import Database, Transaction
+from ckpt.registry.tables import (
+    aliases,
+    dead_keys,
+    environments,
+    events,
+    meta,
+    models,
+    pushes,
+    refs,
+    versions,
+)
+
+_ENDINGS = ("rm", "prune")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredVersion:
+    """One document of the store: what the push said, what it pushed, and where."""
+
+    facts: Mapping[str, Any]
+    document: Document
+    environment: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreContents:
+    """What a store holds that counts; ``epoch`` is the new one."""
+
+    epoch: int
+    versions: Sequence[StoredVersion]
+    events: Sequence[Mapping[str, Any]]
+    packs: Sequence[FinishedPack]
+    keys: frozenset[str]
+
+
+def fence(database: Database, epoch: int) -> None:
+    """Give the old registry the new epoch, so that nothing is acknowledged or deleted from it
+    any more."""
+    database.write(lambda transaction: transaction.run(update(meta).values(epoch=epoch)) and None)
+
+
+def rebuild(database: Database, contents: StoreContents) -> list[str]:
+    """Fill an empty registry in one transaction; returns the versions whose bytes are not all
+    there, which are kept."""
+    return database.write(lambda transaction: _Rebuild(transaction, contents).run())
+
+
+@dataclass(slots=True)
+class _Rebuild:
+    """The rows that follow from a store, in the order in which they refer to each other."""
+
+    transaction: Transaction
+    contents: StoreContents
+    models: dict[str, int] = field(default_factory=dict)
+    damaged: list[str] = field(default_factory=list)
+    _places: dict[str, list[Chunk]] = field(default_factory=dict)
+
+    def run(self) -> list[str]:
+        every = [version.facts["counter"] for version in self.contents.versions]
+        every += [event["counter"] for event in self.contents.events]
+        counter = max(every, default=0) + 1
+        values = {"epoch": self.contents.epoch, "next_counter": counter}
+        self.transaction.run(update(meta).values(**values))
+        removed = {event["push"] for event in self.contents.events if event["kind"] in _ENDINGS}
+        self._make_models()
+        self._make_events()
+        self._make_pushes(removed)
+        self._make_packs()
+        kept = [one for one in self.contents.versions if one.facts["push"] not in removed]
+        ids = {one.facts["push"]: self._make_version(one) for one in kept}
+        for name in self.models:
+            self._replay(name, {one.facts["push"]: one for one in kept}, ids)
+        return sorted(self.damaged)
+
+    def _make_models(self) -> None:
+        """Counters end above every number and place that was ever given."""
+        said = [version.facts for version in self.contents.versions]
+        said += [event for event in self.contents.events if "model" in event]
+        for name in sorted({facts["model"] for facts in said}):
+            mine = [facts for facts in said if facts["model"] == name]
+            row = {
+                "name": name,
+                "folded": name.lower(),
+                "next_number": max(facts.get("number", 0) for facts in mine) + 1,
+                "next_event": max(facts["sequence"] for facts in mine) + 1,
+            }
+            made = self.transaction.run(insert(models).returning(models.c.id), row)
+            self.models[name] = made.scalar_one()
+
+    def _make_events(self) -> None:
+        for event in self.contents.events:
+            row = {
+                "id": event["id"],
+                "kind": event["kind"],
+                "epoch": event["epoch"],
+                "counter": event["counter"],
+                "model": self.models.get(event.get("model", "")),
+                "model_seq": event.get("sequence"),
+                "created_at": event["time"],
+                "author": event["author"],
+                "body": canonical(event),
+                "copied": True,
+            }
+            self.transaction.run(insert(events), row)
+            if event["kind"] == "dead" and event["key"] in self.contents.keys:
+                self.transaction.run(insert(dead_keys), {"key": event["key"], "event": event["id"]})
+
+    def _make_pushes(self, removed: set[str]) -> None:
+        """Committed for every version that there is or was, aborted for every other push seen."""
+        committed = {version.facts["push"] for version in self.contents.versions} | removed
+        seen = {pack.pack.push for pack in self.contents.packs} | committed
+        for push in sorted(seen):
+            state = PushState.COMMITTED if push in committed else PushState.ABORTED
+            row = {"id": push, "kind": "push", "state": state.value}
+            self.transaction.run(
+                insert(pushes), {**row, "expires_at": 0, "epoch": self.contents.epoch}
+            )
+
+    def _make_packs(self) -> None:
+        for finished in self.contents.packs:
+            insert_pack(self.transaction, finished)
+            for chunk in finished.chunks:
+                self._places.setdefault(chunk.digest, []).append(chunk)
+
+    def _make_version(self, version: StoredVersion) -> int:
+        facts, document = version.facts, version.document
+        insert_document(self.transaction, facts["document_digest"], document)
+        environment = canonical(version.environment)
+        insert_missing(
+            self.transaction, environments, "digest", digest_of(environment), body=environment
+        )
+        proof = facts.get("proof") or [None, None]
+        is_module = document.state == "module"
+        model = self.models[facts["model"]]
+        row = {
+            "model": model,
+            "run": run_id(self.transaction, model, facts["run"]),
+            "document": facts["document_digest"],
+            "environment": digest_of(environment),
+            "state": document.state,
+            "created_at": facts["time"],
+            "structure_digest": digest_of(structure_bytes(document)) if is_module else None,
+            "proof": proof[0],
+            "proof_reason": proof[1],
+            "facts": canonical(facts),
+            "copied": True,
+            **{name: facts[name] for name in _SAME},
+        }
+        made = self.transaction.run(insert(versions).returning(versions.c.id), row).scalar_one()
+        note_classes(self.transaction, made, document)
+        packs, whole = self._choose_packs(version)
+        if not whole:
+            self.damaged.append(f"{facts['model']}@{facts['number']}")
+        if packs:
+            rows = [{"version": made, "pack": pack} for pack in sorted(packs)]
+            self.transaction.run(insert(refs), rows)
+        return int(made)
+
+    def _choose_packs(self, version: StoredVersion) -> tuple[set[str], bool]:
+        """Packs from which every digest can be read, those that the push named first, bases
+        included; and whether there are."""
+        named = set(version.facts["packs"])
+        entries = (*version.document.tensors, *version.document.probe_tensors)
+        chosen: set[str] = set()
+        whole = True
+        for digest in {chunk for entry in entries for chunk in entry.chunks}:
+            places = sorted(
+                self._places.get(digest, []),
+                key=lambda chunk: (chunk.base is not None, chunk.pack not in named, chunk.pack),
+            )
+            for chunk in places:
+                bases = [] if chunk.base is None else self._raw(chunk.base)
+                if chunk.base is None or bases:
+                    chosen |= {chunk.pack, *(base.pack for base in bases[:1])}
+                    break
+            else:
+                whole = False
+        return chosen, whole
+
+    def _raw(self, digest: str) -> list[Chunk]:
+        return [chunk for chunk in self._places.get(digest, []) if chunk.base is None]
+
+    def _replay(
+        self, model: str, there: Mapping[str, StoredVersion], ids: Mapping[str, int]
+    ) -> None:
+        """Aliases, labels and metrics, as the pushes and then the acts on the model left them."""
+        said = [one.facts for one in self.contents.versions if one.facts["model"] == model]
+        acts = [event for event in self.contents.events if event.get("model") == model]
+        named: dict[str, str] = {}
+        labelled: dict[str, dict[str, str]] = {}
+        measured: dict[str, dict[str, float]] = {}
+        for act in sorted([*said, *acts], key=lambda act: act["sequence"]):
+            push, kind = act.get("push", ""), act.get("kind", "push")
+            if kind == "push":
+                named |= dict.fromkeys(act["aliases"], push)
+            if kind in ("push", "label"):
+                for key in act.get("removed", ()):
+                    labelled.get(push, {}).pop(key, None)
+                    measured.get(push, {}).pop(key, None)
+                labelled.setdefault(push, {}).update(act["labels"])
+                values = {name: float(value) for name, value in act["metrics"].items()}
+                measured.setdefault(push, {}).update(values)
+            elif kind == "tag":
+                named[act["alias"]] = push
+            elif kind == "untag":
+                named.pop(act["alias"], None)
+        for push in there:
+            if there[push].facts["model"] == model:
+                set_labels(self.transaction, ids[push], labelled.get(push))
+                set_metrics(self.transaction, ids[push], measured.get(push))
+        for alias, push in named.items():
+            if push in ids:
+                row = {"model": self.models[model], "name": alias, "version": ids[push]}
+                self.transaction.run(insert(aliases), row)
+
+
+_SAME = (
+    "number",
+    "push",
+    "digest",
+    "step",
+    "parent",
+    "message",
+    "author",
+    "nbytes",
+    "new_bytes",
+    "sequence",
+    "epoch",
+    "counter",
+)

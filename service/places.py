@@ -1,0 +1,66 @@
+"""Where registries and stores may be: local paths, or addresses of the schemes that ckpt speaks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt.core.errors import UsageError
+from ckpt.core.printable import escape
+from ckpt.storage.local import LocalStore
+from ckpt.storage.store import Store
+
+Place = Path | str
+
+_SCHEMES = {
+    "registry": ("sqlite", "postgresql", "postgresql+psycopg", "postgres"),
+    "store": ("s3",),
+    "repository": (),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class S3Options:
+    """How to reach an S3 server, where the AWS configuration does not say it."""
+
+    endpoint: str | None = None
+    region: str | None = None
+
+
+def as_place(text: str, what: str) -> Place:
+    """A path, or an address as text; what is no address that a ``what`` can have is refused.
+
+    Raises:
+        UsageError: ``uri-refused``, ``path-invalid``.
+    """
+    if "\0" in text or not text:
+        raise UsageError("path-invalid", f"{escape(text)!r} cannot name a {what}")
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return Path(text)
+    if scheme not in _SCHEMES[what]:
+        allowed = ", ".join(f"{known}://" for known in _SCHEMES[what])
+        raise UsageError(
+            "uri-refused",
+            f'the scheme "{escape(scheme, 20)}" cannot name a {what}',
+            hint=f"give a path of a local folder{f', or {allowed}' if allowed else ''}",
+        )
+    return Path(rest.removeprefix("/")) if scheme == "sqlite" else text
+
+
+def open_store(place: Place, options: S3Options) -> Store:
+    """The store at a place; nothing is asked of it yet."""
+    if isinstance(place, Path):
+        return LocalStore(place)
+    from ckpt.storage.s3 import S3Store
+
+    return S3Store(place, endpoint=options.endpoint, region=options.region)
+
+
+def shown(place: Place) -> str:
+    """A place as text without its password."""
+    if isinstance(place, Path):
+        return str(place)
+    scheme, _, rest = place.partition("://")
+    user, at, host = rest.rpartition("@")
+    return f"{scheme}://{user.partition(':')[0]}{at}{host}"

@@ -1,0 +1,185 @@
+"""A registry that was lost comes back from the store: what was acknowledged, and nothing removed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chapter_models import MLP
+from torch import nn
+
+import ckpt
+from ckpt.core.errors import CkptError, ConflictError
+from ckpt.service.config import locate
+from ckpt.service.rebuild import Rebuilt, rebuild_registry
+from ckpt.storage.local import LocalStore
+
+
+def state(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {f"w{n}": torch.rand(32, 32, generator=generator) for n in range(3)}
+
+
+def rebuilt(folder: Path) -> Rebuilt:
+    location = locate(folder)
+    return rebuild_registry(location, LocalStore(location.store))
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> Path:
+    """A repository with everything that a document or an event can say."""
+    with ckpt.open(tmp_path) as repo:
+        repo.push(state(1), "a", step=1, metrics={"loss": 0.5, "bad": float("nan")}, alias="best")
+        repo.push({**state(1), "w0": torch.ones(4)}, "a", labels={"who": "me"}, message="second")
+        repo.push(state(3), "a", run="other", alias=["best", "keep"])
+        repo.rm(repo.push(state(4), "a"))
+        repo.tag("a@1", "first")
+        repo.untag("a:keep")
+        repo.annotate("a@2", metrics={"acc": 1.0}, labels={"x": "y"}, remove=["who"])
+        repo.push(MLP(), "net", inputs=(torch.rand(2, 20),))
+        repo.push(nn.Sequential(nn.Linear(20, 2)), "net")
+    return tmp_path
+
+
+def told(folder: Path) -> dict[str, Any]:
+    """Everything that can be asked of a registry."""
+    with ckpt.open(folder, create=False) as repo:
+        models = {model.name: model.versions for model in repo.models()}
+        versions = {name: repo.log(name) for name in models}
+        return {
+            "models": models,
+            "versions": {name: [repr(version) for version in versions[name]] for name in models},
+            "documents": [repo.document(v) for found in versions.values() for v in found],
+            "environments": [repo.environment(v) for found in versions.values() for v in found],
+            "classes": repo.classes(),
+            "usage": repo.du(),
+        }
+
+
+def test_everything_that_was_acknowledged_comes_back(filled: Path) -> None:
+    before = told(filled)
+    (filled / ".ckpt" / "registry.db").unlink()
+    found = rebuilt(filled)
+    assert (found.versions, found.damaged, found.unreadable, found.kept) == (5, (), (), None)
+    after = told(filled)
+    # The bytes of the removed version are of no push that is still known by a version.
+    assert {**after, "usage": None} == {**before, "usage": None}
+    with ckpt.open(filled) as repo:
+        assert torch.equal(repo.pull("a:first")["w1"], state(1)["w1"])
+        assert repo.verify("net@1", trust=[MLP]).verdict == "outputs-exact"
+        assert repo.get("a").reference == "a@3"
+        assert repo.push(state(5), "a").number == 5  # 4 was given once, and never again
+
+
+def test_a_second_rebuild_gives_the_same(filled: Path) -> None:
+    rebuilt(filled)
+    first = told(filled)
+    with ckpt.open(filled) as repo:
+        repo.push(state(6), "b")
+        repo.tag("b@1", "new")
+    second = told(filled)
+    assert rebuilt(filled).epoch == 3
+    assert told(filled) == second
+    assert first["models"] | {"b": 1} == second["models"]
+
+
+def test_a_damaged_registry_is_kept_beside_the_new_one(filled: Path) -> None:
+    before = told(filled)
+    (filled / ".ckpt" / "registry.db").write_bytes(b"SQLite format 3\0" + bytes(5000))
+    kept = rebuilt(filled).kept
+    assert kept is not None
+    assert Path(kept).read_bytes()[:6] == b"SQLite"
+    assert told(filled)["versions"] == before["versions"]
+
+
+def test_a_process_that_still_has_the_old_registry_acknowledges_nothing(filled: Path) -> None:
+    with ckpt.open(filled) as old:
+        rebuilt(filled)
+        with pytest.raises(CkptError):
+            old.push(state(7), "a")
+        with pytest.raises(CkptError):
+            old.rm("a@1")
+    with ckpt.open(filled) as repo:
+        assert repo.get("a").reference == "a@3"
+        assert repo.get("a@1") is not None
+
+
+def test_what_is_removed_before_or_after_does_not_come_back(filled: Path) -> None:
+    rebuilt(filled)
+    with ckpt.open(filled) as repo:
+        repo.rm("a@2")
+        repo.gc(grace=0)
+    rebuilt(filled)
+    with ckpt.open(filled) as repo:
+        assert [version.number for version in repo.log("a")] == [3, 1]
+        repo.gc(grace=0)
+        assert torch.equal(repo.pull("a@1")["w2"], state(1)["w2"])
+        assert torch.equal(repo.pull("a@3")["w2"], state(3)["w2"])
+
+
+def test_a_pack_that_is_missing_is_told_and_its_version_kept(filled: Path) -> None:
+    with ckpt.open(filled) as repo:
+        push = repo.get("a@3").push
+    (pack,) = (filled / ".ckpt" / "store").glob(f"packs/*/{push}-0.safetensors")
+    pack.unlink()
+    found = rebuilt(filled)
+    assert found.damaged == ("a@3",)
+    with ckpt.open(filled) as repo:
+        with pytest.raises(CkptError):
+            repo.pull("a@3")
+        again = repo.push(state(3), "a")
+        assert torch.equal(repo.pull(again)["w0"], state(3)["w0"])
+
+
+def test_what_cannot_be_read_is_left_alone_and_told(filled: Path) -> None:
+    store = filled / ".ckpt" / "store"
+    bad = store / "documents" / "1" / f"000000000099-{'f' * 32}.json"
+    bad.write_bytes(b'{"document": 1}')
+    (store / "events" / "1" / f"000000000098-{'e' * 32}.json").write_bytes(b"not json")
+    found = rebuilt(filled)
+    assert len(found.unreadable) == 2
+    assert found.versions == 5
+    assert bad.exists()
+
+
+def test_a_copy_that_lands_late_from_before_does_not_count(filled: Path) -> None:
+    rebuilt(filled)
+    documents = filled / ".ckpt" / "store" / "documents" / "1"
+    late = min(documents.iterdir())
+    other = documents / late.name.replace(late.stem.rpartition("-")[2], "a" * 32)
+    other.write_bytes(late.read_bytes())
+    assert rebuilt(filled).versions == 5
+
+
+def test_an_old_registry_that_is_put_back_is_seen_by_gc(filled: Path, tmp_path: Path) -> None:
+    registry = filled / ".ckpt" / "registry.db"
+    backup = registry.read_bytes()
+    with ckpt.open(filled) as repo:
+        repo.push(state(8), "a")
+    registry.write_bytes(backup)
+    with ckpt.open(filled) as repo, pytest.raises(ConflictError) as caught:
+        repo.gc(grace=0)
+    assert caught.value.code == "gc-refused"
+    rebuilt(filled)
+    with ckpt.open(filled) as repo:
+        assert torch.equal(repo.pull("a")["w0"], state(8)["w0"])
+        repo.gc(grace=0)
+
+
+def test_the_command_line_asks_and_tells(filled: Path) -> None:
+    program = str(Path(sys.executable).with_name("ckpt"))
+    command = [program, "-r", str(filled), "registry", "rebuild"]
+    refused = subprocess.run(
+        command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
+    assert refused.returncode == 2
+    done = subprocess.run([*command, "--yes"], capture_output=True, text=True, check=True)
+    assert done.stdout == "rebuilt: 5 versions, epoch 2\n"
+    assert "the old registry is" in done.stderr
+    again = subprocess.run([*command, "-y", "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(again.stdout)["epoch"] == 3
