@@ -1,0 +1,142 @@
+"""A team: the registry in PostgreSQL, the store in S3, named by two addresses; real servers."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from chapter_models import MLP
+from safetensors.torch import save_file
+from servers import BUCKET, Server
+
+import ckpt
+from ckpt.core.errors import ConflictError
+
+pytest_plugins = ("servers", "postgres_server")
+
+Open = Callable[[], ckpt.Repository]
+
+
+@pytest.fixture
+def addresses(
+    postgres_url: str, seaweedfs: Server, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, str]:
+    """The two addresses; the endpoint and the credentials are in the AWS configuration."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", seaweedfs.endpoint)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    return postgres_url, f"s3://{BUCKET}/team/{secrets.token_hex(8)}"
+
+
+@pytest.fixture
+def join(addresses: tuple[str, str]) -> Open:
+    """Opens the team's repository once more."""
+    registry, store = addresses
+    return lambda: ckpt.open(registry=registry, store=store)
+
+
+def test_what_one_pushes_another_loads_proven(join: Open) -> None:
+    net, x = MLP(), torch.rand(2, 20)
+    with join() as mine:
+        version = mine.push(net, "mlp", inputs=(x,), metrics={"loss": 0.1}, alias="best")
+        assert version.reference == "mlp@1"
+    with join() as theirs:
+        loaded = theirs.load("mlp:best", trust=[MLP], require="outputs-exact")
+        assert torch.equal(loaded(x), net(x))
+        assert theirs.push(net, "mlp", metrics={"loss": 0.1}).push == version.push
+
+
+def test_large_tensors_come_back_through_parts(join: Open) -> None:
+    torch.manual_seed(0)
+    state = {"big": torch.rand(20 << 20), "small": torch.ones(3)}
+    with join() as repo:
+        repo.push(state, "big")
+        state["big"][7] += 1
+        second = repo.push(state, "big")
+        assert second.new_bytes < 17 << 20  # one chunk of five
+        assert all(torch.equal(repo.pull("big")[name], state[name]) for name in state)
+
+
+def test_what_is_removed_is_freed_and_the_rest_stays(join: Open) -> None:
+    with join() as repo:
+        repo.push({"w": torch.ones(1000)}, "a")
+        repo.push({"w": torch.zeros(1000)}, "b")
+        repo.rm("a@1")
+        assert len(repo.gc(grace=0).freed) == 1
+        assert repo.gc(grace=0).freed == ()
+        assert torch.equal(repo.pull("b")["w"], torch.zeros(1000))
+        assert len(list(repo._store.list("packs/"))) == 1
+        with pytest.raises(ConflictError):
+            repo.tag("b", "best", expect="b")
+
+
+_PUSHING = """
+import sys, torch, ckpt
+registry, store, name = sys.argv[1:]
+with ckpt.open(registry=registry, store=store) as repo:
+    for step in range(5):
+        shared = {f"s{n}": torch.full((500,), float(n)) for n in range(8)}
+        print(repo.push({**shared, "own": torch.full((50,), hash(name) + step)}, "m", step=step))
+"""
+
+
+def test_processes_push_at_once_beside_a_collector(join: Open, addresses: tuple[str, str]) -> None:
+    with join() as repo:
+        repo.push({"first": torch.ones(1)}, "other")
+        programs = [
+            subprocess.Popen(
+                [sys.executable, "-c", _PUSHING, *addresses, f"job-{n}"],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for n in range(4)
+        ]
+        while any(program.poll() is None for program in programs):
+            repo.gc(grace=0)
+        said = [line for program in programs for line in program.communicate()[0].split()]
+        assert [program.returncode for program in programs] == [0, 0, 0, 0]
+        assert sorted(int(line.partition("@")[2]) for line in said) == list(range(1, 21))
+        repo.gc(grace=0)
+        for reference in said:
+            assert torch.equal(repo.pull(reference)["s3"], torch.full((500,), 3.0))
+
+
+def test_a_folder_made_with_two_addresses_is_the_teams_repository(
+    addresses: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("CKPT_REPO", raising=False)
+    registry, store = addresses
+    save_file({"w": torch.ones(5)}, tmp_path / "net.safetensors")
+    program = str(Path(sys.executable).with_name("ckpt"))
+
+    def run(folder: str, *arguments: str, status: int = 0) -> str:
+        place = tmp_path / folder
+        place.mkdir(exist_ok=True)
+        found = subprocess.run(
+            [program, *arguments], cwd=place, capture_output=True, text=True, check=False
+        )
+        assert found.returncode == status, found.stderr
+        return found.stdout + found.stderr
+
+    run("one", "init", "--registry", registry, "--store", store)
+    assert "net@1" in run("one", "push", "../net.safetensors", "net")
+    run("two", "init", "--registry", registry, "--store", store)
+    assert "net@1" in run("two", "ls")
+    run("two", "pull", "net", "out.safetensors")
+    assert (tmp_path / "two/out.safetensors").read_bytes() == (
+        tmp_path / "net.safetensors"
+    ).read_bytes()
+    assert "is up to date" in run("two", "db", "upgrade")
+    assert "is a repository already" in run("two", "init", "--store", store, status=2)
+    # Somebody else's configuration, found by walking up, may name no remote place.
+    config = tmp_path / "two" / ".ckpt" / "config.toml"
+    config.write_text(config.read_text() + 'region = "eu-central-1"\n')
+    refused = run("two", "ls", status=9)
+    assert "config-remote" in refused
+    assert json.loads(run("two", "-r", ".", "ls", "--json"))[0]["name"] == "net"
