@@ -44,13 +44,15 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """One safetensors file in the store; ``push`` wrote it."""
+    """One safetensors file in the store; ``push`` wrote it. ``header`` is the digest of all bytes
+    before its data."""
 
     id: str
     key: str
     size: int
     push: str
     state: PackState = PackState.LIVE
+    header: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,23 @@ class ClassUse:
     version: str | None
     source_digest: str | None
     versions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One act in the history; ``said`` is what its kind says beside."""
+
+    id: str
+    kind: str
+    model: str | None
+    author: str
+    time: datetime
+    said: Mapping[str, Any]
+
+    @property
+    def text(self) -> str:
+        """``said`` in one line."""
+        return " ".join(f"{name}={value}" for name, value in self.said.items())
 
 
 @dataclass(frozen=True, slots=True)

@@ -215,7 +215,8 @@ def insert_pack(transaction: Transaction, finished: FinishedPack) -> None:
     """Insert the rows of a pack and of its chunks, together and once (b)."""
     pack = finished.pack
     row = {"id": pack.id, "key": pack.key, "size": pack.size, "push": pack.push}
-    transaction.run(insert(packs), {**row, "state": pack.state.value})
+    row |= {"header": pack.header, "state": pack.state.value}
+    transaction.run(insert(packs), row)
     rows = [
         {
             "digest": chunk.digest,
@@ -242,7 +243,7 @@ def _expired(push: str) -> ConflictError:
 
 def as_pack(row: Row[Any]) -> Pack:
     """The record of a pack's row."""
-    return Pack(row.id, row.key, row.size, row.push, PackState(row.state))
+    return Pack(row.id, row.key, row.size, row.push, PackState(row.state), row.header)
 
 
 def as_chunk(row: Row[Any]) -> Chunk:

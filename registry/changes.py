@@ -20,7 +20,7 @@ from ckpt.registry.commit import (
     set_metrics,
 )
 from ckpt.registry.engine import Database, Transaction
-from ckpt.registry.queries import resolve
+from ckpt.registry.queries import require_model, resolve
 from ckpt.registry.tables import (
     aliases,
     documents,
@@ -28,6 +28,7 @@ from ckpt.registry.tables import (
     labels,
     metrics,
     models,
+    policies,
     refs,
     structures,
     versions,
@@ -112,7 +113,19 @@ class Changes:
 
         return self._database.write(act)
 
-    def remove(self, push: str, author: str) -> str:
+    def save_policy(self, model: str, rules: Sequence[str], author: str) -> str:
+        """Keep the rules by which a model is pruned."""
+
+        def act(transaction: Transaction) -> str:
+            row = lock_model(transaction, require_model(transaction, model))
+            transaction.run(delete(policies).where(policies.c.model == row.id))
+            body = {"model": row.id, "body": canonical(list(rules)).decode()}
+            transaction.run(insert(policies), body)
+            return note_event(transaction, "policy", author, row, policy=list(rules))
+
+        return self._database.write(act)
+
+    def remove(self, push: str, author: str, kind: str = "rm") -> str:
         """End the version that ``push`` made (T6); its bytes go with a later collection.
 
         Raises:
@@ -133,7 +146,7 @@ class Changes:
             transaction.run(delete(refs).where(refs.c.version == row.id))
             transaction.run(delete(versions).where(versions.c.id == row.id))
             self._drop_document(transaction, row.document)
-            return note_event(transaction, "rm", author, model, push=push, number=row.number)
+            return note_event(transaction, kind, author, model, push=push, number=row.number)
 
         return self._database.write(act)
 

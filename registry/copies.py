@@ -42,6 +42,14 @@ class Copies:
             row = transaction.row(_VERSIONS.where(versions.c.push == push))
         return None if row is None else _document_copy(row)
 
+    def all(self) -> list[StoreCopy]:
+        """Everything that the store must hold."""
+        with self._database.read() as transaction:
+            found = [_document_copy(row) for row in transaction.rows(_VERSIONS)]
+            query = select(events).where(events.c.counter.is_not(None))
+            found += [_event_copy(row) for row in transaction.rows(query)]
+        return found
+
     def note(self, copy: StoreCopy) -> None:
         """Remember that ``copy`` is in the store."""
         self._done.add(copy.id)

@@ -11,7 +11,7 @@ from sqlalchemy import Row, Select, func, select
 from ckpt.core.documents import Document, join_document
 from ckpt.core.errors import NotFoundError, UsageError
 from ckpt.core.names import NEWEST
-from ckpt.core.records import ClassUse, Environment, Model, Proof, Version
+from ckpt.core.records import ClassUse, Environment, Event, Model, Proof, Version
 from ckpt.core.references import Reference, parse_reference
 from ckpt.registry.bodies import decompress, read_json
 from ckpt.registry.engine import Database, Transaction, batches
@@ -20,11 +20,13 @@ from ckpt.registry.tables import (
     class_uses,
     documents,
     environments,
+    events,
     labels,
     metrics,
     model_classes,
     models,
     packs,
+    policies,
     runs,
     structures,
     versions,
@@ -136,6 +138,36 @@ class Queries:
             for uses in grouped.values()
         ]
 
+    def policy(self, model: str) -> tuple[str, ...]:
+        """The rules that were saved for pruning a model."""
+        query = select(policies.c.body).join(models, models.c.id == policies.c.model)
+        with self._database.read() as transaction:
+            row = transaction.row(query.where(models.c.folded == model.lower()))
+        return () if row is None else tuple(read_json(row.body.encode()))
+
+    def events(self, since: int, limit: int) -> list[Event]:
+        """What happened from ``since`` (microseconds since 1970) on, newest first."""
+        query = (
+            select(events, models.c.name)
+            .outerjoin(models, models.c.id == events.c.model)
+            .where(events.c.created_at >= since)
+            .order_by(events.c.created_at.desc(), events.c.id)
+            .limit(limit)
+        )
+        with self._database.read() as transaction:
+            rows = transaction.rows(query)
+        return [
+            Event(
+                id=row.id,
+                kind=row.kind,
+                model=row.name,
+                author=row.author,
+                time=datetime.fromtimestamp(row.created_at / 1e6, UTC),
+                said=_said(read_json(row.body)),
+            )
+            for row in rows
+        ]
+
     def stored_bytes(self) -> int:
         """Bytes of all packs."""
         with self._database.read() as transaction:
@@ -171,6 +203,13 @@ class Queries:
         if row is None:
             raise _version_missing(version.reference)
         return Environment(row.digest, read_json(row.body))
+
+
+_EVERYWHERE = ("format", "id", "epoch", "counter", "kind", "author", "time", "model", "sequence")
+
+
+def _said(body: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in body.items() if name not in _EVERYWHERE}
 
 
 def resolve(transaction: Transaction, reference: Reference) -> Row[Any]:

@@ -28,6 +28,7 @@ from ckpt.registry.tables import (
     events,
     meta,
     models,
+    policies,
     pushes,
     refs,
     versions,
@@ -212,6 +213,7 @@ class _Rebuild:
         named: dict[str, str] = {}
         labelled: dict[str, dict[str, str]] = {}
         measured: dict[str, dict[str, float]] = {}
+        policy: str | None = None
         for act in sorted([*said, *acts], key=lambda act: act["sequence"]):
             push, kind = act.get("push", ""), act.get("kind", "push")
             if kind == "push":
@@ -227,6 +229,10 @@ class _Rebuild:
                 named[act["alias"]] = push
             elif kind == "untag":
                 named.pop(act["alias"], None)
+            elif kind == "policy":
+                policy = canonical(act["policy"]).decode()
+        if policy is not None:
+            self.transaction.run(insert(policies), {"model": self.models[model], "body": policy})
         for push in there:
             if there[push].facts["model"] == model:
                 set_labels(self.transaction, ids[push], labelled.get(push))

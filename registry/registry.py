@@ -18,6 +18,7 @@ from ckpt.registry.engine import Database
 from ckpt.registry.postgres import open_postgres
 from ckpt.registry.queries import Queries
 from ckpt.registry.rebuild import StoreContents, fence, rebuild
+from ckpt.registry.repair import Repairs
 from ckpt.registry.schema import check_schema, migrate
 from ckpt.registry.sqlite import open_sqlite
 from ckpt.registry.usage import Usages
@@ -34,6 +35,7 @@ class Registry:
         self.changes = Changes(database)
         self.collector = Collector(database)
         self.usages = Usages(database)
+        self.repairs = Repairs(database)
 
     @classmethod
     def open(cls, where: Path | str, store: str) -> Registry:
@@ -74,8 +76,10 @@ class Registry:
         try:
             check_schema(database, store)
             fence(database, epoch)
-        except (StorageError, IntegrityError):
-            pass  # too damaged to do any harm
+        except (StorageError, IntegrityError) as error:
+            if error.code in ("registry-busy", "registry-unreachable"):
+                raise
+            # too damaged to do any harm
         finally:
             database.close()
 

@@ -223,6 +223,7 @@ packs = Table(
     Column("id", String(64), primary_key=True),
     Column("key", Text, nullable=False, unique=True),
     Column("size", BigInteger, nullable=False),
+    Column("header", String(64), nullable=False),
     Column("state", String(9), nullable=False),
     Column("condemned_at", BigInteger),
     Column("push", ForeignKey("pushes.id"), nullable=False),

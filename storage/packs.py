@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from ckpt.core.digests import digest_of
 from ckpt.core.dtypes import ITEM_SIZES, PACK_CODES
 from ckpt.core.errors import IntegrityError
 from ckpt.core.printable import is_printable
@@ -124,7 +125,8 @@ class PackWriter:
 
     def finish(self) -> FinishedPack:
         """Write the header, publish the file, and say what is in it."""
-        self.upload.write(0, self._header())
+        header = self._header()
+        self.upload.write(0, header)
         size = self._data_start + self._end
         self.upload.publish(size)
         chunks = {
@@ -132,7 +134,7 @@ class PackWriter:
             for entry in reversed(self._entries)
             for digest, at, length in entry.chunks
         }
-        pack = Pack(self.id, pack_key(self.id), size, self._push)
+        pack = Pack(self.id, pack_key(self.id), size, self._push, header=digest_of(header))
         return FinishedPack(pack, tuple(chunks.values()))
 
     def _header(self) -> bytes:
@@ -157,11 +159,19 @@ class PackWriter:
 
 
 def read_pack(store: Store, pack: Pack) -> FinishedPack:
-    """The chunks that the header of a pack in the store names.
+    """The chunks that the header of a pack in the store names, each at its first place.
 
     Raises:
         IntegrityError: the object is missing, cut, or its header is damaged.
     """
+    digest, places = read_places(store, pack)
+    first = {chunk.digest: chunk for chunk in reversed(places)}
+    return FinishedPack(replace(pack, header=digest), tuple(first.values()))
+
+
+def read_places(store: Store, pack: Pack) -> tuple[str, list[Chunk]]:
+    """The digest of everything before a pack's data, and every place that the header names; one
+    chunk may be at several."""
     first = bytearray(8)
     store.read_into(pack.key, 0, memoryview(first))
     length = header_length(bytes(first), pack.size)
@@ -180,7 +190,7 @@ def read_pack(store: Store, pack: Pack) -> FinishedPack:
         raise IntegrityError(
             "pack-damaged", f"{pack.key} does not describe its chunks: {error!r}"
         ) from None
-    return FinishedPack(pack, tuple({chunk.digest: chunk for chunk in reversed(chunks)}.values()))
+    return digest_of(bytes(first) + bytes(text)), chunks
 
 
 def _described(pack: Pack, entry: Entry, data_start: int, row: Sequence[object]) -> Chunk:

@@ -239,7 +239,7 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
         engine.dialect, engine._compiled_cache = first.dialect, first._compiled_cache
         return engine
 
-    monkeypatch.setattr("ckpt.registry.engine.create_engine", create)
+    monkeypatch.setattr("ckpt.registry.sqlite.create_engine", create)
 
 
 @pytest.fixture(scope="module")

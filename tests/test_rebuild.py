@@ -43,6 +43,7 @@ def filled(tmp_path: Path) -> Path:
         repo.annotate("a@2", metrics={"acc": 1.0}, labels={"x": "y"}, remove=["who"])
         repo.push(MLP(), "net", inputs=(torch.rand(2, 20),))
         repo.push(nn.Sequential(nn.Linear(20, 2)), "net")
+        repo.prune("net", keep=["last:9"], save=True)
     return tmp_path
 
 
@@ -58,6 +59,7 @@ def told(folder: Path) -> dict[str, Any]:
             "environments": [repo.environment(v) for found in versions.values() for v in found],
             "classes": repo.classes(),
             "usage": repo.du(),
+            "policy": repo._registry.queries.policy("net"),
         }
 
 

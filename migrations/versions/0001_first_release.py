@@ -105,6 +105,7 @@ def upgrade() -> None:
         sa.Column("id", sa.String(length=64), nullable=False),
         sa.Column("key", sa.Text(), nullable=False),
         sa.Column("size", sa.BigInteger(), nullable=False),
+        sa.Column("header", sa.String(length=64), nullable=False),
         sa.Column("state", sa.String(length=9), nullable=False),
         sa.Column("condemned_at", sa.BigInteger(), nullable=True),
         sa.Column("push", sa.String(length=32), nullable=False),

@@ -1,0 +1,73 @@
+"""``ckpt fsck``: compare the store with the registry, and repair what can be."""
+
+from __future__ import annotations
+
+import re
+
+import click
+
+from ckpt.cli.command import Settings, command
+from ckpt.cli.render import print_json
+from ckpt.core.errors import IntegrityError, UsageError
+from ckpt.core.printable import escape
+
+
+@command("fsck")
+@click.option(
+    "--read-data",
+    is_flag=False,
+    flag_value="100%",
+    metavar="N%",
+    help="Also read and hash every byte, or of this share of the packs.",
+)
+@click.option("--repair", is_flag=True, help="Write copies again; move versions to whole packs.")
+def fsck(settings: Settings, read_data: str | None, repair: bool) -> None:
+    """Check that the store has what the registry says. Nothing is ever deleted.
+
+    A pack that is missing or wrong is marked: the next push of its content writes it again, and
+    --repair then moves the versions that need it.
+    """
+    with settings.open() as repository:
+        found = repository.fsck(read_data=_share(read_data), repair=repair)
+    if settings.as_json:
+        print_json(
+            {
+                "packs": found.packs,
+                "chunks": found.chunks,
+                "broken": found.broken,
+                "healed": found.healed,
+                "damaged": found.damaged,
+                "copies": found.copies,
+                "repaired": found.repaired,
+            }
+        )
+    else:
+        for pack, reason in found.broken.items():
+            click.echo(f"broken pack {pack}: {escape(reason)}")
+        for key in found.copies:
+            click.echo(f"missing or wrong: {key}")
+        for reference in found.repaired:
+            click.echo(f"repaired {reference}")
+        for pack in found.healed:
+            click.echo(f"whole again: {pack}")
+        settings.say(f"{found.packs} packs looked at, {found.chunks} chunks read")
+    if not found.is_clean:
+        shown = ", ".join(found.damaged) or "documents or events are missing"
+        raise IntegrityError(
+            "damaged",
+            f"damaged: {shown}",
+            hint="push the same content again, then run `ckpt fsck --repair`",
+        )
+
+
+def _share(text: str | None) -> float:
+    """``25%`` as 0.25; UsageError ``share-invalid``."""
+    if text is None:
+        return 0.0
+    found = re.fullmatch(r"(\d{1,3}(?:\.\d+)?)%?", text)
+    if found is None or not 0 <= float(found[1]) <= 100:
+        raise UsageError("share-invalid", f'"{escape(text, 20)}" is no share', hint="write 25%")
+    return float(found[1]) / 100
+
+
+COMMANDS = {"fsck": fsck}

@@ -1,0 +1,107 @@
+"""``ckpt prune`` and ``ckpt events``: remove what no rule keeps, and see who did what."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from ckpt.cli.command import Settings, command
+from ckpt.cli.render import print_json, size, table, version_json
+from ckpt.core.errors import UsageError
+
+
+@command("prune")
+@click.argument("model")
+@click.option("--keep-last", type=click.IntRange(1), metavar="N", help="The newest N.")
+@click.option("--keep-best", multiple=True, metavar="METRIC:min|max:N", help="Repeatable.")
+@click.option("--keep-every", type=click.IntRange(1), metavar="N", help="Steps divisible by N.")
+@click.option("--keep-within", metavar="7d", help="What is younger: 12h, 7d, 2w.")
+@click.option("--save-policy", "save", is_flag=True, help="Use these rules the next time too.")
+@click.option("-n", "--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+def prune(
+    settings: Settings,
+    model: str,
+    keep_last: int | None,
+    keep_best: tuple[str, ...],
+    keep_every: int | None,
+    keep_within: str | None,
+    save: bool,
+    dry_run: bool,
+    yes: bool,
+) -> None:
+    """Remove the versions of MODEL that no rule keeps.
+
+    The newest and every aliased version stay. Without rules, those that were saved are used. The
+    bytes go with the next gc.
+    """
+    rules = [f"best:{rule}" for rule in keep_best]
+    for word, value in (("last", keep_last), ("every", keep_every), ("within", keep_within)):
+        rules += [] if value is None else [f"{word}:{value}"]
+    with settings.open() as repository:
+        foreseen = repository.prune(model, keep=rules, dry_run=True)
+        if foreseen.victims and not dry_run:
+            _confirm(f"{len(foreseen.victims)} versions of {model}", yes)
+        pruned = foreseen
+        if not dry_run:
+            pruned = repository.prune(model, keep=rules, save=save)
+    if settings.as_json:
+        print_json(
+            {
+                "dry_run": dry_run,
+                "rules": list(pruned.rules),
+                "victims": [version_json(version) for version in pruned.victims],
+                "kept": {version.reference: list(why) for version, why in pruned.kept},
+                "freed_bytes": pruned.freed_bytes,
+            }
+        )
+        return
+    verb = "would remove" if dry_run else "removed"
+    if pruned.victims:
+        why = f"kept by none of {', '.join(pruned.rules)}"
+        rows = [[version.reference, size(version.nbytes), why] for version in pruned.victims]
+        click.echo(table([verb.upper(), "SIZE", "WHY"], rows, right=["SIZE"]))
+    settings.say(
+        f"{verb} {len(pruned.victims)} versions of {model}; {size(pruned.freed_bytes)} go with gc"
+    )
+
+
+def _confirm(what: str, yes: bool) -> None:
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError("not-confirmed", f"nobody to ask about {what}", hint="add --yes")
+    click.confirm(f"Remove {what} for ever?", abort=True, err=True)
+
+
+@command("events")
+@click.option("--since", metavar="WHEN", help="7d, 12h, or a date such as 2026-11-24.")
+@click.option("-n", "--number", "limit", default=100, show_default=True, help="How many.")
+def events(settings: Settings, since: str | None, limit: int) -> None:
+    """List who did what to what, newest first."""
+    with settings.open() as repository:
+        found = repository.events(since=since, limit=limit)
+    if settings.as_json:
+        print_json(
+            [
+                {
+                    "id": event.id,
+                    "kind": event.kind,
+                    "model": event.model,
+                    "author": event.author,
+                    "time": event.time.isoformat(),
+                    "said": event.said,
+                }
+                for event in found
+            ]
+        )
+        return
+    rows = [
+        [f"{event.time:%Y-%m-%d %H:%M:%S}", event.author, event.kind, event.model or "", event.text]
+        for event in found
+    ]
+    click.echo(table(["TIME (UTC)", "WHO", "WHAT", "MODEL", "SAID"], rows))
+
+
+COMMANDS = {"prune": prune, "events": events}

@@ -1,0 +1,152 @@
+"""Packs that are not as they should be: marked, healed, and versions moved to whole ones (h)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from sqlalchemy import delete, insert, select, update
+
+from ckpt.core.documents import join_document
+from ckpt.core.records import Chunk, FinishedPack, Pack, PackState, PushState
+from ckpt.registry.bodies import decompress
+from ckpt.registry.books import as_chunk, as_pack, lock_packs, require_open
+from ckpt.registry.engine import Database, Transaction
+from ckpt.registry.tables import (
+    chunks,
+    claims,
+    documents,
+    models,
+    packs,
+    pushes,
+    refs,
+    structures,
+    versions,
+)
+
+
+class Repairs:
+    """What fsck reads of the books, and changes in them."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def packs(self) -> list[FinishedPack]:
+        """Every pack with its chunks."""
+        with self._database.read() as transaction:
+            known = [as_pack(row) for row in transaction.rows(select(packs).order_by(packs.c.id))]
+            found: dict[str, list[Chunk]] = {}
+            for row in transaction.rows(select(chunks)):
+                found.setdefault(row.pack, []).append(as_chunk(row))
+        return [FinishedPack(pack, tuple(found.get(pack.id, ()))) for pack in known]
+
+    def mark(self, pack: str, *, broken: bool) -> None:
+        """Make a pack broken, or live again when it was found whole; under its exclusive lock."""
+
+        def act(transaction: Transaction) -> None:
+            (found,) = lock_packs(transaction, [pack], exclusive=True) or (None,)
+            if found is None or (found.state is PackState.BROKEN) == broken:
+                return
+            state = PackState.BROKEN if broken else PackState.LIVE
+            mine = update(packs).where(packs.c.id == pack)
+            transaction.run(mine.values(state=state.value))
+
+        self._database.write(act)
+
+    def users(self, pack: str) -> list[tuple[str, str]]:
+        """``(push, reference)`` of every version that refers to a pack."""
+        query = (
+            select(versions.c.push, models.c.name, versions.c.number)
+            .join(refs, refs.c.version == versions.c.id)
+            .join(models, models.c.id == versions.c.model)
+            .where(refs.c.pack == pack)
+            .order_by(models.c.name, versions.c.number)
+        )
+        with self._database.read() as transaction:
+            rows = transaction.rows(query)
+        return [(row.push, f"{row.name}@{row.number}") for row in rows]
+
+    def substitutes(self, push: str, lost: str) -> list[Pack] | None:
+        """Live packs that have what a version needs from a lost one; None when some is nowhere."""
+        with self._database.read() as transaction:
+            missing = _needs(transaction, push) - _readable(transaction, push, without=lost)
+            found: set[str] = set()
+            for digest in sorted(missing):
+                query = (
+                    select(chunks.c.pack)
+                    .join(packs, packs.c.id == chunks.c.pack)
+                    .where(chunks.c.digest == digest, chunks.c.base.is_(None))
+                    .where(packs.c.state != PackState.BROKEN.value, packs.c.id != lost)
+                    .order_by(chunks.c.pack)
+                )
+                row = transaction.row(query)
+                if row is None:
+                    return None
+                found.add(row.pack)
+            rows = transaction.rows(select(packs).where(packs.c.id.in_(sorted(found))))
+        return [as_pack(row) for row in rows]
+
+    def switch(self, repair: str, push: str, lost: str, others: Collection[str]) -> bool:
+        """T8, (h): under locks, make a version refer to other packs in place of a lost one; says
+        whether every digest can still be read, and changes nothing if not. Ends the repair."""
+
+        def act(transaction: Transaction) -> bool:
+            require_open(transaction, repair, shared=False)
+            locked = lock_packs(transaction, {lost, *others}, exclusive=True)
+            live = {pack.id for pack in locked if pack.state is PackState.LIVE}
+            version = transaction.row(select(versions.c.id).where(versions.c.push == push))
+            known = _readable(transaction, push, without=lost)
+            for pack in others:
+                rows = transaction.rows(select(chunks).where(chunks.c.pack == pack))
+                known |= {row.digest for row in rows if row.base is None}
+            fine = version is not None and set(others) <= live
+            fine = fine and _needs(transaction, push) <= known
+            if fine and version is not None:
+                self._move(transaction, version.id, lost, others)
+            mine = update(pushes).where(pushes.c.id == repair)
+            transaction.run(mine.values(state=PushState.ABORTED.value))
+            transaction.run(delete(claims).where(claims.c.push == repair))
+            return fine
+
+        return self._database.write(act)
+
+    @staticmethod
+    def _move(transaction: Transaction, version: int, lost: str, others: Collection[str]) -> None:
+        mine = refs.c.version == version
+        transaction.run(delete(refs).where(mine, refs.c.pack == lost))
+        there = {row.pack for row in transaction.rows(select(refs.c.pack).where(mine))}
+        rows = [{"version": version, "pack": pack} for pack in sorted(set(others) - there)]
+        if rows:
+            transaction.run(insert(refs), rows)
+
+    def damaged_by(self, lost: Sequence[str]) -> Mapping[str, list[str]]:
+        """References of the versions that need each of these packs."""
+        return {pack: [reference for _, reference in self.users(pack)] for pack in lost}
+
+
+def _needs(transaction: Transaction, push: str) -> set[str]:
+    """Every digest that a version's document names."""
+    query = (
+        select(documents.c.body, structures.c.body.label("structure"))
+        .join(structures, structures.c.digest == documents.c.structure)
+        .join(versions, versions.c.document == documents.c.digest)
+        .where(versions.c.push == push)
+    )
+    row = transaction.row(query)
+    if row is None:
+        return set()
+    document = join_document(decompress(row.structure), decompress(row.body))
+    entries = (*document.tensors, *document.probe_tensors)
+    return {chunk for entry in entries for chunk in entry.chunks}
+
+
+def _readable(transaction: Transaction, push: str, *, without: str) -> set[str]:
+    """The raw digests in the packs of a version that are not broken, but for one."""
+    query = (
+        select(chunks.c.digest)
+        .join(refs, refs.c.pack == chunks.c.pack)
+        .join(versions, versions.c.id == refs.c.version)
+        .join(packs, packs.c.id == chunks.c.pack)
+        .where(versions.c.push == push, chunks.c.pack != without, chunks.c.base.is_(None))
+        .where(packs.c.state != PackState.BROKEN.value)
+    )
+    return {row.digest for row in transaction.rows(query)}

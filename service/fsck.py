@@ -1,0 +1,156 @@
+"""fsck: whether the store has what the registry says, byte for byte if asked; and repair."""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ckpt.core.digests import digest_of
+from ckpt.core.errors import CkptError, IntegrityError
+from ckpt.core.records import Chunk, FinishedPack, Pack, PackState
+from ckpt.registry.registry import Registry
+from ckpt.service.acknowledge import copy_pending
+from ckpt.storage.packs import read_places
+from ckpt.storage.store import Store
+
+
+@dataclass(slots=True)
+class Checked:
+    """What fsck found.
+
+    Attributes:
+        packs: how many were looked at, and ``chunks`` how many chunks were read and hashed.
+        broken: packs that are missing or wrong, with the reason; versions that need one are
+            ``damaged``.
+        healed: packs that were broken and are whole.
+        copies: documents and events that were missing or wrong in the store; with ``repair``
+            they are there again.
+        repaired: versions that were moved to whole packs.
+    """
+
+    packs: int = 0
+    chunks: int = 0
+    broken: dict[str, str] = field(default_factory=dict)
+    healed: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+    copies: list[str] = field(default_factory=list)
+    repaired: list[str] = field(default_factory=list)
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing is wrong any more."""
+        return not self.broken and not self.damaged and not self.copies
+
+
+def check(
+    store: Store, registry: Registry, read_data: float = 0.0, *, repair: bool = False
+) -> Checked:
+    """Compare the store with the registry. A bad pack becomes broken, so that the next push of
+    its content writes it again; one that is whole again becomes live. Nothing is deleted.
+
+    Args:
+        read_data: the share of the packs whose every chunk is read and hashed, from 0 to 1.
+        repair: write missing documents and events again, and move versions from broken packs to
+            whole ones that have the same chunks.
+    """
+    found = Checked()
+    for finished in registry.repairs.packs():
+        found.packs += 1
+        hashed = read_data >= 1 or random.random() < read_data
+        reason = _fault(store, finished, found, hashed=hashed)
+        was = finished.pack.state is PackState.BROKEN
+        if reason is not None:
+            found.broken[finished.pack.id] = reason
+            registry.repairs.mark(finished.pack.id, broken=True)
+        elif was and hashed:
+            found.healed.append(finished.pack.id)
+            registry.repairs.mark(finished.pack.id, broken=False)
+        elif was:
+            found.broken[finished.pack.id] = "it was found wrong before; --read-data looks again"
+    if repair:
+        _repair(store, registry, found)
+    _check_copies(store, registry, found, repair=repair)
+    for pack in list(found.broken):
+        needing = [reference for _, reference in registry.repairs.users(pack)]
+        found.damaged += [one for one in needing if one not in found.damaged]
+        if not needing and repair:
+            del found.broken[pack]  # nobody needs it; gc removes it
+    return found
+
+
+def _fault(store: Store, finished: FinishedPack, found: Checked, *, hashed: bool) -> str | None:
+    """What is wrong with a pack, or None."""
+    pack = finished.pack
+    size = store.size(pack.key)
+    if size is None:
+        return "it is missing"
+    if size != pack.size:
+        return f"it has {size} bytes, not {pack.size}"
+    try:
+        header, places = read_places(store, pack)
+        if header != pack.header:
+            return "its header has other bytes"
+        if not {chunk.digest for chunk in finished.chunks} <= {place.digest for place in places}:
+            return "its header names other chunks than the registry"
+        return _data_fault(store, pack, places, found) if hashed else None
+    except IntegrityError as error:
+        return error.message
+
+
+def _data_fault(store: Store, pack: Pack, places: Sequence[Chunk], found: Checked) -> str | None:
+    """What is wrong with the data of a pack: every byte of it is a chunk's, or padding."""
+    end = None
+    for place in sorted(places, key=lambda place: place.offset):
+        if end is not None and any(_read(store, pack, end, place.offset - end)):
+            return f"the padding before chunk {place.digest} has other bytes"
+        body = _read(store, pack, place.offset, place.length)
+        found.chunks += 1
+        if place.codec is None and digest_of(body) != place.digest:
+            return f"chunk {place.digest} has other bytes"
+        end = place.offset + place.length
+    if end is not None and any(_read(store, pack, end, pack.size - end)):
+        return "the padding at its end has other bytes"
+    return None
+
+
+def _read(store: Store, pack: Pack, offset: int, length: int) -> bytearray:
+    body = bytearray(length)
+    if length:
+        store.read_into(pack.key, offset, memoryview(body))
+    return body
+
+
+def _repair(store: Store, registry: Registry, found: Checked) -> None:
+    """Move every version that needs a broken pack to others that have the same chunks."""
+    for lost in found.broken:
+        for push, reference in registry.repairs.users(lost):
+            others = registry.repairs.substitutes(push, lost)
+            if others is None:
+                continue
+            repair = secrets.token_hex(16)
+            claimed = registry.books.open_push(repair, "repair", {pack.id for pack in others})
+            # (c): a claim, then the size.
+            whole = {pack.id for pack in claimed if store.size(pack.key) == pack.size}
+            if whole != {pack.id for pack in others}:
+                registry.books.abort(repair)
+            elif registry.repairs.switch(repair, push, lost, whole):
+                found.repaired.append(reference)
+
+
+def _check_copies(store: Store, registry: Registry, found: Checked, *, repair: bool) -> None:
+    """Every document and event that should be in the store is, with exactly its bytes."""
+    copy_pending(store, registry)
+    for copy in registry.copies.all():
+        if store.size(copy.key) == len(copy.body) and store.get(copy.key) == copy.body:
+            continue
+        if repair:
+            try:
+                if store.size(copy.key) is not None:
+                    store.delete(copy.key)  # damaged: the registry has what it must say
+                store.put(copy.key, copy.body)
+                continue
+            except CkptError:
+                pass  # told below
+        found.copies.append(copy.key)

@@ -1,0 +1,146 @@
+"""prune: which versions of a model the rules keep, and the end of the others."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from ckpt.core.errors import ConflictError, NotFoundError, UsageError
+from ckpt.core.names import check_model
+from ckpt.core.printable import escape
+from ckpt.core.records import Version
+from ckpt.registry.registry import Registry
+from ckpt.service.acknowledge import acknowledge_event
+from ckpt.service.author import author
+from ckpt.storage.store import Store
+
+_UNITS = {"h": 3600, "d": 86400, "w": 7 * 86400}
+_HINT = "write last:3, best:val_loss:min:2, every:1000 or within:7d"
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What a prune removed, or with ``dry_run`` would remove.
+
+    Attributes:
+        victims: versions that no rule keeps, oldest first.
+        kept: versions with the rules that keep them.
+        freed_bytes: what goes from the store with exactly these victims, after ``gc``.
+    """
+
+    model: str
+    victims: tuple[Version, ...]
+    kept: tuple[tuple[Version, tuple[str, ...]], ...]
+    rules: tuple[str, ...]
+    freed_bytes: int
+    dry_run: bool
+
+
+def prune_model(
+    store: Store,
+    registry: Registry,
+    model: str,
+    rules: Sequence[str] = (),
+    *,
+    dry_run: bool = False,
+    save: bool = False,
+) -> Pruned:
+    """Remove the versions of a model that no rule keeps. The newest and every aliased one stay.
+
+    Args:
+        rules: ``last:N``, ``best:METRIC:min|max:N``, ``every:STEPS``, ``within:7d``; none means
+            those that were saved.
+        save: keep these rules for the next time.
+
+    Raises:
+        UsageError: ``rule-invalid``, or ``no-rules`` when there are none.
+    """
+    check_model(model)
+    chosen = tuple(rules) or registry.queries.policy(model)
+    if not chosen:
+        raise UsageError("no-rules", f"no rule says what to keep of {model}", hint=_HINT)
+    keepers = {rule: parse_rule(rule) for rule in chosen}
+    versions = registry.queries.log(model, None, 1 << 40)
+    if save:
+        event = registry.changes.save_policy(model, chosen, author())
+        acknowledge_event(store, registry, event)
+    kept = _kept(versions, keepers)
+    victims = [version for version in reversed(versions) if version.push not in kept]
+    freed = registry.usages.freed_by({version.push for version in victims})
+    if not dry_run:
+        victims = [version for version in victims if _remove(store, registry, version)]
+    reasons = tuple((version, kept[version.push]) for version in versions if version.push in kept)
+    return Pruned(model, tuple(victims), reasons, chosen, freed, dry_run)
+
+
+def _kept(
+    versions: Sequence[Version],
+    keepers: dict[str, Callable[[Sequence[Version]], Collection[str]]],
+) -> dict[str, tuple[str, ...]]:
+    """Pushes of the versions that stay, with the reasons."""
+    reasons: dict[str, list[str]] = {}
+    for version in versions:
+        if version.aliases:
+            reasons[version.push] = [f"alias {' '.join(version.aliases)}"]
+    if versions:
+        reasons.setdefault(versions[0].push, []).append("newest")
+    for rule, keep in keepers.items():
+        for push in keep(versions):
+            reasons.setdefault(push, []).append(rule)
+    return {push: tuple(words) for push, words in reasons.items()}
+
+
+def _remove(store: Store, registry: Registry, version: Version) -> bool:
+    """End one version; one that somebody removed or named meanwhile is left alone."""
+    try:
+        event = registry.changes.remove(version.push, author(), kind="prune")
+    except (ConflictError, NotFoundError):
+        return False
+    acknowledge_event(store, registry, event)
+    return True
+
+
+def parse_rule(rule: str) -> Callable[[Sequence[Version]], Collection[str]]:
+    """The function that picks what a rule keeps; it is given versions newest first.
+
+    Raises:
+        UsageError: ``rule-invalid``.
+    """
+    word, _, rest = rule.partition(":")
+    number = int(rest) if re.fullmatch(r"[1-9]\d{0,8}", rest) else None
+    if word == "last" and number is not None:
+        return lambda versions: [version.push for version in versions[:number]]
+    if word == "every" and number is not None:
+        return lambda versions: [
+            version.push
+            for version in versions
+            if version.step is not None and version.step % number == 0
+        ]
+    within = re.fullmatch(r"(\d{1,6})([hdw])", rest)
+    if word == "within" and within is not None:
+        seconds = int(within[1]) * _UNITS[within[2]]
+        return lambda versions: _recent(versions, seconds)
+    best = re.fullmatch(r"(.+):(min|max):([1-9]\d{0,8})", rest)
+    if word == "best" and best is not None:
+        metric, sign, count = best[1], 1 if best[2] == "min" else -1, int(best[3])
+        return lambda versions: _best(versions, metric, sign, count)
+    raise UsageError("rule-invalid", f'"{escape(rule, 80)}" is no rule', hint=_HINT)
+
+
+def _recent(versions: Sequence[Version], seconds: int) -> list[str]:
+    since = datetime.now(UTC) - timedelta(seconds=seconds)
+    return [version.push for version in versions if version.created_at >= since]
+
+
+def _best(versions: Sequence[Version], metric: str, sign: int, count: int) -> list[str]:
+    """Non-finite metrics are never best; of equal ones the newer is."""
+    measured = [
+        version
+        for version in versions
+        if metric in version.metrics and math.isfinite(version.metrics[metric])
+    ]
+    ordered = sorted(measured, key=lambda version: sign * version.metrics[metric])
+    return [version.push for version in ordered[:count]]

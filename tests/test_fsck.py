@@ -1,0 +1,183 @@
+"""fsck finds every edit, raises no false alarm, and what can be repaired is."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import ckpt
+from ckpt.core.errors import CkptError, IntegrityError
+
+
+def state(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {f"w{n}": torch.rand(40, 30, generator=generator) for n in range(3)}
+
+
+def pack_of(repo: ckpt.Repository, reference: str) -> Path:
+    push = repo.get(reference).push
+    (path,) = repo.location.store.glob(f"packs/*/{push}-0.safetensors")
+    path.chmod(0o644)
+    return path
+
+
+@pytest.fixture
+def filled(repo: ckpt.Repository) -> ckpt.Repository:
+    """Two models, one sharing with the other."""
+    repo.push(state(1), "a")
+    repo.push({**state(1), "more": torch.ones(7)}, "a")
+    repo.push(state(2), "b", alias="best")
+    repo.tag("a@1", "first")
+    return repo
+
+
+def flip(path: Path) -> None:
+    body = bytearray(path.read_bytes())
+    body[5000] ^= 1
+    path.write_bytes(body)
+
+
+def flip_header(path: Path) -> None:
+    body = path.read_bytes()
+    path.write_bytes(body.replace(b'"shape":[40,30]', b'"shape":[30,40]', 1))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def extend(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "missing": Path.unlink,
+    "flipped": flip,
+    "cut": cut,
+    "extended": extend,
+    "header": flip_header,
+}
+
+
+def test_a_whole_repository_is_clean(filled: ckpt.Repository) -> None:
+    for share in (0.0, 0.5, 1.0):
+        found = filled.fsck(read_data=share)
+        assert found.is_clean
+        assert found.packs == 3
+    assert found.chunks == 7
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_found_and_the_versions_named(filled: ckpt.Repository, name: str) -> None:
+    DAMAGE[name](pack_of(filled, "a@1"))
+    found = filled.fsck(read_data=1)
+    assert not found.is_clean
+    assert found.damaged == ["a@1", "a@2"]
+    assert torch.equal(filled.pull("b")["w0"], state(2)["w0"])
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_the_next_push_of_the_content_heals_it(filled: ckpt.Repository, name: str) -> None:
+    DAMAGE[name](pack_of(filled, "a@1"))
+    filled.fsck(read_data=1)
+    again = filled.push(state(1), "copy")
+    assert again.new_bytes > 3 * 40 * 30 * 4
+    found = filled.fsck(read_data=1, repair=True)
+    assert sorted(found.repaired) == ["a@1", "a@2"]
+    assert found.is_clean
+    assert filled.fsck(read_data=1, repair=True).is_clean
+    for reference in ("a@1", "a@2", "copy"):
+        assert torch.equal(filled.pull(reference)["w2"], state(1)["w2"])
+    assert len(filled.gc(grace=0).freed) == 1
+    assert filled.fsck(read_data=1).is_clean
+
+
+def test_what_nobody_has_any_more_stays_damaged_and_is_told(filled: ckpt.Repository) -> None:
+    pack_of(filled, "b").unlink()
+    for _ in range(2):
+        assert filled.fsck(repair=True).damaged == ["b@1"]
+    with pytest.raises(IntegrityError):
+        filled.pull("b")
+
+
+def test_a_pack_that_comes_back_is_whole_again(filled: ckpt.Repository) -> None:
+    path = pack_of(filled, "b")
+    body = path.read_bytes()
+    path.unlink()
+    assert filled.fsck().broken
+    path.write_bytes(body)
+    assert not filled.fsck().is_clean  # it was wrong once: only its bytes can tell
+    found = filled.fsck(read_data=1)
+    assert len(found.healed) == 1
+    assert found.is_clean
+    assert torch.equal(filled.pull("b")["w0"], state(2)["w0"])
+
+
+@pytest.mark.parametrize("place", ["documents", "events"])
+def test_copies_that_are_missing_or_wrong_are_written_again(
+    filled: ckpt.Repository, place: str
+) -> None:
+    first, *_ = sorted(filled.location.store.glob(f"{place}/1/*"))
+    body = first.read_bytes()
+    for damage in (Path.unlink, lambda path: path.write_bytes(b"{}")):
+        first.chmod(0o644)
+        damage(first)
+        assert len(filled.fsck().copies) == 1
+        assert filled.fsck(repair=True).is_clean
+        assert first.read_bytes() == body
+
+
+def test_500_edits_are_all_found_and_nothing_else(filled: ckpt.Repository) -> None:
+    chance = random.Random(7)
+    paths = sorted(filled.location.store.glob("packs/*/*"))
+    for path in paths:
+        path.chmod(0o644)
+    for number in range(500):
+        path = chance.choice(paths)
+        body = path.read_bytes()
+        edited = bytearray(body)
+        kind = number % 4
+        at = chance.randrange(len(body))
+        if kind == 0:
+            edited[at] ^= 1 << chance.randrange(8)
+        elif kind == 1:
+            edited[at] = (edited[at] + 1 + chance.randrange(255)) % 256
+        elif kind == 2:
+            del edited[at:]
+        else:
+            edited += bytes(1 + chance.randrange(9))
+        path.write_bytes(edited)
+        found = filled.fsck(read_data=1)
+        padding = bytes(edited) != body and found.is_clean
+        assert not padding, (path.name, kind, at)
+        path.write_bytes(body)
+        assert filled.fsck(read_data=1).is_clean, "a false alarm"
+
+
+def test_the_command_line_tells_and_ends_with_4(filled: ckpt.Repository) -> None:
+    program = str(Path(sys.executable).with_name("ckpt"))
+
+    def run(*arguments: str, status: int = 0) -> str:
+        command = [program, "-r", str(filled.location.root), "fsck", *arguments]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert found.returncode == status, found.stderr
+        return found.stdout + found.stderr
+
+    assert "3 packs looked at, 7 chunks read" in run("--read-data")
+    assert "3 packs looked at" in run("--read-data=50%")
+    flip(pack_of(filled, "b"))
+    assert "0 chunks read" in run()
+    said = run("--read-data", status=4)
+    assert "has other bytes" in said
+    assert "error[damaged]: damaged: b@1" in said
+    assert json.loads(run("--json", status=4).partition("\nerror")[0])["damaged"] == ["b@1"]
+    assert "share-invalid" in run("--read-data=all", status=2)
+    with pytest.raises(CkptError):
+        filled.pull("b")

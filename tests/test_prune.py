@@ -1,0 +1,137 @@
+"""prune removes what no rule keeps, tells why, and what goes is what it said; events tell of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ckpt
+from ckpt.core.errors import CkptError, UsageError
+from ckpt.core.records import Version
+from ckpt.service.retention import parse_rule
+
+
+@pytest.fixture
+def trained(repo: ckpt.Repository) -> ckpt.Repository:
+    """Ten versions: losses fall and rise, one is not finite, one has an alias."""
+    losses = [9.0, 5.0, 3.0, 1.0, float("nan"), 2.0, 4.0, 6.0, 8.0, 7.0]
+    for number, loss in enumerate(losses):
+        state = {"w": torch.full((500,), float(number)), "shared": torch.ones(500)}
+        repo.push(state, "net", step=number * 100, metrics={"loss": loss})
+    repo.tag("net@2", "paper")
+    return repo
+
+
+def left(repo: ckpt.Repository) -> list[int]:
+    return [version.number for version in reversed(repo.log("net"))]
+
+
+@pytest.mark.parametrize(
+    ("rules", "numbers"),
+    [
+        (["last:3"], [2, 8, 9, 10]),
+        (["last:1"], [2, 10]),
+        (["best:loss:min:2"], [2, 4, 6, 10]),
+        (["best:loss:max:1"], [1, 2, 10]),
+        (["every:300"], [1, 2, 4, 7, 10]),
+        (["within:1h"], list(range(1, 11))),
+        (["within:0d"], [2, 10]),
+        (["best:loss:min:1", "every:400"], [1, 2, 4, 5, 9, 10]),
+        (["best:none:min:3"], [2, 10]),
+    ],
+)
+def test_what_a_rule_keeps_stays(
+    trained: ckpt.Repository, rules: list[str], numbers: list[int]
+) -> None:
+    foreseen = trained.prune("net", keep=rules, dry_run=True)
+    assert left(trained) == list(range(1, 11))
+    pruned = trained.prune("net", keep=rules)
+    assert left(trained) == numbers
+    assert [one.number for one in pruned.victims] == [one.number for one in foreseen.victims]
+    kept = {version.number: reasons for version, reasons in pruned.kept}
+    assert "alias paper" in kept[2]
+    assert "newest" in kept[10]
+    assert trained.gc(grace=0).freed_bytes == foreseen.freed_bytes == pruned.freed_bytes
+    for version in trained.log("net"):
+        assert torch.equal(trained.pull(version)["shared"], torch.ones(500))
+
+
+def test_saved_rules_are_used_the_next_time(trained: ckpt.Repository) -> None:
+    with pytest.raises(UsageError, match="no rule says what to keep"):
+        trained.prune("net")
+    trained.prune("net", keep=["last:4"], save=True)
+    trained.push({"w": torch.zeros(3)}, "net")
+    assert trained.prune("net").rules == ("last:4",)
+    assert left(trained) == [2, 8, 9, 10, 11]
+
+
+@pytest.mark.parametrize(
+    "rule", ["last", "last:0", "last:x", "best:loss:2", "best:loss:low:1", "within:soon", "keep:1"]
+)
+def test_a_rule_that_is_none_removes_nothing(trained: ckpt.Repository, rule: str) -> None:
+    with pytest.raises(UsageError, match="is no rule"):
+        trained.prune("net", keep=["last:1", rule])
+    assert len(left(trained)) == 10
+
+
+@given(st.text(max_size=30))
+def test_any_text_is_a_rule_or_refused(text: str) -> None:
+    try:
+        keep = parse_rule(text)
+    except UsageError:
+        return
+    versions: list[Version] = []
+    assert not keep(versions)
+
+
+def test_the_command_line_asks_tells_and_keeps_a_history(trained: ckpt.Repository) -> None:
+    program = str(Path(sys.executable).with_name("ckpt"))
+
+    def run(*arguments: str, status: int = 0) -> str:
+        command = [program, "-r", str(trained.location.root), *arguments]
+        found = subprocess.run(
+            command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+        )
+        assert found.returncode == status, found.stderr
+        return found.stdout + found.stderr
+
+    said = run("prune", "net", "--keep-last", "2", "--keep-best", "loss:min:1", "-n")
+    assert "would remove 6 versions of net" in said
+    assert "net@1" in said
+    assert "kept by none of best:loss:min:1, last:2" in said
+    run("prune", "net", "--keep-last", "2", status=2)
+    run("prune", "net", "--keep-last", "2", "--save-policy", "--yes")
+    assert left(trained) == [2, 9, 10]
+    assert "removed 0 versions" in run("prune", "net")
+    history = run("events", "--since", "1h", "-n", "1000")
+    for word in ("prune", "push", "policy", "tag"):
+        assert word in history
+    told = json.loads(run("events", "--json"))
+    assert {event["kind"] for event in told} == {"push", "prune", "policy", "tag"}
+    assert json.loads(run("events", "--since", "2999-01-01", "--json")) == []
+    assert "time-invalid" in run("events", "--since", "soon", status=2)
+
+
+def test_a_version_that_is_named_meanwhile_stays(
+    trained: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = trained._registry.changes.remove
+
+    def late(push: str, author: str, kind: str = "rm") -> str:
+        if trained.get("net@5").push == push:
+            trained.tag("net@5", "late")
+        return remove(push, author, kind)
+
+    monkeypatch.setattr(trained._registry.changes, "remove", late)
+    try:
+        trained.prune("net", keep=["last:1"])
+    except CkptError:
+        pytest.fail("one that stays is no error")
+    assert 5 in left(trained)
