@@ -35,6 +35,7 @@ COMMANDS = {
     "gc": "gc",
     "du": "gc",
     "events": "prune",
+    "doctor": "doctor",
     "db": "db",
     "registry": "registry",
     "completion": "completion",

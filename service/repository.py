@@ -6,7 +6,7 @@ What only push or pull needs is imported by them, so that looking something up s
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -21,13 +21,14 @@ from ckpt.core.names import (
     check_run,
     check_step,
 )
-from ckpt.core.records import ClassUse, Environment, Event, Model, Version
+from ckpt.core.records import ClassUse, Environment, Model, Version
 from ckpt.core.references import parse_reference
 from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import acknowledge_event, copy_pending
 from ckpt.service.author import author
 from ckpt.service.config import Location
 from ckpt.service.places import open_store
+from ckpt.service.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,19 +37,15 @@ if TYPE_CHECKING:
     from ckpt.loader.restore import DeviceMap
     from ckpt.loader.trust import TrustLike
     from ckpt.loader.verify import Report
-    from ckpt.service.fsck import Checked
-    from ckpt.service.gc import Collected
     from ckpt.service.inspect import ModuleDescription
     from ckpt.service.push import Described, Said
-    from ckpt.service.retention import Pruned
     from ckpt.service.upload import Progress
-    from ckpt.service.usage import DiskUsage
 
 PathLike = str | os.PathLike[str]
 VersionLike = str | Version
 
 
-class Repository:
+class Repository(Upkeep):
     """An open repository; also a context manager that closes it.
 
     Methods may be called from several threads. A version is named by a reference such as
@@ -407,74 +404,6 @@ class Repository:
         event = self._registry.changes.remove(version.push, author())
         acknowledge_event(self._store, self._registry, event)
         return version
-
-    def gc(
-        self,
-        *,
-        grace: float = 7 * 86400,
-        dry_run: bool = False,
-        allow: Collection[str] = (),
-    ) -> Collected:
-        """Free the bytes that no version needs and has not needed for ``grace`` seconds; safe
-        beside pushes, pulls and other collectors.
-
-        Args:
-            allow: reasons to refuse that are overruled: ``empty``, ``unknown``, ``much``.
-
-        Raises:
-            ConflictError: ``gc-refused``, naming the reason.
-        """
-        from ckpt.service.gc import collect
-
-        return collect(self._store, self._registry, grace, dry_run=dry_run, allow=allow)
-
-    def prune(
-        self,
-        model: str,
-        *,
-        keep: Sequence[str] = (),
-        dry_run: bool = False,
-        save: bool = False,
-    ) -> Pruned:
-        """Remove the versions of a model that no rule keeps; their bytes go with a later ``gc``.
-        The newest and every aliased one stay.
-
-        Args:
-            keep: ``"last:3"``, ``"best:val_loss:min:2"``, ``"every:1000"``, ``"within:7d"``; by
-                default the rules that were saved.
-            save: keep these rules for the next time.
-
-        Raises:
-            UsageError: ``rule-invalid``, ``no-rules``.
-        """
-        from ckpt.service.retention import prune_model
-
-        return prune_model(self._store, self._registry, model, keep, dry_run=dry_run, save=save)
-
-    def events(self, *, since: str | None = None, limit: int = 100) -> list[Event]:
-        """Who did what to what, newest first; ``since`` is ``7d``, ``12h`` or an ISO date."""
-        from ckpt.service.history import read_since
-
-        return self._registry.queries.events(read_since(since), limit)
-
-    def fsck(self, *, read_data: float = 0.0, repair: bool = False) -> Checked:
-        """Compare the store with the registry; a bad pack becomes broken, so that the next push
-        of its content writes it again.
-
-        Args:
-            read_data: the share of the packs whose every byte is read, from 0 to 1.
-            repair: write missing documents and events again, and move versions from broken packs
-                to whole ones that have the same chunks. Nothing is deleted.
-        """
-        from ckpt.service.fsck import check
-
-        return check(self._store, self._registry, read_data, repair=repair)
-
-    def du(self) -> DiskUsage:
-        """What the store holds, and what removing each version would free."""
-        from ckpt.service.usage import disk_usage
-
-        return disk_usage(self._registry)
 
     def _reference(self, ref: VersionLike) -> Any:
         return parse_reference(ref.reference if isinstance(ref, Version) else ref)

@@ -1,0 +1,31 @@
+"""``ckpt doctor``: look at what the repository rests on."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+
+import click
+
+from ckpt.cli.command import Settings, command
+from ckpt.cli.render import print_json, table
+
+
+@command("doctor")
+def doctor(settings: Settings) -> None:
+    """Look at the repository, versions, permissions, clock and server, and say what to do.
+
+    Ends with 1 when something is not well.
+    """
+    with settings.open() as repository:
+        found = repository.doctor()
+    if settings.as_json:
+        print_json([asdict(one) for one in found])
+    else:
+        rows = [["ok" if one.fine else "LOOK", one.name, one.seen, one.todo] for one in found]
+        click.echo(table(["", "WHAT", "SEEN", "WHAT TO DO"], rows))
+    if not all(one.fine for one in found):
+        sys.exit(1)
+
+
+COMMANDS = {"doctor": doctor}

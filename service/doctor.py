@@ -1,0 +1,118 @@
+"""doctor: what a repository rests on, looked at one by one, and what to do about each."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from ckpt.core.errors import CkptError
+from ckpt.registry.registry import Registry
+from ckpt.service.config import Location
+from ckpt.service.places import shown
+from ckpt.storage.store import Store
+
+_SKEW_SECONDS = 60
+_PACKAGES = ("ckpt-registry", "torch", "safetensors", "sqlalchemy", "boto3", "psycopg")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at: whether it is well, what was seen, and what to do."""
+
+    name: str
+    fine: bool
+    seen: str
+    todo: str = ""
+
+
+def examine(location: Location, store: Store, registry: Registry) -> list[Finding]:
+    """Look at everything; writes one object and removes it again."""
+    found = [
+        Finding("repository", True, str(location.root)),
+        Finding("registry", True, shown(location.registry_place)),
+        _versions(),
+        *_guarded("store", lambda: _store(store)),
+        *_guarded("clock", lambda: _clock(registry)),
+        *_guarded("copies", lambda: _copies(registry)),
+        *_guarded("agreement", lambda: _agreement(store, registry)),
+        *_guarded("packs", lambda: _packs(store, registry)),
+    ]
+    probe = getattr(store, "probe_capabilities", None)
+    if probe is not None:
+        found += _guarded("s3", lambda: _capabilities(probe()))
+    return found
+
+
+def _guarded(name: str, look: Any) -> Iterator[Finding]:
+    try:
+        yield look()
+    except CkptError as error:
+        yield Finding(name, False, error.message, error.hint or "")
+
+
+def _versions() -> Finding:
+    known = []
+    for package in _PACKAGES:
+        try:
+            known.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return Finding("versions", True, ", ".join(known))
+
+
+def _store(store: Store) -> Finding:
+    """Whether objects can be written, read and deleted."""
+    key = f"doctor/{secrets.token_hex(16)}.json"
+    store.put(key, b"{}")
+    try:
+        fine = store.get(key) == b"{}"
+    finally:
+        store.delete(key)
+    return Finding("store", fine, store.name, "" if fine else "it gives other bytes than it got")
+
+
+def _clock(registry: Registry) -> Finding:
+    skew = registry.collector.now() / 1e6 - time.time()
+    fine = abs(skew) < _SKEW_SECONDS
+    todo = "" if fine else "set the clocks; nothing is lost by it, but times and graces are wrong"
+    return Finding("clock", fine, f"{skew:+.1f} s from the registry's", todo)
+
+
+def _copies(registry: Registry) -> Finding:
+    waiting = len(registry.copies.pending())
+    todo = "" if not waiting else "any push, tag or gc copies them"
+    return Finding("copies", True, f"{waiting} documents and events wait for the store", todo)
+
+
+def _agreement(store: Store, registry: Registry) -> Finding:
+    """Whether the store knows anything that the registry does not."""
+    there, ended, events = registry.collector.known()
+    unknown = 0
+    for place, known in (("documents/", there | ended), ("events/", events)):
+        for info in store.list(place):
+            identity = info.key.rpartition("-")[2].removesuffix(".json")
+            unknown += identity not in known
+    todo = "run `ckpt registry rebuild`: this registry is older than its store" if unknown else ""
+    return Finding("agreement", not unknown, f"{unknown} unknown documents or events", todo)
+
+
+def _packs(store: Store, registry: Registry) -> Finding:
+    wrong = [
+        finished.pack.id
+        for finished in registry.repairs.packs()
+        if store.size(finished.pack.key) != finished.pack.size
+    ]
+    todo = "run `ckpt fsck --repair`" if wrong else ""
+    return Finding("packs", not wrong, f"{len(wrong)} missing or of another size", todo)
+
+
+def _capabilities(found: Any) -> Finding:
+    lacks = [name for name in ("range_reads", "multipart") if not getattr(found, name)]
+    slower = [name for name in ("conditional_writes", "start_after") if not getattr(found, name)]
+    seen = "everything" if not lacks + slower else f"lacks {', '.join(lacks + slower)}"
+    todo = "use another server" if lacks else ""
+    return Finding("s3", not lacks, seen, todo)

@@ -1,0 +1,56 @@
+"""doctor says what is well, what is not, and what to do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ckpt
+
+
+def told(repo: ckpt.Repository) -> dict[str, bool]:
+    return {one.name: one.fine for one in repo.doctor()}
+
+
+def test_a_healthy_repository_is_well_and_nothing_is_left_behind(repo: ckpt.Repository) -> None:
+    repo.push({"w": torch.ones(5)}, "a")
+    before = sorted(repo.location.store.rglob("*"))
+    assert all(told(repo).values())
+    after = [path for path in repo.location.store.rglob("*") if path.name != "doctor"]
+    assert sorted(after) == before
+
+
+def test_a_missing_pack_and_a_store_that_knows_more_are_told(repo: ckpt.Repository) -> None:
+    repo.push({"w": torch.ones(5)}, "a")
+    (pack,) = repo.location.store.glob("packs/*/*")
+    pack.unlink()
+    repo._store.put(f"documents/1/000000000077-{'a' * 32}.json", b"{}")
+    found = told(repo)
+    assert not found.pop("packs")
+    assert not found.pop("agreement")
+    assert all(found.values())
+
+
+def test_a_clock_that_is_wrong_is_told(
+    repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repo._registry.collector, "now", lambda: 0)
+    assert not told(repo)["clock"]
+
+
+def test_the_command_line_ends_with_1_when_something_is_wrong(repo: ckpt.Repository) -> None:
+    program = str(Path(sys.executable).with_name("ckpt"))
+    command = [program, "-r", str(repo.location.root), "doctor"]
+    repo.push({"w": torch.ones(5)}, "a")
+    fine = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "LOOK" not in fine.stdout
+    next(iter(repo.location.store.glob("packs/*/*"))).unlink()
+    wrong = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 1
+    (one,) = (finding for finding in json.loads(wrong.stdout) if not finding["fine"])
+    assert one["todo"] == "run `ckpt fsck --repair`"
