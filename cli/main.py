@@ -25,6 +25,7 @@ COMMANDS = {
     "log": "listing",
     "show": "show",
     "inspect": "show",
+    "copy": "copy",
     "verify": "verify",
     "tag": "names",
     "untag": "names",

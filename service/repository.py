@@ -191,6 +191,27 @@ class Repository(Upkeep):
             run="main" if run is None else check_run(run),
         )
 
+    def copy(
+        self,
+        source: Repository,
+        ref: VersionLike,
+        *,
+        model: str | None = None,
+        progress: Progress | None = None,
+    ) -> Version:
+        """Push a version of another repository to this one: the same content, environment and
+        facts. Chunks that are here already are shared; run again, it goes on where it was.
+
+        Raises:
+            IntegrityError: ``object-corrupt`` when the other one is damaged.
+        """
+        from ckpt.service.copying import copy_version
+
+        version = source.get(ref)
+        name = version.model if model is None else check_model(model)
+        here, there = (self._store, self._registry), (source._store, source._registry)
+        return copy_version(there, version, here, name, progress)
+
     def pull(
         self,
         ref: VersionLike,

@@ -1,0 +1,33 @@
+"""``ckpt copy``: a version into another repository."""
+
+from __future__ import annotations
+
+import click
+
+from ckpt.cli.command import Settings, command
+from ckpt.cli.render import print_json, progress, size, version_json
+
+
+@command("copy")
+@click.argument("reference", metavar="REF")
+@click.argument("target", metavar="REPO")
+@click.option("--model", metavar="NAME", help="Its model there; default: as here.")
+def copy(settings: Settings, reference: str, target: str, model: str | None) -> None:
+    """Copy the version REF into the repository REPO, every byte checked on the way.
+
+    Chunks that are there already are shared. Prints the new reference on stdout.
+    """
+    from ckpt.service.opening import open_repository
+
+    with settings.open() as here, open_repository(target) as there:
+        version = here.get(reference)
+        with progress(settings, f"copy {version.reference}") as meter:
+            copied = there.copy(here, version, model=model, progress=meter)
+    settings.say(f"{size(copied.nbytes)}, {size(copied.new_bytes)} of it added there")
+    if settings.as_json:
+        print_json(version_json(copied))
+    else:
+        click.echo(copied.reference)
+
+
+COMMANDS = {"copy": copy}

@@ -1,0 +1,128 @@
+"""copy: a version into another repository, its chunks read from here and checked on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from ckpt.core.digests import digest_of
+from ckpt.core.documents import Document, Tensor, structure_bytes
+from ckpt.core.dtypes import ITEM_SIZES
+from ckpt.core.errors import IntegrityError
+from ckpt.core.printable import escape
+from ckpt.core.records import Chunk, Environment, Pack, Version
+from ckpt.core.tensors import CHUNK_BYTES
+from ckpt.registry.registry import Registry
+from ckpt.service.push import Described, Said, push_described
+from ckpt.service.upload import Progress
+from ckpt.storage.store import Store
+
+
+class StoredTensor:
+    """The bytes of one tensor entry in a store, every chunk checked when it is read."""
+
+    def __init__(
+        self,
+        entry: Tensor,
+        store: Store,
+        packs: Mapping[str, Pack],
+        rows: Mapping[str, Sequence[Chunk]],
+    ) -> None:
+        strides = entry.strides or (1,) * len(entry.shape)
+        self.name = entry.name
+        self.dtype = entry.dtype
+        # A dimension of stride 0 is stored once.
+        self.shape = tuple(
+            min(size, 1) if step == 0 else size
+            for size, step in zip(entry.shape, strides, strict=True)
+        )
+        self.nbytes = math.prod(self.shape) * ITEM_SIZES[entry.dtype]
+        self._entry = entry
+        self._store = store
+        self._packs = packs
+        self._rows = rows
+
+    def read(self, offset: int, length: int) -> memoryview:
+        """One whole chunk: a push reads along their bounds."""
+        if not length:
+            return memoryview(b"")
+        digest = self._entry.chunks[offset // CHUNK_BYTES]
+        problem = f"no pack has chunk {digest}"
+        for row in self._rows.get(digest, ()):
+            if row.codec is not None or row.raw_length != length:
+                continue
+            body = bytearray(length)
+            try:
+                self._store.read_into(self._packs[row.pack].key, row.offset, memoryview(body))
+            except IntegrityError as error:
+                problem = error.message
+                continue
+            if digest_of(body) == digest:
+                return memoryview(body)
+            problem = f"{self._packs[row.pack].key} holds other bytes than chunk {digest}"
+        raise IntegrityError(
+            "object-corrupt", f'"{escape(self.name, 80)}": {problem}', hint="run `ckpt fsck`"
+        )
+
+
+def copy_version(
+    source: tuple[Store, Registry],
+    version: Version,
+    target: tuple[Store, Registry],
+    model: str,
+    progress: Progress | None = None,
+) -> Version:
+    """Push a version of one repository to another: the same document, environment and facts; the
+    chunks that are there already are shared. Run again, it goes on where it was.
+
+    Raises:
+        IntegrityError: ``object-corrupt`` when the source is damaged; nothing was committed.
+    """
+    store, registry = source
+    document = registry.queries.document(version)
+    environment: Environment = registry.queries.environment(version)
+    packs, rows = registry.books.read_plan(version.push)
+
+    def stored(entries: Sequence[Tensor]) -> list[StoredTensor | None]:
+        return [
+            StoredTensor(entry, store, packs, rows) if entry.has_bytes else None
+            for entry in entries
+        ]
+
+    said = Said(
+        model=model,
+        step=version.step,
+        metrics=version.metrics,
+        labels=version.labels,
+        message=version.message,
+        run=version.run,
+    )
+    described = _described(
+        document, version, stored(document.tensors), stored(document.probe_tensors)
+    )
+    return push_described(*target, described, said, environment.body, progress)
+
+
+def _described(
+    document: Document,
+    version: Version,
+    sources: Sequence[StoredTensor | None],
+    probed: Sequence[StoredTensor | None],
+) -> Described:
+    return Described(
+        state=document.state,
+        root=document.root,
+        tensors=document.tensors,
+        sources=sources,
+        order=document.order,
+        modules=document.modules,
+        classes=document.classes,
+        wrappers=document.wrappers,
+        dropped=document.dropped,
+        probe=document.probe,
+        probe_sources=probed,
+        structure=digest_of(structure_bytes(document)) if document.modules else None,
+        proof=version.proof,
+        header=document.safetensors,
+        files=document.files,
+    )
