@@ -13,6 +13,7 @@ import torch
 
 from ckpt.core.documents import Conditions
 from ckpt.core.errors import IntegrityError
+from ckpt.core.printable import escape
 from ckpt.loader.environment import cpu_name
 
 # (name in the record, read, write); each is set again for a replay.
@@ -100,7 +101,7 @@ def differences(recorded: Conditions, now: Conditions) -> tuple[str, ...]:
     ]
     for word, before, after in pairs:
         if before != after:
-            found.append(f"{word} {before} → {after}")
+            found.append(f"{word} {escape(str(before), 80)} → {escape(str(after), 80)}")
     return tuple(found)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -134,6 +133,7 @@ def stored_shape(shape: Sequence[int], strides: Sequence[int] | None) -> tuple[i
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """The strides of a C-contiguous tensor of this shape."""
-    return tuple(
-        math.prod(max(1, size) for size in shape[place + 1 :]) for place in range(len(shape))
-    )
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(1, size))
+    return tuple(reversed(strides)) if shape else ()

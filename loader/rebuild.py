@@ -14,7 +14,7 @@ from ckpt.core.errors import CkptError, IntegrityError, NotFoundError
 from ckpt.core.printable import escape
 from ckpt.loader.restore import Restorer
 from ckpt.loader.snapshot import INTERNALS, find_cycle
-from ckpt.loader.trust import Named, Trust
+from ckpt.loader.trust import STORED_HOOKS, Named, Trust
 from ckpt.loader.values import Decoder
 
 # What rebuilding calls on a module.
@@ -37,10 +37,10 @@ def rebuild(document: Document, restorer: Restorer, trust: Trust) -> nn.Module:
         IntegrityError: ``document-damaged``, ``rebuild-failed``.
     """
     trust.check(document)
-    if find_cycle(document.modules) is not None:
-        raise IntegrityError("document-damaged", "a module of the document is a child of itself")
     builder = _Builder(document, restorer, trust)
     try:
+        if find_cycle(document.modules) is not None:
+            raise IntegrityError("document-damaged", "a module of it is a child of itself")
         root = builder.decoder.decode(document.root)
         restorer.note_absent()
     except CkptError:
@@ -95,7 +95,7 @@ class _Builder:
         )
 
     def module(self, index: Any) -> nn.Module:
-        if not isinstance(index, int) or not 0 <= index < len(self.document.modules):
+        if type(index) is not int or not 0 <= index < len(self.document.modules):
             raise IntegrityError("document-damaged", f"there is no module {index!r}")
         if index not in self._built:
             record = self.document.modules[index]
@@ -128,6 +128,8 @@ class _Builder:
         for name, value in record.attrs.items():
             self._check_name(module, name)
             state[name] = self.decoder.decode(value)
+        if isinstance(module, nn.RNNBase):
+            _check_recurrent(module, state)
         kind: Any = type(module)
         if kind.__setstate__ is vars(nn.Module)["__setstate__"]:
             vars(module).update(state)
@@ -137,6 +139,7 @@ class _Builder:
             except Exception as error:
                 raise _failed(record.path, error) from error
         for place, value in record.hooks:
+            _check_hook(place, value)
             hook = self.decoder.decode(value)
             if place == "_forward_pre_hooks":
                 module.register_forward_pre_hook(hook)
@@ -158,6 +161,11 @@ class _Builder:
 
     def instance(self, reference: str, attributes: Mapping[str, Any]) -> Any:
         kind = self.trust.resolve(Named("$object", reference))
+        replaced = [name for name in attributes if callable(getattr(kind, name, None))]
+        if replaced and reference in STORED_HOOKS:  # the forward calls their methods
+            raise IntegrityError(
+                "document-damaged", f'attribute "{escape(replaced[0])}" would replace a method'
+            )
         made = object.__new__(kind)
         vars(made).update({name: self.decoder.decode(item) for name, item in attributes.items()})
         return made
@@ -180,8 +188,62 @@ class _ModuleDecoder(Decoder):
             return self.builder.instance(*content)
         if tag == "$partial":
             function, arguments, keywords = map(self.decode, content)
+            if not isinstance(arguments, tuple) or not isinstance(keywords, dict):
+                raise TypeError("the arguments of a partial are no tuple and dict")
             return functools.partial(function, *arguments, **keywords)
         return super(_ModuleDecoder, self)._decode_tag(tag, content)
+
+
+def _check_hook(place: str, value: Any) -> None:
+    """Refuse a hook that no push stores: a forward would call it."""
+    stored = isinstance(value, dict) and "$object" in value and value["$object"][0] in STORED_HOOKS
+    if not stored or place not in ("_forward_hooks", "_forward_pre_hooks"):
+        raise IntegrityError(
+            "document-damaged", f'a hook at "{escape(place, 80)}" is none of torch.nn.utils'
+        )
+
+
+# By the forward that calls the kernel: which mode it may have, and how many gates.
+_RECURRENT: dict[Any, dict[Any, int]] = {
+    nn.RNN.forward: {"RNN_TANH": 1, "RNN_RELU": 1},
+    nn.LSTM.forward: {"LSTM": 4},
+    nn.GRU.forward: {"GRU": 3},
+}
+
+
+def _check_recurrent(module: nn.RNNBase, state: Mapping[str, Any]) -> None:
+    """Refuse recurrent weights of other shapes than the settings say. Kernels take them on trust
+    and read beyond their end; ``__setstate__`` counts to any number of layers."""
+    names = state.get("all_weights", state.get("_all_weights"))
+    modes = _RECURRENT.get(type(module).forward)
+    try:
+        flat = state["_flat_weights"]
+        fine = all(isinstance(name, str) for layer in names or [[None]] for name in layer)
+        fine &= len(flat) == len(state["_flat_weights_names"])
+        if fine and modes is not None and all(weight is not None for weight in flat):
+            shapes = _recurrent_shapes(state, modes[state["mode"]], len(flat))
+            fine = shapes == [tuple(weight.shape) for weight in flat]
+    except (AttributeError, KeyError, TypeError):
+        fine = False
+    if not fine:
+        raise IntegrityError(
+            "document-damaged", f"weights of a {type(module).__qualname__} do not fit its settings"
+        )
+
+
+def _recurrent_shapes(state: Mapping[str, Any], gates: int, limit: int) -> list[tuple[int, ...]]:
+    """The shapes of the weights of a recurrent module, in order, of no more than ``limit`` layers."""
+    hidden, projected = state["hidden_size"], state["proj_size"]
+    directions = 2 if state["bidirectional"] else 1
+    shapes: list[tuple[int, ...]] = []
+    for layer in range(min(state["num_layers"], limit + 1)):
+        given = (projected or hidden) * directions if layer else state["input_size"]
+        one: list[tuple[int, ...]] = [(gates * hidden, given)]
+        one.append((gates * hidden, projected or hidden))
+        one += [(gates * hidden,)] * 2 if state["bias"] else []
+        one += [(projected, hidden)] if projected else []
+        shapes += one * directions
+    return shapes
 
 
 def _make_lazy(module: nn.Module) -> None:
@@ -201,6 +263,12 @@ def _inject(module: nn.Module, names: tuple[str, ...]) -> None:
         return
     from torch.nn.utils import parametrize
 
+    given = module._modules.get("parametrizations")
+    known = tuple(given) if isinstance(given, nn.ModuleDict) else ()
+    if known != names or any(name.startswith("__") for name in names):
+        raise IntegrityError(
+            "document-damaged", f'"{escape(names[0], 80)}" is parametrized by no module'
+        )
     parametrize._inject_new_class(module)
     for name in names:
         parametrize._inject_property(module, name)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ckpt.core.documents import FORMAT, Document, Probe
-from ckpt.core.errors import IntegrityError
+from ckpt.core.errors import CkptError, IntegrityError
 from ckpt.core.printable import escape
 from ckpt.loader.conditions import check_conditions, describe_conditions, differences, replaying
 from ckpt.loader.forward import (
@@ -25,6 +25,7 @@ from ckpt.loader.forward import (
 from ckpt.loader.outputs import Comparison, all_equal, compare
 from ckpt.loader.replica import copied_again
 from ckpt.loader.restore import DeviceMap, MemorySpace, Restorer
+from ckpt.loader.values import MALFORMED
 
 # From which share on a submodule's root mean square counts as another one, on other machines.
 _CHILD_DIFFERS = 1e-3
@@ -70,7 +71,13 @@ def replay(
         IntegrityError: ``outputs-differ``, naming the first output and submodule that differ;
             ``document-damaged``.
     """
-    return _Replay(probe, spaces, copy, module, device).judge()
+    try:
+        return _Replay(probe, spaces, copy, module, device).judge()
+    except CkptError:
+        raise
+    except MALFORMED as error:  # recorded outputs that no forward gives
+        reason = escape(str(error).partition("\n")[0])
+        raise _damaged(f"its outputs cannot be compared: {reason}") from error
 
 
 class _Replay:

@@ -19,12 +19,17 @@ from ckpt.core.tensors import CHUNK_BYTES
 from ckpt.loader.capture import UNINITIALIZED
 from ckpt.loader.geometry import contiguous_strides, is_dense, stored_shape
 from ckpt.loader.sources import as_bits, as_bytes, typed_view
-from ckpt.loader.values import MALFORMED, Decoder
+from ckpt.loader.values import MALFORMED, Decoder, numpy_dtype
 
 DeviceMap = str | torch.device | Mapping[str, str] | None
 
 
 _UNINITIALIZED = {kind: made for made, kind in UNINITIALIZED.items()}
+_QUANTIZED = ("quint8", "qint8", "qint32")
+# Beyond any tensor; arithmetic on larger numbers would only take time.
+_SHAPE_BITS = 4096
+# An index that says more than this many times what is stored of it would only take time to check.
+_REPEATS_LIMIT = 64
 
 
 class CkptWarning(UserWarning):
@@ -60,14 +65,17 @@ def dtype_of(entry: Tensor) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise IntegrityError(
             "dtype-unknown",
-            f'"{entry.name}" has dtype {entry.dtype}, which this torch lacks',
+            f'"{escape(entry.name)}" has dtype {escape(entry.dtype, 80)}, which this torch lacks',
             hint="install a newer torch",
         )
+    if entry.dtype in _QUANTIZED and entry.layout != "quantized":
+        raise _damaged(f'"{entry.name}" has a quantised dtype and no scale')
     return dtype
 
 
 def stored_nbytes(entry: Tensor) -> int:
     """How many bytes an entry with chunks has; IntegrityError unless its chunks are as many."""
+    _check_shape(entry)
     if entry.strides is not None and len(entry.strides) != len(entry.shape):
         raise _damaged(f'"{entry.name}" has {len(entry.strides)} strides')
     if not 0 <= entry.align < 16 or (entry.align and entry.kind != "region"):
@@ -78,6 +86,11 @@ def stored_nbytes(entry: Tensor) -> int:
     if min(shape, default=0) < 0 or -(-nbytes // CHUNK_BYTES) != len(entry.chunks):
         raise _damaged(f'"{entry.name}" has {len(entry.chunks)} chunks for {nbytes} bytes')
     return nbytes
+
+
+def _check_shape(entry: Tensor) -> None:
+    if sum(size.bit_length() for size in entry.shape if size not in (0, 1)) > _SHAPE_BITS:
+        raise _damaged(f'"{entry.name}" has a shape that no tensor has')
 
 
 @dataclass(slots=True)
@@ -130,6 +143,7 @@ class Restorer:
         return self._built[index]
 
     def _build(self, index: int, entry: Tensor) -> torch.Tensor:
+        _check_shape(entry)
         if entry.kind in _UNINITIALIZED:
             return self._uninitialized(entry)
         if entry.region is not None:
@@ -198,13 +212,13 @@ class Restorer:
             return _quantized(parts, details, dtype_of(entry))
         shape = entry.shape
         if entry.layout == "sparse_coo":
-            indices, values = parts["indices"], parts["values"]
+            places, values = _index(parts["indices"]), parts["values"]
             coalesced = bool(details["coalesced"])
             return torch.sparse_coo_tensor(
-                indices, values, shape, check_invariants=True, is_coalesced=coalesced
+                places, values, shape, check_invariants=True, is_coalesced=coalesced
             )
         layout, compressed, plain = _COMPRESSED[entry.layout]
-        indices = parts[compressed], parts[plain]
+        indices = _index(parts[compressed]), _index(parts[plain])
         return torch.sparse_compressed_tensor(
             *indices, parts["values"], shape, layout=layout, check_invariants=True
         )
@@ -297,21 +311,35 @@ def _quantized(
     parts: Mapping[str, torch.Tensor], details: Mapping[str, Any], dtype: torch.dtype
 ) -> torch.Tensor:
     integers = parts["integers"]
+    if integers.numel() and not is_dense(integers.shape, integers.stride()):
+        raise ValueError("its elements are not all stored")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch announces the end of these types
         if details["scheme"] == "per_tensor_affine":
             return torch._make_per_tensor_quantized_tensor(
                 integers, details["scale"], details["zero_point"]
             )
+        scales, axis = parts["scales"], details["axis"]
+        if not 0 <= axis < integers.dim() or scales.shape != integers.shape[axis : axis + 1]:
+            raise ValueError("its scales are not those of a dimension")
         return torch._make_per_channel_quantized_tensor(
-            integers, parts["scales"], parts["zero_points"], details["axis"]
+            integers, scales, parts["zero_points"], axis
         )
+
+
+def _index(part: torch.Tensor) -> torch.Tensor:
+    """A component that torch reads whole, to check it."""
+    if part.numel() * part.element_size() > _REPEATS_LIMIT * part.untyped_storage().nbytes():
+        raise ValueError("its indices repeat without end")
+    return part
 
 
 def _array(entry: Tensor, tensor: torch.Tensor) -> numpy.ndarray:
     array = tensor.cpu().numpy()
     if not entry.details:
         return array
+    if entry.strides is not None or entry.region is not None:
+        raise ValueError("its bytes are not one after the other")
     descr = _as_descr(entry.details["numpy"])
     dtype = numpy.lib.format.descr_to_dtype(descr)
     if dtype.hasobject:
@@ -322,7 +350,7 @@ def _array(entry: Tensor, tensor: torch.Tensor) -> numpy.ndarray:
 def _as_descr(value: Any) -> Any:
     """A numpy dtype description, whose pairs JSON made lists."""
     if isinstance(value, str):
-        return value
+        return numpy_dtype(value).str
     return [
         tuple(
             _as_descr(part) if place == 1 else tuple(part) if isinstance(part, list) else part
@@ -333,6 +361,7 @@ def _as_descr(value: Any) -> Any:
 
 
 def _damaged(reason: str) -> IntegrityError:
+    shown = escape(reason.partition("\n")[0])  # torch adds lines of its own
     return IntegrityError(
-        "document-damaged", f"the document contradicts itself: {reason}", hint="run `ckpt fsck`"
+        "document-damaged", f"the document contradicts itself: {shown}", hint="run `ckpt fsck`"
     )

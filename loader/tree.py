@@ -16,10 +16,12 @@ from ckpt.core.documents import Document, Module, Tensor
 from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.errors import CkptError, IntegrityError
 from ckpt.core.printable import escape
-from ckpt.loader.trust import Named, Trust
+from ckpt.loader.trust import Named, Trust, names_in
 from ckpt.loader.values import MALFORMED, Decoder
 
 _LINE_LIMIT = 400
+# A few records that share their children can describe a tree that fills any memory.
+_SHOWN_LIMIT = 200_000
 
 
 def module_tree(document: Document) -> str:
@@ -28,8 +30,10 @@ def module_tree(document: Document) -> str:
     Raises:
         IntegrityError: ``document-damaged`` when it is not a tree that a module could have.
     """
+    names_in(document)
     builder = _Skeletons(document)
     try:
+        _check_size(document, document.root["$module"])
         text = repr(builder.module(document.root["$module"]))
     except CkptError:
         raise
@@ -38,6 +42,22 @@ def module_tree(document: Document) -> str:
             "document-damaged", f"the module tree cannot be shown: {escape(str(error))}"
         ) from None
     return "\n".join(escape(line, _LINE_LIMIT) for line in text.split("\n"))
+
+
+def _check_size(document: Document, root: int) -> None:
+    """Refuse a tree that shows more modules than anybody can read."""
+    sizes: dict[int, int] = {}
+
+    def size_of(index: int) -> int:
+        if index not in sizes:
+            children = [child for _, child in document.modules[index].children if child is not None]
+            sizes[index] = 1 + sum(map(size_of, children))
+        return sizes[index]
+
+    if size_of(root) > _SHOWN_LIMIT:
+        raise IntegrityError(
+            "document-damaged", f"the module tree would show {sizes[root]} modules"
+        )
 
 
 @dataclass(slots=True)
@@ -66,8 +86,11 @@ class _Skeletons:
             kind = type(shown, (kind,), {})
         module: nn.Module = kind.__new__(kind)
         nn.Module.__init__(module)
-        module._parameters.update({name: self._tensor(entry) for name, entry in record.params})
-        module._buffers.update({name: self._tensor(entry) for name, entry, _ in record.buffers})
+        # Only these say the shapes of their tensors; any other could be made to compute with them.
+        listing = isinstance(module, (nn.ParameterList, nn.ParameterDict))
+        shown_as: Any = self._tensor if listing else _absent_or_name
+        module._parameters.update({name: shown_as(entry) for name, entry in record.params})
+        module._buffers.update({name: shown_as(entry) for name, entry, _ in record.buffers})
         for key, value in record.attrs.items():
             vars(module)[key] = self._value(value)
         try:
@@ -78,7 +101,7 @@ class _Skeletons:
 
     def _value(self, value: Any) -> Any:
         try:
-            return _PlainDecoder(self._tensor, {}, _no_generator).decode(value)
+            return _PlainDecoder(_absent_or_name, {}, _no_generator).decode(value)
         except CkptError:
             return None  # something that only trusted code could make
 
@@ -100,6 +123,8 @@ class _PlainDecoder(Decoder):
             return _Name(str(content).rpartition(":")[2])
         if tag == "$enum":
             return _Name(f"{str(content[0]).rpartition(':')[2]}.{content[1]}")
+        if tag == "$range":  # its length may be any number
+            return _Name(repr(range(*content)))
         return super()._decode_tag(tag, content)
 
 
@@ -111,6 +136,10 @@ class _Name:
 
     def __repr__(self) -> str:
         return self._name
+
+
+def _absent_or_name(index: int | None) -> Any:
+    return None if index is None else _Name("tensor")
 
 
 def _no_generator(device: str, state: Any) -> Any:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import nn
 
 from ckpt.core.documents import Document
@@ -20,6 +21,7 @@ from ckpt.loader.classes import is_plain_class, live_object
 TrustLike = type | str
 
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z", re.ASCII)
+_NAMING = frozenset({"$class", "$enum", "$function", "$object"})
 _PREFIX = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z", re.ASCII)
 # Modules of torch whose nn.Module classes only hold tensors and compute.
 _TRUSTED_MODULES = (
@@ -50,6 +52,13 @@ STORED_HOOKS = frozenset(
     }
 )
 _FUNCTION_HOMES = ("torch.nn.functional", "torch", "torch._C._nn", "math")
+# No document has these: they carry generated code, or are taken off at the push.
+_NEVER_STORED = (
+    torch.jit.ScriptModule,
+    torch.fx.GraphModule,
+    nn.DataParallel,
+    nn.parallel.DistributedDataParallel,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +73,8 @@ def names_in(document: Document) -> list[Named]:
     """Every class, function, enum and object that a load would need; imports nothing.
 
     Raises:
-        IntegrityError: ``document-damaged`` when a name has no proper form.
+        IntegrityError: ``document-damaged`` when a name has no proper form, or ``classes`` has one
+            that nothing in the document uses.
     """
     found = {Named("$module", module.reference) for module in document.modules}
     for module in document.modules:
@@ -77,23 +87,39 @@ def names_in(document: Document) -> list[Named]:
         parts = re.split(r"[.:]", name.reference)
         private = any(part.startswith("__") and part != "__main__" for part in parts)
         if not _REFERENCE.match(name.reference) or private:
-            raise IntegrityError(
-                "document-damaged", f'"{escape(name.reference, 80)}" is not the name of a class'
-            )
+            raise _no_name(name.reference)
+    unused = {known.reference for known in document.classes} - {name.reference for name in found}
+    if unused:
+        raise _no_name(min(unused))
     return sorted(found, key=lambda name: (name.reference, name.tag))
 
 
 def _names_of(value: Any) -> Iterator[Named]:
-    if isinstance(value, list):
-        for item in value:
-            yield from _names_of(item)
-    elif isinstance(value, dict):
-        for tag, content in value.items():
-            if tag in ("$enum", "$object") and isinstance(content, list) and content:
-                yield Named(tag, str(content[0]))
-            elif tag in ("$class", "$function"):
-                yield Named(tag, str(content))
-            yield from _names_of(content)
+    rest = [value]  # not by recursion: a document may be nested as deep as its author likes
+    while rest:
+        value = rest.pop()
+        if isinstance(value, list):
+            rest.extend(value)
+        elif isinstance(value, dict):
+            rest.extend(value.values())
+            for tag in _NAMING.intersection(value):
+                yield Named(tag, _name_in(tag, value[tag]))
+
+
+def _name_in(tag: str, content: Any) -> str:
+    """The name in the content of a tag. Any other form is refused: what is not seen here would
+    not be compared with what is allowed."""
+    if tag in ("$enum", "$object"):
+        content = content[0] if isinstance(content, list) and len(content) == 2 else None
+    if not isinstance(content, str):
+        raise _no_name(tag)
+    return content
+
+
+def _no_name(name: str) -> IntegrityError:
+    return IntegrityError(
+        "document-damaged", f'"{escape(name, 80)}" is not the name of a class that it uses'
+    )
 
 
 class Trust:
@@ -195,8 +221,11 @@ class Trust:
         """Import what an allowed name means, and check that it is what it says.
 
         Raises:
-            NotFoundError: ``class-missing``; TrustError: ``class-type``, ``class-origin``.
+            NotFoundError: ``class-missing``; TrustError: ``class-type``, ``class-origin``,
+                ``class-not-allowed``.
         """
+        if not self.allows(name):  # it was checked with the whole document; never rely on that
+            raise TrustError("class-not-allowed", f"{escape(name.reference, 80)} is not trusted")
         found = self._given(name.reference)
         if found is None:
             found = _imported(name.reference)
@@ -219,7 +248,13 @@ def _imported(reference: str) -> Any:
             f"cannot import {module}: {error}",
             hint="install it, or get the weights alone with pull",
         ) from error
-    for part in qualified.split("."):
+    for place, part in enumerate(qualified.split(".")):
+        if place and not isinstance(found, type):  # another module's attributes may import more
+            raise TrustError(
+                "class-origin",
+                f"{reference} is not defined in a class of {module}",
+                hint="trust the module that defines it",
+            )
         if not hasattr(found, part):
             raise NotFoundError(
                 "class-missing",
@@ -244,7 +279,9 @@ def _check_origin(reference: str, found: Any) -> None:
 
 def _check_kind(name: Named, found: Any) -> None:
     wanted: Mapping[str, bool] = {
-        "$module": isinstance(found, type) and issubclass(found, nn.Module),
+        "$module": isinstance(found, type)
+        and issubclass(found, nn.Module)
+        and not issubclass(found, _NEVER_STORED),
         "$enum": isinstance(found, type) and issubclass(found, Enum),
         "$object": isinstance(found, type) and is_plain_class(found),
         "$class": isinstance(found, type),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import math
 import pathlib
+import re
 import struct
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,6 +30,8 @@ _DEPTH_LIMIT = 100
 _INTEGER_BITS = 8192
 _FACTORIES = {kind.__name__: kind for kind in (int, float, str, list, dict, set, tuple, bool)}
 _PLAIN_NAN = struct.pack(">d", math.nan)
+# As dtype.str gives it. numpy reads more than this, by code that is not for untrusted text.
+_NUMPY_DTYPE = re.compile(r"[<>|=]?[?A-Za-z]\d*(\[\w+\])?\Z", re.ASCII)
 
 
 class TensorTaker(Protocol):
@@ -301,8 +304,9 @@ class Decoder:
             ((tag, content),) = value.items()
             return self._decode_tag(tag, content)
         except MALFORMED as error:
+            reason = escape(str(error).partition("\n")[0])
             raise IntegrityError(
-                "document-damaged", f"a value of the document cannot be read: {error}"
+                "document-damaged", f"a value of the document cannot be read: {reason}"
             ) from None
 
     def _decode_tag(self, tag: str, content: Any) -> Any:
@@ -366,8 +370,15 @@ def _torch_named(content: str, kind: type) -> Any:
     return value
 
 
+def numpy_dtype(text: Any) -> numpy.dtype[Any]:
+    """numpy's dtype of one plain element; ValueError for any other text."""
+    if not isinstance(text, str) or not _NUMPY_DTYPE.match(text):
+        raise ValueError("this is no dtype of numpy")
+    return numpy.dtype(text)
+
+
 def _decode_numpy_scalar(content: list[str]) -> Any:
-    dtype, data = numpy.dtype(content[0]), base64.b64decode(content[1])
+    dtype, data = numpy_dtype(content[0]), base64.b64decode(content[1])
     if dtype.kind == "U":
         return numpy.str_(data.decode("utf-32-le", "surrogatepass"))
     if dtype.kind in "SV":

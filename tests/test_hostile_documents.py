@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hostile_driver
 import pytest
 from hostile_documents import attacks
 
 DRIVER = Path(__file__).with_name("hostile_documents.py")
+LOADS = {name: code for name, (_, code, _) in hostile_driver.attacks().items()}
 
 # Edits that a load may go through with: nothing of them is code, and nothing is where it should
 # not be.
@@ -48,3 +50,31 @@ def test_a_hostile_document_reaches_nothing(results: dict[str, Any], name: str) 
     assert not found["show"].startswith("raw"), found["show"]
     if name not in HARMLESS:
         assert found["load"] != "done"
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, Any]:
+    """What the documents of ``hostile_driver`` led to, each loaded from a real repository."""
+    command = [sys.executable, str(DRIVER.with_name("hostile_driver.py"))]
+    found = subprocess.run(command, capture_output=True, check=False, timeout=300)
+    lines = [json.loads(line) for line in found.stdout.splitlines() if line.startswith(b'{"name"')]
+    return {line["name"]: line for line in lines}
+
+
+@pytest.mark.parametrize("name", sorted(LOADS))
+def test_a_hostile_load_ends_as_it_should_and_costs_little(
+    loaded: dict[str, Any], name: str
+) -> None:
+    assert name in loaded, "the process ended in an attack"
+    found = loaded[name]
+    assert found["events"] == []
+    assert found["load"]["code"] == LOADS[name]
+    assert not found["show"]["code"].startswith("raw"), found["show"]
+    for one in (found["load"], found["show"]):
+        assert one["printable"]
+        assert one["seconds"] < 10
+        assert one["mebibytes"] < 200
+
+
+def test_a_tree_that_doubles_at_every_level_is_not_shown(loaded: dict[str, Any]) -> None:
+    assert loaded["doubling"]["show"]["code"] == "document-damaged"
