@@ -15,7 +15,7 @@ from benchmarks.measure import Timing, take_turns
 
 _LAYERS = 64
 _WIDTH = 2048  # 16 MiB of fp32 a layer
-_LOAD_ROUNDS = 9
+_ROUNDS = 9
 
 
 def make_module() -> nn.Sequential:
@@ -46,7 +46,7 @@ def compare_loads(folder: Path, *, cold: bool) -> dict[str, Timing]:
             ready.load_state_dict(load_file(path), assign=False)
 
         contestants = {"repo.load": load, "load_file + load_state_dict": fill}
-        return take_turns(contestants, rounds=_LOAD_ROUNDS, between=between)
+        return take_turns(contestants, rounds=_ROUNDS, between=between)
 
 
 def _forget(path: Path) -> None:
@@ -77,6 +77,7 @@ def compare_pushes(folder: Path) -> dict[str, Timing]:
                 "repo.push(net)": lambda: _push(repo, net),
                 "repo.push(net.state_dict())": lambda: _push(repo, net.state_dict()),
             },
+            rounds=_ROUNDS,
             between=change,
         )
 

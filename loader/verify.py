@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from msgspec.structs import replace
@@ -44,6 +45,8 @@ class Report:
     outputs: tuple[Comparison, ...] = ()
     dropped: tuple[str, ...] = ()
 
+
+_NAMES_LIMIT = 1_000_000
 
 # From the weakest to the strongest.
 VERDICTS = ("weights", "structure", "outputs-close", "outputs-exact")
@@ -151,11 +154,30 @@ def find_drift(document: Document) -> tuple[str, ...]:
 
 
 def state_dict_names(document: Document) -> list[tuple[str, int]]:
-    """``(key, tensor entry)`` in the order that ``state_dict()`` gave."""
+    """``(key, tensor entry)`` in the order that ``state_dict()`` gave.
+
+    Raises:
+        IntegrityError: ``document-damaged`` when the tree is none, or names what is not there.
+    """
     if not document.modules:
         return []
-    root = document.root["$module"] if isinstance(document.root, dict) else 0
-    return list(_walk(document.modules, root, "", ()))
+    try:
+        walk = _walk(document.modules, document.root["$module"], "", ())
+        names = list(islice(walk, _NAMES_LIMIT + 1))
+    except (LookupError, TypeError, RecursionError) as error:
+        raise _no_tree(str(error)) from None
+    if len(names) > _NAMES_LIMIT:
+        raise _no_tree(f"it has more than {_NAMES_LIMIT} names")
+    for name, index in names:
+        if type(index) is not int or not 0 <= index < len(document.tensors):
+            raise _no_tree(f'"{escape(name, 80)}" is tensor {index!r}')
+    return names
+
+
+def _no_tree(reason: str) -> IntegrityError:
+    return IntegrityError(
+        "document-damaged", f"the module tree cannot be read: {reason}", hint="run `ckpt fsck`"
+    )
 
 
 def _walk(modules: Sequence[Module], index: int, prefix: str, above: tuple[int, ...]) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt.core.documents import Document, Tensor
-from ckpt.core.errors import NotFoundError
+from ckpt.core.errors import IntegrityError, NotFoundError
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
 from ckpt.registry.registry import Registry
@@ -239,17 +239,25 @@ def fill(
     return filled
 
 
-def _with_bytes(document: Document, chosen: Sequence[int]) -> set[int]:
+def _with_bytes(document: Document, chosen: Iterable[int]) -> set[int]:
     """The entries whose bytes these ones need: their own, their host's, their components'."""
     needed: set[int] = set()
-    for index in chosen:
+    waiting, seen = list(chosen), set(chosen)
+    while waiting:
+        index = waiting.pop()
+        if not 0 <= index < len(document.tensors):
+            raise IntegrityError(
+                "document-damaged",
+                f"the document refers to tensor {index}, which is not there",
+                hint="run `ckpt fsck`",
+            )
         tensor = document.tensors[index]
-        if tensor.region is not None:
-            needed.add(tensor.region)
-        elif tensor.components is not None:
-            needed |= _with_bytes(document, list(tensor.components.values()))
-        elif tensor.has_bytes:
+        if tensor.has_bytes:
             needed.add(index)
+        others = [] if tensor.region is None else [tensor.region]
+        others += (tensor.components or {}).values()
+        waiting += [other for other in others if other not in seen]
+        seen.update(others)
     return needed
 
 

@@ -42,6 +42,13 @@ def behaviour_of(repo: ckpt.Repository, name: str) -> Behaviour:
     return probe.behaviour
 
 
+def spectral() -> nn.Module:
+    """Its vectors are those of another weight, so the next power iteration changes them."""
+    net = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))
+    nn.init.normal_(net.parametrizations.weight.original)  # type: ignore[union-attr, arg-type]
+    return net
+
+
 class TestBehaviour:
     """A forward is run on copies, and classified."""
 
@@ -58,7 +65,7 @@ class TestBehaviour:
             (Writing(), Behaviour(changes_inputs=True)),
             (Noisy(), Behaviour(stochastic=True, random=True)),
             (
-                nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)),
+                spectral(),
                 Behaviour(changes_state=True),
             ),
             (nn.Sequential(nn.LazyLinear(4), nn.ReLU()), None),

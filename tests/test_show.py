@@ -105,17 +105,17 @@ def run(repo: ckpt.Repository, *arguments: str) -> str:
 
 def test_show_imports_nothing_and_tells_what_changed(repo: ckpt.Repository, tmp_path: Path) -> None:
     marker = tmp_path / "imported"
-    source = tmp_path / "marking.py"
+    source = tmp_path / "noting.py"
     source.write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n")
     source.write_text(source.read_text() + "from torch import nn\nclass Net(nn.Linear): pass\n")
     sys.path.insert(0, str(tmp_path))
     try:
-        import marking  # type: ignore[import-not-found]
+        import noting  # type: ignore[import-not-found]
 
-        repo.push(nn.Sequential(marking.Net(2, 2)), "m", inputs=(torch.ones(2, 2),))
+        repo.push(nn.Sequential(noting.Net(2, 2)), "m", inputs=(torch.ones(2, 2),))
     finally:
         sys.path.remove(str(tmp_path))
-        sys.modules.pop("marking", None)
+        sys.modules.pop("noting", None)
     marker.unlink()
     shown = run(repo, "show", "m", "--path", str(tmp_path))
     assert "Sequential(\n  (0): Net()\n)" in shown
@@ -123,10 +123,10 @@ def test_show_imports_nothing_and_tells_what_changed(repo: ckpt.Repository, tmp_
     assert "changed since" not in shown
     source.write_text(source.read_text().replace("pass", "note = 1"))
     shown = run(repo, "show", "m", "--path", str(tmp_path))
-    assert "the source of marking:Net changed since the push" in shown
+    assert "the source of noting:Net changed since the push" in shown
     needed = run(repo, "show", "m", "--trust")
     assert [line.split()[:2] for line in needed.splitlines()[1:]] == [
-        ["marking:Net", "yes"],
+        ["noting:Net", "yes"],
         ["torch.nn.modules.container:Sequential", "no"],
     ]
     told = json.loads(run(repo, "show", "m", "--trust", "--json"))
