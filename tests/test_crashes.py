@@ -193,6 +193,23 @@ class Change(Operation):
         assert self.after != TWO or repo.get(f"{MODEL}:best").number == 1
 
 
+class Collection(Operation):
+    """The removal of a version, and of its bytes; the bytes of the others stay."""
+
+    def check_done(self, world: World, repo: ckpt.Repository) -> None:
+        super().check_done(world, repo)
+        repo.gc(grace=0)
+        plans = [repo._registry.books.read_plan(version.push)[0] for version in repo.log(MODEL)]
+        assert set(world.packs()) == {pack for plan in plans for pack in plan}
+
+
+def remove_and_collect(world: World, repo: ckpt.Repository) -> None:
+    """Also when the version is gone already: what was stopped may be the collection."""
+    with suppress(NotFoundError):
+        repo.rm(f"{MODEL}@1")
+    repo.gc(grace=0)
+
+
 class Pull(Operation):
     def check(self, world: World, *, returned: bool) -> None:
         assert returned <= world.pulled.exists()
@@ -215,6 +232,9 @@ OPERATIONS = {
     "push of the same": Operation(lambda w, r: w.push(r, "two", 2), TWO),
     "tag": Change(lambda w, r: r.tag(f"{MODEL}@1", "best"), TWO),
     "rm": Change(lambda w, r: r.rm(f"{MODEL}@1"), {2: "two"}),
+    "rm and gc": Collection(remove_and_collect, {2: "two"}, fewest=60),
+    "prune": Change(lambda w, r: r.prune(MODEL, keep=["last:1"]), {2: "two"}),
+    "fsck and repair": Operation(lambda w, r: r.fsck(read_data=1, repair=True), TWO),
     "pull to a file": Pull(lambda w, r: r.pull_file(f"{MODEL}@1", w.pulled, force=False), TWO),
 }
 
