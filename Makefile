@@ -3,12 +3,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test check docs bench clean
+.PHONY: help demo demo-team test check docs bench clean
 help:  ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
 demo: $(STAMP)  ## Push, change and pull a real checkpoint of 22.7 M parameters
 	$(BIN)/python examples/demo.py
+
+demo-team: $(STAMP)  ## Four jobs on real servers (PostgreSQL, S3) on loopback, one of them killed
+	$(BIN)/python examples/demo_team.py
 
 test: $(STAMP)  ## Run all tests; one: make test T="tests/test_stores.py -k durable"
 	$(BIN)/python -m pytest $(if $(T),$(T),-n 2 --dist loadfile)
