@@ -7,7 +7,7 @@ import re
 import click
 
 from ckpt.cli.command import Settings, command
-from ckpt.cli.render import print_json
+from ckpt.cli.render import count, print_json
 from ckpt.core.errors import IntegrityError, UsageError
 from ckpt.core.printable import escape
 
@@ -50,7 +50,7 @@ def fsck(settings: Settings, read_data: str | None, repair: bool) -> None:
             click.echo(f"repaired {reference}")
         for pack in found.healed:
             click.echo(f"whole again: {pack}")
-        settings.say(f"{found.packs} packs looked at, {found.chunks} chunks read")
+        settings.say(f"looked at {count(found.packs, 'pack')}, read {count(found.chunks, 'chunk')}")
     if not found.is_clean:
         shown = ", ".join(found.damaged) or "documents or events are missing"
         raise IntegrityError(

@@ -7,7 +7,7 @@ import re
 import click
 
 from ckpt.cli.command import Settings, command
-from ckpt.cli.render import print_json, size, table
+from ckpt.cli.render import count, print_json, size, table
 from ckpt.core.errors import UsageError
 from ckpt.core.printable import escape
 
@@ -49,16 +49,16 @@ def gc(settings: Settings, grace: str, dry_run: bool, allow: tuple[str, ...]) ->
         print_json(gc_summary(collected))
         return
     verb = "would free" if dry_run else "freed"
-    click.echo(f"{verb} {size(collected.freed_bytes)} in {len(collected.freed)} packs")
+    click.echo(f"{verb} {size(collected.freed_bytes)} in {count(len(collected.freed), 'pack')}")
     if collected.orphans:
-        settings.say(f"{len(collected.orphans)} unfinished packs of pushes that ended")
+        settings.say(f"{count(len(collected.orphans), 'unfinished pack')} of pushes that ended")
     if collected.waiting:
         settings.say(
-            f"{size(collected.waiting_bytes)} in {len(collected.waiting)} packs wait for the end "
-            f"of the grace of {grace}; --grace 0 frees them now"
+            f"unneeded: {size(collected.waiting_bytes)} in {count(len(collected.waiting), 'pack')} until the end "
+            f"of the grace of {grace}; --grace 0 frees it now"
         )
     if collected.unknown:
-        settings.say(f"{len(collected.unknown)} packs of unknown pushes are left alone")
+        settings.say(f"left alone: {count(len(collected.unknown), 'pack')} of unknown pushes")
 
 
 @command("du")

@@ -7,7 +7,7 @@ import sys
 import click
 
 from ckpt.cli.command import Settings, command
-from ckpt.cli.render import print_json, size, table, version_json
+from ckpt.cli.render import count, print_json, size, table, version_json
 from ckpt.core.errors import UsageError
 
 
@@ -42,7 +42,7 @@ def prune(
     with settings.open() as repository:
         foreseen = repository.prune(model, keep=rules, dry_run=True)
         if foreseen.victims and not dry_run:
-            _confirm(f"{len(foreseen.victims)} versions of {model}", yes)
+            _confirm(f"{count(len(foreseen.victims), 'version')} of {model}", yes)
         pruned = foreseen
         if not dry_run:
             pruned = repository.prune(model, keep=rules, save=save)
@@ -63,7 +63,8 @@ def prune(
         rows = [[version.reference, size(version.nbytes), why] for version in pruned.victims]
         click.echo(table([verb.upper(), "SIZE", "WHY"], rows, right=["SIZE"]))
     settings.say(
-        f"{verb} {len(pruned.victims)} versions of {model}; {size(pruned.freed_bytes)} go with gc"
+        f"{verb} {count(len(pruned.victims), 'version')} of {model}; "
+        f"gc frees {size(pruned.freed_bytes)} of it"
     )
 
 

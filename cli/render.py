@@ -33,6 +33,11 @@ def size(nbytes: int) -> str:
     return f"{value:.1f} TiB"
 
 
+def count(number: int, noun: str) -> str:
+    """``1 pack``, ``2 packs``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def age(moment: datetime) -> str:
     """How long ago, in one unit."""
     seconds = max(0, int((datetime.now(UTC) - moment).total_seconds()))

@@ -170,10 +170,10 @@ def test_the_command_line_tells_and_ends_with_4(filled: ckpt.Repository) -> None
         assert found.returncode == status, found.stderr
         return found.stdout + found.stderr
 
-    assert "3 packs looked at, 7 chunks read" in run("--read-data")
-    assert "3 packs looked at" in run("--read-data=50%")
+    assert "looked at 3 packs, read 7 chunks" in run("--read-data")
+    assert "looked at 3 packs" in run("--read-data=50%")
     flip(pack_of(filled, "b"))
-    assert "0 chunks read" in run()
+    assert "read 0 chunks" in run()
     said = run("--read-data", status=4)
     assert "has other bytes" in said
     assert "error[damaged]: damaged: b@1" in said

@@ -261,7 +261,7 @@ def test_the_command_line_tells_what_it_frees(repo: ckpt.Repository) -> None:
 
     assert "52.0 KiB stored" not in run("du").splitlines()[-2]
     assert "104.0 KiB stored, 52.0 KiB of it unneeded" in run("du")
-    assert "52.0 KiB in 1 packs wait" in run("gc")
-    assert "would free 52.0 KiB in 1 packs" in run("gc", "--grace", "0", "-n")
-    assert "freed 52.0 KiB in 1 packs" in run("gc", "--grace", "0")
+    assert "unneeded: 52.0 KiB in 1 pack until" in run("gc")
+    assert "would free 52.0 KiB in 1 pack" in run("gc", "--grace", "0", "-n")
+    assert "freed 52.0 KiB in 1 pack" in run("gc", "--grace", "0")
     assert json.loads(run("gc", "--json"))["freed"] == []
