@@ -22,7 +22,7 @@ from ckpt.core.printable import escape
 )
 @click.option("--repair", is_flag=True, help="Write copies again; move versions to whole packs.")
 def fsck(settings: Settings, read_data: str | None, repair: bool) -> None:
-    """Check that the store has what the registry says. Nothing is ever deleted.
+    """Check that the store has what the registry says. No pack is ever deleted.
 
     A pack that is missing or wrong is marked: the next push of its content writes it again, and
     --repair then moves the versions that need it.

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import re
-
 import click
 
 from ckpt.cli.command import Settings, command
 from ckpt.cli.render import count, print_json, size, table
+from ckpt.core.durations import seconds_of
 from ckpt.core.errors import UsageError
 from ckpt.core.printable import escape
-
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 def duration(text: str) -> float:
     """Seconds of ``7d``, ``12h``, ``0``; UsageError ``duration-invalid``."""
-    found = re.fullmatch(r"(\d{1,9})([smhdw]?)", text)
-    if found is None or (not found[2] and found[1] != "0"):
+    seconds = seconds_of(text)
+    if seconds is None:
         raise UsageError(
             "duration-invalid", f'"{escape(text, 40)}" is no duration', hint="write 7d, 12h or 0"
         )
-    return float(int(found[1]) * _UNITS[found[2] or "s"])
+    return float(seconds)
 
 
 @command("gc")

@@ -33,7 +33,7 @@ def init(
     """
     from ckpt.service.config import locate
     from ckpt.service.opening import make_repository, open_repository
-    from ckpt.service.places import S3Options, as_place
+    from ckpt.service.places import S3Options, as_address
 
     chosen = folder or settings.repo or "."
     location = locate(chosen)
@@ -41,8 +41,10 @@ def init(
     if not existed:
         location = replace(
             location,
-            registry_place=as_place(registry, "registry") if registry else location.registry_place,
-            store_place=as_place(store, "store") if store else location.store_place,
+            registry_place=location.registry_place
+            if registry is None
+            else as_address(registry, "registry"),
+            store_place=location.store_place if store is None else as_address(store, "store"),
             options=S3Options(endpoint, region),
         )
     elif registry or store or endpoint or region:

@@ -78,7 +78,15 @@ def _confirm(what: str, yes: bool) -> None:
 
 @command("events")
 @click.option("--since", metavar="WHEN", help="7d, 12h, or a date such as 2026-11-24.")
-@click.option("-n", "--number", "limit", default=100, show_default=True, help="How many.")
+@click.option(
+    "-n",
+    "--number",
+    "limit",
+    type=click.IntRange(1, 1 << 40),
+    default=100,
+    show_default=True,
+    help="How many.",
+)
 def events(settings: Settings, since: str | None, limit: int) -> None:
     """List who did what to what, newest first."""
     with settings.open() as repository:

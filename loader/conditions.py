@@ -16,8 +16,15 @@ from ckpt.core.errors import IntegrityError
 from ckpt.core.printable import escape
 from ckpt.loader.environment import cpu_name
 
-# (name in the record, read, write); each is set again for a replay.
-_FLAGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+_Access = tuple[Callable[[], Any], Callable[[Any], Any]]
+
+
+def _switch(owner: Any, name: str) -> _Access:
+    return lambda: getattr(owner, name), lambda value: setattr(owner, name, bool(value))
+
+
+# By name in the record, how to read and to write each; all are set again for a replay.
+_FLAGS: dict[str, _Access] = {
     "default_dtype": (
         lambda: str(torch.get_default_dtype()).removeprefix("torch."),
         lambda name: torch.set_default_dtype(getattr(torch, name)),
@@ -27,22 +34,10 @@ _FLAGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         lambda value: torch.use_deterministic_algorithms(bool(value), warn_only=True),
     ),
     "float32_matmul": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
-    "cudnn_tf32": (
-        lambda: torch.backends.cudnn.allow_tf32,
-        lambda value: setattr(torch.backends.cudnn, "allow_tf32", bool(value)),
-    ),
-    "cudnn_benchmark": (
-        lambda: torch.backends.cudnn.benchmark,
-        lambda value: setattr(torch.backends.cudnn, "benchmark", bool(value)),
-    ),
-    "cudnn_deterministic": (
-        lambda: torch.backends.cudnn.deterministic,
-        lambda value: setattr(torch.backends.cudnn, "deterministic", bool(value)),
-    ),
-    "mkldnn": (
-        lambda: torch.backends.mkldnn.enabled,
-        lambda value: setattr(torch.backends.mkldnn, "enabled", bool(value)),
-    ),
+    "cudnn_tf32": _switch(torch.backends.cudnn, "allow_tf32"),
+    "cudnn_benchmark": _switch(torch.backends.cudnn, "benchmark"),
+    "cudnn_deterministic": _switch(torch.backends.cudnn, "deterministic"),
+    "mkldnn": _switch(torch.backends.mkldnn, "enabled"),
 }
 _DEFAULT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 # More threads than this for each processor are not started, whatever a record says.

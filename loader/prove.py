@@ -122,13 +122,15 @@ def _ask(document: Document, sources: Sequence[TensorBytes | None]) -> dict[str,
 def _send(
     process: subprocess.Popen[bytes], head: bytes, sources: Sequence[TensorBytes | None]
 ) -> None:
-    assert process.stdin is not None
+    pipe = process.stdin
+    assert pipe is not None
     try:
-        process.stdin.write(head)
+        pipe.write(head)
         for source in sources:
-            for span in chunk_spans(source.nbytes) if source is not None else ():
-                process.stdin.write(source.read(*span))  # type: ignore[union-attr]
-        process.stdin.flush()
+            if source is not None:
+                for span in chunk_spans(source.nbytes):
+                    pipe.write(source.read(*span))
+        pipe.flush()
     except BrokenPipeError:
         pass  # it ended early; its answer or its status says why
 

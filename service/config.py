@@ -40,6 +40,12 @@ class Location:
         """The folder of a store on this machine; UsageError ``remote`` for another."""
         return _local(self.store_place, "store")
 
+    @property
+    def local_places(self) -> list[Path]:
+        """Those of the two that are on this machine."""
+        places = (self.registry_place, self.store_place)
+        return [place for place in places if isinstance(place, Path)]
+
 
 def _local(place: Place, what: str) -> Path:
     if isinstance(place, Path):
@@ -187,11 +193,7 @@ def complete(location: Location) -> None:
             temporary.unlink(missing_ok=True)
             raise
         _sync(location.root)
-        if (
-            not isinstance(location.registry_place, Path)
-            or location.options != S3Options()
-            or not isinstance(location.store_place, Path)
-        ):
+        if len(location.local_places) < 2:
             approve(config)
     except OSError as error:
         raise from_os_error(error, f"making the repository {location.root}") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -73,20 +73,21 @@ class OpenFolder:
 
 
 @contextmanager
-def open_folder(path: Path, repository: Path) -> Iterator[OpenFolder]:
-    """Open every file below a folder for a push; hidden folders are left out.
+def open_folder(path: Path, kept: Iterable[Path]) -> Iterator[OpenFolder]:
+    """Open every file below a folder for a push; hidden folders are left out. ``kept`` is where
+    the repository itself keeps its registry and its store.
 
     Raises:
         UsageError: ``no-weights`` when there is no ``.safetensors`` file, ``not-a-file``,
             ``holds-repository`` when the repository itself lies in it.
         IntegrityError: a header is refused; the message names the file.
     """
-    if repository.resolve().is_relative_to(path.resolve()):
-        inside = repository.resolve().relative_to(path.resolve())
-        if not any(part.startswith(".") for part in inside.parts):
+    for place in kept:
+        inside = Path(os.path.relpath(place.resolve(), path.resolve()))
+        if not any(part.startswith(".") for part in inside.parts):  # ".." is outside
             raise UsageError(
                 "holds-repository",
-                f"{escape(str(path))} holds the repository {escape(str(repository))}",
+                f"{escape(str(path))} holds the repository's {escape(str(place))}",
                 hint="push the folder of the weights alone",
             )
     names = list(_names(path))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ckpt.core.digests import digest_of
-from ckpt.core.errors import CkptError, IntegrityError
+from ckpt.core.errors import IntegrityError
 from ckpt.core.records import Chunk, FinishedPack, Pack, PackState
 from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import copy_pending
@@ -48,7 +48,7 @@ def check(
     store: Store, registry: Registry, read_data: float = 0.0, *, repair: bool = False
 ) -> Checked:
     """Compare the store with the registry. A bad pack becomes broken, so that the next push of
-    its content writes it again; one that is whole again becomes live. Nothing is deleted.
+    its content writes it again; one that is whole again becomes live. No pack is deleted.
 
     Args:
         read_data: the share of the packs whose every chunk is read and hashed, from 0 to 1.
@@ -146,11 +146,7 @@ def _check_copies(store: Store, registry: Registry, found: Checked, *, repair: b
         if store.size(copy.key) == len(copy.body) and store.get(copy.key) == copy.body:
             continue
         if repair:
-            try:
-                if store.size(copy.key) is not None:
-                    store.delete(copy.key)  # damaged: the registry has what it must say
-                store.put(copy.key, copy.body)
-                continue
-            except CkptError:
-                pass  # told below
-        found.copies.append(copy.key)
+            store.delete(copy.key)  # damaged, or not there: the registry has what it must say
+            store.put(copy.key, copy.body)
+        else:
+            found.copies.append(copy.key)

@@ -15,8 +15,6 @@ from ckpt.service.author import author
 from ckpt.storage.store import Store
 
 GRACE_SECONDS = 7 * 86400
-# Reasons to refuse that a person may overrule, one by one.
-OVERRIDES = ("empty", "unknown", "much")
 _MOST_UNEXPLAINED = 0.3
 _CLOCK_SECONDS = 300
 

@@ -88,13 +88,16 @@ def _with_store(location: Location, ask: Callable[[Store], T]) -> T:
 
 def _open_parts(registry: Place, store: Place, create: bool) -> Repository:
     """Open a registry and a store that lie in different places."""
-    local = isinstance(registry, Path)
     exists = registry.exists() if isinstance(registry, Path) else True
     root = store if isinstance(store, Path) else registry if isinstance(registry, Path) else Path()
     location = Location(root, registry, store, exists=exists)
     identity = _with_store(location, read_identity)
-    if identity is not None and (exists if local else not create):
-        return Repository(location, Registry.open(registry, identity))
+    if identity is not None and exists:
+        try:
+            return Repository(location, Registry.open(registry, identity))
+        except StorageError as error:  # a database without tables is no repository yet
+            if isinstance(registry, Path) or not create or error.code != "schema-older":
+                raise
     if not create:
         raise no_repository(location)
     opened = Registry.create(registry, _with_store(location, ensure_identity))

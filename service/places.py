@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ckpt.storage.store import Store
 
 Place = Path | str
 
+_PASSWORD = re.compile(r"([?&](?:ssl)?password=)[^&]*", re.IGNORECASE)
 _SCHEMES = {
     "registry": ("sqlite", "postgresql", "postgresql+psycopg", "postgres"),
     "store": ("s3",),
@@ -57,10 +59,33 @@ def open_store(place: Place, options: S3Options) -> Store:
     return S3Store(place, endpoint=options.endpoint, region=options.region)
 
 
+def as_address(text: str, what: str) -> str:
+    """An address that may be written down: no path, and without a password.
+
+    Raises:
+        UsageError: ``uri-refused``, ``password-refused``.
+    """
+    place = as_place(text, what)
+    if isinstance(place, Path):
+        raise UsageError(
+            "uri-refused",
+            f'"{escape(text, 80)}" is no address of a {what}',
+            hint="a repository's own folder has what lies on this machine",
+        )
+    if shown(place) != place:
+        raise UsageError(
+            "password-refused",
+            f"the address of the {what} has a password, which would be written down",
+            hint="leave it out; use PGPASSWORD or ~/.pgpass, or the AWS configuration",
+        )
+    return place
+
+
 def shown(place: Place) -> str:
     """A place as text without its password."""
     if isinstance(place, Path):
         return str(place)
     scheme, _, rest = place.partition("://")
     user, at, host = rest.rpartition("@")
-    return f"{scheme}://{user.partition(':')[0]}{at}{host}"
+    hidden = _PASSWORD.sub(r"\1***", host)
+    return f"{scheme}://{user.partition(':')[0]}{at}{hidden}"

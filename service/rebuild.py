@@ -61,8 +61,11 @@ def rebuild_registry(location: Location, store: Store) -> Rebuilt:
     fresh = location.registry.with_name(f"{location.registry.name}.rebuilding")
     try:
         _remove(fresh)
-        damaged = Registry.rebuild(fresh, identity, contents)
-        kept = _put_in_place(fresh, location.registry)
+        try:
+            damaged = Registry.rebuild(fresh, identity, contents)
+            kept = _put_in_place(fresh, location.registry)
+        finally:
+            _remove(fresh)
     except OSError as error:
         raise from_os_error(error, f"rebuilding {location.registry}") from error
     ended = {event["push"] for event in contents.events if event["kind"] in ("rm", "prune")}

@@ -139,7 +139,7 @@ class Repository(Upkeep):
 
         said = self._said(model, step, metrics, labels, alias, message, parent, run)
         if os.path.isdir(path):
-            with open_folder(Path(path), self.location.root) as folder:
+            with open_folder(Path(path), self.location.local_places) as folder:
                 described = Described(
                     state="files",
                     root=folder.root,

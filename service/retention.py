@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+from ckpt.core.durations import seconds_of
 from ckpt.core.errors import ConflictError, NotFoundError, UsageError
 from ckpt.core.names import check_model
 from ckpt.core.printable import escape
@@ -17,7 +18,6 @@ from ckpt.service.acknowledge import acknowledge_event
 from ckpt.service.author import author
 from ckpt.storage.store import Store
 
-_UNITS = {"h": 3600, "d": 86400, "w": 7 * 86400}
 _HINT = "write last:3, best:val_loss:min:2, every:1000 or within:7d"
 
 
@@ -64,7 +64,7 @@ def prune_model(
         raise UsageError("no-rules", f"no rule says what to keep of {model}", hint=_HINT)
     keepers = {rule: parse_rule(rule) for rule in chosen}
     versions = registry.queries.log(model, None, 1 << 40)
-    if save:
+    if save and not dry_run:
         event = registry.changes.save_policy(model, chosen, author())
         acknowledge_event(store, registry, event)
     kept = _kept(versions, keepers)
@@ -119,9 +119,8 @@ def parse_rule(rule: str) -> Callable[[Sequence[Version]], Collection[str]]:
             for version in versions
             if version.step is not None and version.step % number == 0
         ]
-    within = re.fullmatch(r"(\d{1,6})([hdw])", rest)
-    if word == "within" and within is not None:
-        seconds = int(within[1]) * _UNITS[within[2]]
+    seconds = seconds_of(rest)
+    if word == "within" and seconds is not None:
         return lambda versions: _recent(versions, seconds)
     best = re.fullmatch(r"(.+):(min|max):([1-9]\d{0,8})", rest)
     if word == "best" and best is not None:

@@ -81,7 +81,7 @@ class Upkeep:
         Args:
             read_data: the share of the packs whose every byte is read, from 0 to 1.
             repair: write missing documents and events again, and move versions from broken packs
-                to whole ones that have the same chunks. Nothing is deleted.
+                to whole ones that have the same chunks. No pack is deleted.
         """
         from ckpt.service.fsck import check
 

@@ -427,8 +427,8 @@ def main() -> None:
         events.clear()
         trusted[:] = trust
         watching = True
-        loaded = outcome(lambda: load(hostile, known, trust))  # noqa: B023
-        shown = outcome(lambda: module_tree(hostile))  # noqa: B023
+        loaded = outcome(lambda: load(hostile, known, trust))  # noqa: B023 -- called at once
+        shown = outcome(lambda: module_tree(hostile))  # noqa: B023 -- called at once
         watching = False
         results[name] = {"load": loaded, "show": shown, "events": list(events)}
     print(json.dumps(results))

@@ -219,6 +219,13 @@ ROWS: list[tuple[str, Prepare, list[str], int, str, str]] = [
             ("s3://user:secret@bucket", "s3"),
         ]
     ),
+    ("path for a server", nothing, ["init", "new", "--store", "../else"], 2, "uri-refused", ""),
+    ("password written down", nothing,
+     ["init", "new", "--registry", "postgresql://me:hunter2@host/db"], 2, "password-refused",
+     "PGPASSWORD"),
+    ("password in a query", nothing,
+     ["init", "new", "--registry", "postgresql://host/db?password=hunter2"], 2,
+     "password-refused", "PGPASSWORD"),
     ("uri of init", nothing, ["init", "http://x"], 2, "uri-refused", "http"),
     ("long repository", nothing, ["-r", LONG, "ls"], 6, "io", "too long"),
     ("working folder", gone, ["ls"], 3, "not-found", "upwards"),

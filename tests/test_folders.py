@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import ckpt
 from ckpt.core.documents import File
 from ckpt.core.errors import CkptError, ConflictError, IntegrityError, UsageError
-from ckpt.service.folder import check_name
+from ckpt.service.folder import check_name, open_folder
 
 
 @pytest.fixture
@@ -78,6 +78,14 @@ def test_a_second_push_stores_only_what_changed(repo: ckpt.Repository, folder: P
     assert repo.push_file(folder, "bert").number == first.number + 1
     packs = sorted(repo.location.store.glob("packs/*/*"), key=lambda path: path.stat().st_mtime)
     assert packs[-1].stat().st_size < 8192
+
+
+def test_only_what_the_repository_keeps_may_not_lie_in_it(folder: Path) -> None:
+    outside, hidden = folder.parent / "store", folder / ".ckpt" / "store"
+    with open_folder(folder, [outside, hidden]) as opened:
+        assert "config.json" in opened.files
+    with pytest.raises(UsageError, match="holds the repository"), open_folder(folder, [folder]):
+        pass
 
 
 def test_tensors_of_one_name_in_two_files_are_both_kept(

@@ -72,6 +72,11 @@ def test_saved_rules_are_used_the_next_time(trained: ckpt.Repository) -> None:
     assert left(trained) == [2, 8, 9, 10, 11]
 
 
+def test_a_dry_run_saves_no_rules(trained: ckpt.Repository) -> None:
+    trained.prune("net", keep=["last:4"], save=True, dry_run=True)
+    assert trained._registry.queries.policy("net") == ()
+
+
 @pytest.mark.parametrize(
     "rule", ["last", "last:0", "last:x", "best:loss:2", "best:loss:low:1", "within:soon", "keep:1"]
 )
@@ -117,6 +122,7 @@ def test_the_command_line_asks_tells_and_keeps_a_history(trained: ckpt.Repositor
     assert {event["kind"] for event in told} == {"push", "prune", "policy", "tag"}
     assert json.loads(run("events", "--since", "2999-01-01", "--json")) == []
     assert "time-invalid" in run("events", "--since", "soon", status=2)
+    run("events", "-n", "0", status=2)
 
 
 def test_a_version_that_is_named_meanwhile_stays(
