@@ -13,10 +13,9 @@ from torch import nn
 from ckpt.core.documents import Document, Module, Tensor, identity_bytes
 from ckpt.core.errors import IntegrityError
 from ckpt.core.printable import escape
-from ckpt.loader.capture import Captured
 from ckpt.loader.classes import describe_class
 from ckpt.loader.outputs import Comparison
-from ckpt.loader.replica import digests_of
+from ckpt.loader.replica import drafted
 from ckpt.loader.snapshot import capture_module
 
 
@@ -60,13 +59,9 @@ def check_structure(document: Document, module: nn.Module, *, digests: bool = Tr
     Raises:
         IntegrityError: ``structure-differs``, naming the first difference.
     """
-    again = capture_module(module, document.dropped)
-    found = replace(
-        document,
-        root=again.root,
-        modules=again.modules,
-        tensors=_with_chunks(again) if digests else _with_chunks_of(document, again.tensors),
-    )
+    found = drafted(capture_module(module, document.dropped), digests=digests)
+    if not digests:
+        document, found = _without_digests(document), _without_digests(found)
     if identity_bytes(found) != identity_bytes(document):
         raise IntegrityError(
             "structure-differs",
@@ -75,21 +70,10 @@ def check_structure(document: Document, module: nn.Module, *, digests: bool = Tr
         )
 
 
-def _with_chunks(again: Captured) -> tuple[Tensor, ...]:
-    """The entries with the digests of the bytes that the module has now; what was read was
-    checked already, but the module's own code has run since."""
-    pairs = zip(again.tensors, again.sources, strict=True)
-    return tuple(
-        entry if source is None else replace(entry, chunks=digests_of(source))
-        for entry, source in pairs
+def _without_digests(document: Document) -> Document:
+    return replace(
+        document, tensors=tuple(replace(tensor, chunks=()) for tensor in document.tensors)
     )
-
-
-def _with_chunks_of(document: Document, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The entries with the digests that the document says."""
-    chunks = [tensor.chunks for tensor in document.tensors]
-    chunks += [()] * (len(tensors) - len(chunks))
-    return tuple(replace(tensor, chunks=own) for tensor, own in zip(tensors, chunks, strict=False))
 
 
 def _first_difference(wanted: Document, found: Document) -> str:
