@@ -12,7 +12,7 @@ import hostile_driver
 import pytest
 from hostile_documents import attacks
 
-DRIVER = Path(__file__).with_name("hostile_documents.py")
+DRIVER = Path(__file__).with_name("hostile_process.py")
 LOADS = {name: code for name, (_, code, _) in hostile_driver.attacks().items()}
 
 # Edits that a load may go through with: nothing of them is code, and nothing is where it should
