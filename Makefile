@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo demo-team test check docs bench clean
+.PHONY: help demo demo-team test torture check docs bench clean
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
@@ -15,6 +15,11 @@ demo-team: $(STAMP)  ## Four jobs on real servers (PostgreSQL, S3) on loopback, 
 
 test: $(STAMP)  ## Run all tests; one: make test T="tests/test_stores.py -k durable"
 	$(BIN)/python -m pytest $(if $(T),$(T),-n 2 --dist loadfile)
+
+MINUTES := 10
+torture: $(STAMP)  ## The tests of safety for longer, on fresh seeds: make torture MINUTES=60
+	$(BIN)/python -m pytest -n 2 --dist worksteal --minutes $(MINUTES) $(T)
+	$(BIN)/python docs/generate.py
 
 check: $(STAMP)  ## Lint, types, layers, documents, tests
 	$(BIN)/ruff check .
