@@ -30,7 +30,8 @@ def duration(text: str) -> float:
     type=click.Choice(["empty", "unknown", "much"]),
     help="Overrule this reason to refuse. Repeatable.",
 )
-def gc(settings: Settings, grace: str, dry_run: bool, allow: tuple[str, ...]) -> None:
+@click.option("--repack", is_flag=True, help="Write packs again of which little is needed.")
+def gc(settings: Settings, grace: str, dry_run: bool, allow: tuple[str, ...], repack: bool) -> None:
     """Free the bytes that no version needs.
 
     What was removed a moment ago waits for the end of the grace. Safe beside pushes, pulls and
@@ -39,7 +40,9 @@ def gc(settings: Settings, grace: str, dry_run: bool, allow: tuple[str, ...]) ->
     from ckpt.service.gc import gc_summary
 
     with settings.open() as repository:
-        collected = repository.gc(grace=duration(grace), dry_run=dry_run, allow=allow)
+        collected = repository.gc(
+            grace=duration(grace), dry_run=dry_run, allow=allow, repack=repack
+        )
     for warning in collected.warnings:
         settings.say(f"warning: {warning}")
     if settings.as_json:
@@ -47,6 +50,9 @@ def gc(settings: Settings, grace: str, dry_run: bool, allow: tuple[str, ...]) ->
         return
     verb = "would free" if dry_run else "freed"
     click.echo(f"{verb} {size(collected.freed_bytes)} in {count(len(collected.freed), 'pack')}")
+    if collected.repacked:
+        verb = "would be written" if dry_run else "written"
+        settings.say(f"{count(len(collected.repacked), 'mostly dead pack')} {verb} again")
     if collected.orphans:
         settings.say(f"{count(len(collected.orphans), 'unfinished pack')} of pushes that ended")
     if collected.waiting:

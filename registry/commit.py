@@ -16,9 +16,9 @@ from ckpt.core.records import Environment, FinishedPack, PackState, PushFacts, P
 from ckpt.registry.bodies import compress
 from ckpt.registry.books import insert_pack, lock_packs, require_open
 from ckpt.registry.engine import Transaction, batches
+from ckpt.registry.needs import document_chunks, places_in, unreadable
 from ckpt.registry.tables import (
     aliases,
-    chunks,
     claims,
     class_uses,
     documents,
@@ -221,19 +221,8 @@ def _check_packs(transaction: Transaction, needed: Collection[str]) -> None:
 
 
 def _check_decodable(transaction: Transaction, document: Document, needed: Collection[str]) -> None:
-    """Every digest has a raw chunk in these packs, or a difference whose base has one."""
-    entries = (*document.tensors, *document.probe_tensors)
-    wanted = {digest for tensor in entries for digest in tensor.chunks}
-    raw: set[str] = set()
-    bases: dict[str, set[str]] = {}
-    for some in batches(sorted(needed)):
-        query = select(chunks.c.digest, chunks.c.base).where(chunks.c.pack.in_(some))
-        for row in transaction.rows(query):
-            if row.base is None:
-                raw.add(row.digest)
-            else:
-                bases.setdefault(row.digest, set()).add(row.base)
-    lost = [digest for digest in wanted - raw if not bases.get(digest, set()) & raw]
+    """Every digest of the document can be read from exactly these packs."""
+    lost = unreadable(document_chunks(document), places_in(transaction, needed))
     if lost:
         raise IntegrityError(
             "undecodable",

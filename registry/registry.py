@@ -18,6 +18,7 @@ from ckpt.registry.engine import Database
 from ckpt.registry.postgres import open_postgres
 from ckpt.registry.queries import Queries
 from ckpt.registry.rebuild import StoreContents, fence, rebuild
+from ckpt.registry.repack import Repacks
 from ckpt.registry.repair import Repairs
 from ckpt.registry.schema import check_schema, migrate
 from ckpt.registry.sqlite import open_sqlite
@@ -36,6 +37,7 @@ class Registry:
         self.collector = Collector(database)
         self.usages = Usages(database)
         self.repairs = Repairs(database)
+        self.repacks = Repacks(database)
 
     @classmethod
     def open(cls, where: Path | str, store: str) -> Registry:

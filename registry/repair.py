@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 
 from sqlalchemy import delete, insert, select, update
 
-from ckpt.core.documents import join_document
 from ckpt.core.records import Chunk, FinishedPack, Pack, PackState, PushState
-from ckpt.registry.bodies import decompress
 from ckpt.registry.books import as_chunk, as_pack, lock_packs, require_open
 from ckpt.registry.engine import Database, Transaction
-from ckpt.registry.tables import (
-    chunks,
-    claims,
-    documents,
-    models,
-    packs,
-    pushes,
-    refs,
-    structures,
-    versions,
-)
+from ckpt.registry.needs import chunks_of_version, places_in, places_of_version, unreadable
+from ckpt.registry.tables import chunks, claims, models, packs, pushes, refs, versions
 
 
 class Repairs:
@@ -68,13 +57,15 @@ class Repairs:
     def substitutes(self, push: str, lost: str) -> list[Pack] | None:
         """Live packs that have what a version needs from a lost one; None when some is nowhere."""
         with self._database.read() as transaction:
-            missing = _needs(transaction, push) - _readable(transaction, push, without=lost)
+            kept = [one for one in places_of_version(transaction, push) if one.pack != lost]
             found: set[str] = set()
-            for digest in sorted(missing):
+            for digest in unreadable(chunks_of_version(transaction, push), kept):
+                # The chunk itself from elsewhere, or what a difference to it counts from.
+                bases = {one.base for one in kept if one.digest == digest and one.base is not None}
                 query = (
                     select(chunks.c.pack)
                     .join(packs, packs.c.id == chunks.c.pack)
-                    .where(chunks.c.digest == digest, chunks.c.base.is_(None))
+                    .where(chunks.c.digest.in_({digest, *bases}), chunks.c.base.is_(None))
                     .where(packs.c.state != PackState.BROKEN.value, packs.c.id != lost)
                     .order_by(chunks.c.pack)
                 )
@@ -94,12 +85,10 @@ class Repairs:
             locked = lock_packs(transaction, {lost, *others}, exclusive=True)
             live = {pack.id for pack in locked if pack.state is PackState.LIVE}
             version = transaction.row(select(versions.c.id).where(versions.c.push == push))
-            known = _readable(transaction, push, without=lost)
-            for pack in others:
-                rows = transaction.rows(select(chunks).where(chunks.c.pack == pack))
-                known |= {row.digest for row in rows if row.base is None}
+            places = [one for one in places_of_version(transaction, push) if one.pack != lost]
+            places += places_in(transaction, others)
             fine = version is not None and set(others) <= live
-            fine = fine and _needs(transaction, push) <= known
+            fine = fine and not unreadable(chunks_of_version(transaction, push), places)
             if fine and version is not None:
                 self._move(transaction, version.id, lost, others)
             mine = update(pushes).where(pushes.c.id == repair)
@@ -117,36 +106,3 @@ class Repairs:
         rows = [{"version": version, "pack": pack} for pack in sorted(set(others) - there)]
         if rows:
             transaction.run(insert(refs), rows)
-
-    def damaged_by(self, lost: Sequence[str]) -> Mapping[str, list[str]]:
-        """References of the versions that need each of these packs."""
-        return {pack: [reference for _, reference in self.users(pack)] for pack in lost}
-
-
-def _needs(transaction: Transaction, push: str) -> set[str]:
-    """Every digest that a version's document names."""
-    query = (
-        select(documents.c.body, structures.c.body.label("structure"))
-        .join(structures, structures.c.digest == documents.c.structure)
-        .join(versions, versions.c.document == documents.c.digest)
-        .where(versions.c.push == push)
-    )
-    row = transaction.row(query)
-    if row is None:
-        return set()
-    document = join_document(decompress(row.structure), decompress(row.body))
-    entries = (*document.tensors, *document.probe_tensors)
-    return {chunk for entry in entries for chunk in entry.chunks}
-
-
-def _readable(transaction: Transaction, push: str, *, without: str) -> set[str]:
-    """The raw digests in the packs of a version that are not broken, but for one."""
-    query = (
-        select(chunks.c.digest)
-        .join(refs, refs.c.pack == chunks.c.pack)
-        .join(versions, versions.c.id == refs.c.version)
-        .join(packs, packs.c.id == chunks.c.pack)
-        .where(versions.c.push == push, chunks.c.pack != without, chunks.c.base.is_(None))
-        .where(packs.c.state != PackState.BROKEN.value)
-    )
-    return {row.digest for row in transaction.rows(query)}

@@ -12,6 +12,7 @@ from ckpt.core.records import Pack, Unneeded
 from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import copy_pending
 from ckpt.service.author import author
+from ckpt.service.repack import SHARE, write_sparse_again
 from ckpt.storage.store import Store
 
 GRACE_SECONDS = 7 * 86400
@@ -29,6 +30,8 @@ class Collected:
         orphans: keys without a row, of pushes that ended before they registered them.
         unknown: keys of pushes that the registry never heard of; left alone.
         warnings: what a person should look at.
+        repacked: packs of which little was needed, and that was written again; with ``dry_run``
+            those that would be.
     """
 
     freed: tuple[Pack, ...]
@@ -37,6 +40,7 @@ class Collected:
     unknown: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     dry_run: bool = False
+    repacked: tuple[Pack, ...] = ()
 
     @property
     def freed_bytes(self) -> int:
@@ -56,8 +60,12 @@ def collect(
     *,
     dry_run: bool = False,
     allow: Collection[str] = (),
+    repack: bool = False,
 ) -> Collected:
     """Free what nobody needs and has not needed for ``grace`` seconds.
+
+    Args:
+        repack: first write those packs again of which less than half is needed.
 
     Raises:
         ConflictError: ``gc-refused``, naming the reason and what overrules it.
@@ -68,8 +76,10 @@ def collect(
     _check_share(registry, found, allow)
     warnings = _clock_warning(registry)
     if dry_run:
-        return _foreseen(registry, found, listed, grace, warnings)
+        sparse = [pack for pack, _ in registry.repacks.sparse(SHARE)] if repack else []
+        return _foreseen(registry, found, listed, grace, warnings, sparse)
     registry.collector.expire()
+    repacked, damaged = write_sparse_again(store, registry) if repack else ([], [])
     registry.collector.condemn(one.pack for one in registry.collector.unneeded())
     freed = registry.collector.remove(int(grace * 1e6), author())
     orphans, unknown = registry.collector.sweep(listed.packs, author())
@@ -78,7 +88,14 @@ def collect(
     _delete_documents(store, listed, ended)
     store.discard_unfinished(registry.books.is_over)
     waiting = [one.pack for one in registry.collector.unneeded()]
-    return Collected(tuple(freed), tuple(waiting), tuple(orphans), tuple(unknown), warnings)
+    return Collected(
+        tuple(freed),
+        tuple(waiting),
+        tuple(orphans),
+        tuple(unknown),
+        (*warnings, *damaged),
+        repacked=tuple(repacked),
+    )
 
 
 @dataclass(slots=True)
@@ -147,6 +164,7 @@ def _foreseen(
     listed: _Listed,
     grace: float,
     warnings: tuple[str, ...],
+    sparse: list[Pack],
 ) -> Collected:
     latest = registry.collector.now() - int(grace * 1e6)
     ripe, waiting = [], []
@@ -157,7 +175,13 @@ def _foreseen(
             waiting.append(one.pack)
     orphans, unknown = registry.collector.orphans(listed.packs)
     return Collected(
-        tuple(ripe), tuple(waiting), tuple(orphans), tuple(unknown), warnings, dry_run=True
+        tuple(ripe),
+        tuple(waiting),
+        tuple(orphans),
+        tuple(unknown),
+        warnings,
+        dry_run=True,
+        repacked=tuple(sparse),
     )
 
 
@@ -185,6 +209,7 @@ def gc_summary(collected: Collected) -> dict[str, Any]:
         "dry_run": collected.dry_run,
         "freed_bytes": collected.freed_bytes,
         "freed": [pack.id for pack in collected.freed],
+        "repacked": [pack.id for pack in collected.repacked],
         "waiting_bytes": collected.waiting_bytes,
         "waiting": [pack.id for pack in collected.waiting],
         "orphans": list(collected.orphans),

@@ -31,19 +31,23 @@ class Upkeep:
         grace: float = 7 * 86400,
         dry_run: bool = False,
         allow: Collection[str] = (),
+        repack: bool = False,
     ) -> Collected:
         """Free the bytes that no version needs and has not needed for ``grace`` seconds; safe
         beside pushes, pulls and other collectors.
 
         Args:
             allow: reasons to refuse that are overruled: ``empty``, ``unknown``, ``much``.
+            repack: first write packs again of which versions need less than half.
 
         Raises:
             ConflictError: ``gc-refused``, naming the reason.
         """
         from ckpt.service.gc import collect
 
-        return collect(self._store, self._registry, grace, dry_run=dry_run, allow=allow)
+        return collect(
+            self._store, self._registry, grace, dry_run=dry_run, allow=allow, repack=repack
+        )
 
     def prune(
         self,

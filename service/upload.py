@@ -175,7 +175,7 @@ class Upload:
     def _add_chunk(self, index: int, number: int) -> None:
         """One chunk of a tensor is to be written by itself."""
         self._chunks.append((index, number))
-        self._header_room += chunk_cost(self._sources[index])
+        self._header_room += chunk_cost(self._sources[index].name)
 
     def _share(self) -> None:
         """Claim the packs of the hits; a hit that cannot be relied on becomes a chunk to write."""
@@ -238,8 +238,9 @@ class Upload:
             source = self._sources[index]
             offset, length = chunk_spans(source.nbytes)[number]
             self._store.check_room(length)
-            pack = self._pack_for(chunk_cost(source))
-            place = pack.add_chunk(source, number, self.digests[index][number])
+            pack = self._pack_for(chunk_cost(source.name))
+            name = f"{source.name}#{number}"
+            place = pack.add_chunk(name, self.digests[index][number], length)
             self._write(pack, place, index, offset, length)
 
     def _write(self, pack: PackWriter, place: int, index: int, offset: int, length: int) -> None:

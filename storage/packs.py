@@ -24,8 +24,8 @@ HEADER_BYTES = 8 << 20
 _PAGE = 4096
 _PAD = 64
 _METADATA = "__metadata__"
-# More than the longest digits, quotes and commas around one chunk of an entry in the header.
-_CHUNK_COST = 320
+# More than the longest digests, digits, quotes and commas of one chunk with an entry of its own.
+_CHUNK_COST = 420
 _DIMENSION_COST = 21
 
 
@@ -37,25 +37,26 @@ def pack_key(pack: str) -> str:
 def header_cost(source: TensorBytes) -> int:
     """An upper bound of what ``source`` adds to a header, typed or in chunks."""
     shape = _DIMENSION_COST * (len(source.shape) + 1)
-    return shape + chunk_cost(source) * max(1, len(chunk_spans(source.nbytes)))
+    return shape + chunk_cost(source.name) * max(1, len(chunk_spans(source.nbytes)))
 
 
-def chunk_cost(source: TensorBytes) -> int:
-    """An upper bound of what one chunk of ``source`` adds to a header."""
-    name = json.dumps(source.name)
-    return len(json.dumps(name)) + len(name) + _CHUNK_COST
+def chunk_cost(name: str) -> int:
+    """An upper bound of what one chunk of the tensor ``name`` adds to a header."""
+    quoted = json.dumps(name)
+    return len(json.dumps(quoted)) + len(quoted) + _CHUNK_COST
 
 
 @dataclass(slots=True)
 class _Written:
-    """One entry of the header in the making; ``offset`` counts from the first byte of data."""
+    """One entry of the header in the making; ``offset`` counts from the first byte of data, and
+    those of its chunks from the first byte of the entry."""
 
     name: str
     code: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-    chunks: list[tuple[str, int, int]] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
 
 
 class PackWriter:
@@ -87,19 +88,39 @@ class PackWriter:
         else:
             code, shape = "U8", (*source.shape, ITEM_SIZES[source.dtype])
         spans = chunk_spans(source.nbytes)
-        chunks = [(digest, at, length) for digest, (at, length) in zip(digests, spans, strict=True)]
+        chunks = [
+            Chunk(digest, self.id, at, length, length)
+            for digest, (at, length) in zip(digests, spans, strict=True)
+        ]
         return self._append(source.name, code, shape, source.nbytes, chunks)
 
-    def add_chunk(self, source: TensorBytes, index: int, digest: str) -> int:
-        """Give one chunk of ``source`` an entry of its own; returns where its bytes go."""
-        self._used += chunk_cost(source)
-        length = chunk_spans(source.nbytes)[index][1]
+    def add_chunk(
+        self,
+        name: str,
+        digest: str,
+        length: int,
+        *,
+        raw_length: int | None = None,
+        codec: str | None = None,
+        base: str | None = None,
+    ) -> int:
+        """Give one chunk the entry ``name``, ``length`` bytes as they are stored; returns where
+        they go."""
+        self._used += chunk_cost(name)
         padded = -(-length // _PAD) * _PAD
-        name = f"{source.name}#{index}"
-        place = self._append(name, "U8", (padded,), padded, [(digest, 0, length)])
+        raw = length if raw_length is None else raw_length
+        chunk = Chunk(digest, self.id, 0, length, raw, codec, base)
+        place = self._append(name, "U8", (padded,), padded, [chunk])
         if padded > length:
             self.upload.write(place + length, bytes(padded - length))
         return place
+
+    def add_entry(self, entry: Entry, chunks: Sequence[Chunk]) -> int:
+        """Give an entry of another pack the same place in this one; ``chunks`` count from its
+        first byte. Returns where its bytes go."""
+        self._used += chunk_cost(entry.name) * max(1, len(chunks))
+        mine = [replace(chunk, pack=self.id) for chunk in chunks]
+        return self._append(entry.name, entry.code, entry.shape, entry.nbytes, mine)
 
     def _append(
         self,
@@ -107,7 +128,7 @@ class PackWriter:
         code: str,
         shape: tuple[int, ...],
         nbytes: int,
-        chunks: list[tuple[str, int, int]],
+        chunks: list[Chunk],
     ) -> int:
         entry = _Written(self._free_name(name), code, shape, self._end, nbytes, chunks)
         self._entries.append(entry)
@@ -130,17 +151,15 @@ class PackWriter:
         size = self._data_start + self._end
         self.upload.publish(size)
         chunks = {
-            digest: Chunk(digest, self.id, self._data_start + entry.offset + at, length, length)
+            chunk.digest: replace(chunk, offset=self._data_start + entry.offset + chunk.offset)
             for entry in reversed(self._entries)
-            for digest, at, length in entry.chunks
+            for chunk in reversed(entry.chunks)
         }
         pack = Pack(self.id, pack_key(self.id), size, self._push, header=digest_of(header))
         return FinishedPack(pack, tuple(chunks.values()))
 
     def _header(self) -> bytes:
-        entries = {
-            entry.name: [(*chunk, chunk[2]) for chunk in entry.chunks] for entry in self._entries
-        }
+        entries = {entry.name: [_row(chunk) for chunk in entry.chunks] for entry in self._entries}
         description = {"chunks": entries, "push": self._push}
         header: dict[str, object] = {
             _METADATA: {"ckpt": _compact(description), "format": "pt"},
@@ -172,6 +191,13 @@ def read_pack(store: Store, pack: Pack) -> FinishedPack:
 def read_places(store: Store, pack: Pack) -> tuple[str, list[Chunk]]:
     """The digest of everything before a pack's data, and every place that the header names; one
     chunk may be at several."""
+    digest, entries = read_entries(store, pack)
+    return digest, [chunk for _, chunks in entries for chunk in chunks]
+
+
+def read_entries(store: Store, pack: Pack) -> tuple[str, list[tuple[Entry, list[Chunk]]]]:
+    """The digest of everything before a pack's data, and its entries in the order of their data,
+    with their chunks; offsets count from the first byte of the file."""
     first = bytearray(8)
     store.read_into(pack.key, 0, memoryview(first))
     length = header_length(bytes(first), pack.size)
@@ -181,16 +207,24 @@ def read_places(store: Store, pack: Pack) -> tuple[str, list[Chunk]]:
     entries = {entry.name: entry for entry in header.entries}
     try:
         described = json.loads(header.metadata["ckpt"])["chunks"]
-        chunks = [
-            _described(pack, entries[name], header.data_start, row)
+        found = [
+            (
+                entries[name],
+                [_described(pack, entries[name], header.data_start, row) for row in rows],
+            )
             for name, rows in described.items()
-            for row in rows
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise IntegrityError(
             "pack-damaged", f"{pack.key} does not describe its chunks: {error!r}"
         ) from None
-    return digest_of(bytes(first) + bytes(text)), chunks
+    return digest_of(bytes(first) + bytes(text)), found
+
+
+def _row(chunk: Chunk) -> list[object]:
+    """A chunk as the header has it."""
+    row: list[object] = [chunk.digest, chunk.offset, chunk.length, chunk.raw_length]
+    return row if chunk.codec is None else [*row, chunk.codec, chunk.base]
 
 
 def _described(pack: Pack, entry: Entry, data_start: int, row: Sequence[object]) -> Chunk:

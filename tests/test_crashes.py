@@ -37,7 +37,8 @@ CONTENTS = {
     "mixed": file_of("a", "x", "k", "l"),
     "packs": file_of("p", "q", "a", "r"),
 }
-TWO = {1: "one", 2: "two"}  # what is there before every operation but the first push
+TWO = {1: "one", 2: "two"}  # what is there before most operations
+SPARSE = {3: "mixed"}  # or what is left of three versions, most of whose bytes nobody needs
 
 
 class Stopped(BaseException):
@@ -198,9 +199,12 @@ class Collection(Operation):
 
     def check_done(self, world: World, repo: ckpt.Repository) -> None:
         super().check_done(world, repo)
-        repo.gc(grace=0)
+        with closing(sqlite3.connect(world.root / "registry.db", isolation_level=None)) as books:
+            books.execute("UPDATE pushes SET expires_at = 0 WHERE state = 'open'")
+        repo.gc(grace=0, repack=True)
         plans = [repo._registry.books.read_plan(version.push)[0] for version in repo.log(MODEL)]
         assert set(world.packs()) == {pack for plan in plans for pack in plan}
+        assert repo.gc(grace=0, repack=True, dry_run=True).repacked == ()
 
 
 def remove_and_collect(world: World, repo: ckpt.Repository) -> None:
@@ -233,6 +237,7 @@ OPERATIONS = {
     "tag": Change(lambda w, r: r.tag(f"{MODEL}@1", "best"), TWO),
     "rm": Change(lambda w, r: r.rm(f"{MODEL}@1"), {2: "two"}),
     "rm and gc": Collection(remove_and_collect, {2: "two"}, fewest=60),
+    "repack": Collection(lambda w, r: r.gc(grace=0, repack=True), SPARSE, before=SPARSE, fewest=60),
     "prune": Change(lambda w, r: r.prune(MODEL, keep=["last:1"]), {2: "two"}),
     "fsck and repair": Operation(lambda w, r: r.fsck(read_data=1, repair=True), TWO),
     "pull to a file": Pull(lambda w, r: r.pull_file(f"{MODEL}@1", w.pulled, force=False), TWO),
@@ -245,6 +250,17 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> World:
     with ckpt.open(world.folder) as repo:
         world.push(repo, "one", 1)
         world.push(repo, "two", 2)
+    return world
+
+
+@pytest.fixture(scope="module")
+def sparse(template: World, tmp_path_factory: pytest.TempPathFactory) -> World:
+    world = World(tmp_path_factory.mktemp("sparse") / "world")
+    shutil.copytree(template.folder, world.folder)
+    with ckpt.open(world.folder) as repo:
+        world.push(repo, "mixed", 3)
+        repo.rm(f"{MODEL}@1")
+        repo.rm(f"{MODEL}@2")
     return world
 
 
@@ -307,6 +323,7 @@ def test_a_failure_at_any_effect_leaves_all_or_nothing_and_it_can_be_repeated(
     name: str,
     stop: bool,
     template: World,
+    sparse: World,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     record_property: Callable[[str, object], None],
@@ -320,7 +337,8 @@ def test_a_failure_at_any_effect_leaves_all_or_nothing_and_it_can_be_repeated(
     def begin(at: int, moment: str) -> tuple[Fault, BaseException | None]:
         shutil.rmtree(world.folder, ignore_errors=True)
         if operation.before:
-            shutil.copytree(template.folder, world.folder)
+            before = sparse if operation.before == SPARSE else template
+            shutil.copytree(before.folder, world.folder)
         else:
             world.folder.mkdir()
         ids = itertools.count(1)

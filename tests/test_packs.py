@@ -38,7 +38,7 @@ def write_pack(store: MemoryStore, tensors: dict[str, torch.Tensor], chunks: lis
     for one in sorted(sources, key=lambda one: one.name in chunks):
         data = one.read(0, one.nbytes)
         if one.name in chunks:
-            writer.upload.write(writer.add_chunk(one, 0, digest_of(data)), data)
+            writer.upload.write(writer.add_chunk(f"{one.name}#0", digest_of(data), len(data)), data)
         else:
             digests = [digest_of(data)] if one.nbytes else []
             writer.upload.write(writer.add_tensor(one, digests), data)
