@@ -21,6 +21,7 @@ from ckpt.registry.commit import (
     set_metrics,
 )
 from ckpt.registry.engine import Database, Transaction
+from ckpt.registry.schema import lock_schema, make_tables, set_aside
 from ckpt.registry.tables import (
     aliases,
     dead_keys,
@@ -67,6 +68,21 @@ def rebuild(database: Database, contents: StoreContents) -> list[str]:
     """Fill an empty registry in one transaction; returns the versions whose bytes are not all
     there, which are kept."""
     return database.write(lambda transaction: _Rebuild(transaction, contents).run())
+
+
+def rebuild_on_server(
+    database: Database, store: str, contents: StoreContents
+) -> tuple[list[str], str | None]:
+    """Like :func:`rebuild`, in a database that may have a registry: its tables are moved into a
+    schema of their own, whose name is returned too. All in one transaction."""
+
+    def act(transaction: Transaction) -> tuple[list[str], str | None]:
+        lock_schema(transaction)
+        kept = set_aside(transaction)
+        make_tables(transaction, store)
+        return _Rebuild(transaction, contents).run(), kept
+
+    return database.write(act)
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ from ckpt.registry.copies import Copies
 from ckpt.registry.engine import Database
 from ckpt.registry.postgres import open_postgres
 from ckpt.registry.queries import Queries
-from ckpt.registry.rebuild import StoreContents, fence, rebuild
+from ckpt.registry.rebuild import StoreContents, fence, rebuild, rebuild_on_server
 from ckpt.registry.repack import Repacks
 from ckpt.registry.repair import Repairs
 from ckpt.registry.schema import check_schema, migrate
@@ -86,13 +86,18 @@ class Registry:
             database.close()
 
     @classmethod
-    def rebuild(cls, path: Path, store: str, contents: StoreContents) -> list[str]:
-        """Make a new registry in a file from what a store holds; returns the versions whose bytes
-        are not all there."""
-        database = open_sqlite(path, create=True)
+    def rebuild(
+        cls, where: Path | str, store: str, contents: StoreContents
+    ) -> tuple[list[str], str | None]:
+        """Make a new registry, in a new file or in a database on a server, from what a store
+        holds; returns the versions whose bytes are not all there, and the schema of the server
+        into which an old registry's tables were moved."""
+        database = _database(where, create=True)
         try:
+            if isinstance(where, str):
+                return rebuild_on_server(database, store, contents)
             migrate(database, store)
-            return rebuild(database, contents)
+            return rebuild(database, contents), None
         finally:
             database.close()
 

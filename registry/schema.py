@@ -7,7 +7,7 @@ from sqlalchemy import Connection, insert, inspect, select, text
 from ckpt.core.effects import perform
 from ckpt.core.errors import IntegrityError, StorageError
 from ckpt.registry.engine import Database, Transaction
-from ckpt.registry.tables import meta
+from ckpt.registry.tables import meta, metadata
 
 SCHEMA = "0001"
 
@@ -45,26 +45,51 @@ def migrate(database: Database, store: str) -> None:
     """Bring the schema up to date and, the first time, note the store that it belongs to.
 
     Everything happens in one transaction that locks first, so that any number of processes may
-    do this at once. Only this function imports Alembic.
+    do this at once. Only this file imports Alembic.
     """
 
     def act(transaction: Transaction) -> None:
-        if transaction.connection.dialect.name == "postgresql":
-            # SQLite's writers exclude each other anyway. A migration may take its time.
-            alone = "SELECT set_config('statement_timeout', '0', true), pg_advisory_xact_lock(:key)"
-            transaction.run(text(alone), {"key": _MIGRATING})
-        fresh = not inspect(transaction.connection).has_table("alembic_version")
-        number = None if fresh else schema_number(transaction)
-        if number == SCHEMA:
-            return
+        lock_schema(transaction)
+        number = schema_number(transaction) if _is_made(transaction) else None
         if number is not None and number > SCHEMA:
             raise _other_schema(database.name, number)
-        perform("sql.migrate", _upgrade, transaction.connection)
-        if fresh:
-            values = {"id": 1, "store": store, "epoch": 1, "next_counter": 1}
-            transaction.run(insert(meta), values)
+        if number != SCHEMA:
+            make_tables(transaction, store)
 
     database.write(act)
+
+
+def lock_schema(transaction: Transaction) -> None:
+    """Keep out whoever else would change the schema, until the transaction ends."""
+    if transaction.connection.dialect.name == "postgresql":
+        # SQLite's writers exclude each other anyway. A migration may take its time.
+        alone = "SELECT set_config('statement_timeout', '0', true), pg_advisory_xact_lock(:key)"
+        transaction.run(text(alone), {"key": _MIGRATING})
+
+
+def make_tables(transaction: Transaction, store: str) -> None:
+    """Make or upgrade the tables; new ones belong to the store with this id."""
+    fresh = not _is_made(transaction)
+    perform("sql.migrate", _upgrade, transaction.connection)
+    if fresh:
+        values = {"id": 1, "store": store, "epoch": 1, "next_counter": 1}
+        transaction.run(insert(meta), values)
+
+
+def set_aside(transaction: Transaction) -> str | None:
+    """Move the tables of a registry on a server into a schema of their own, as they are; returns
+    its name, None when there are none."""
+    if not _is_made(transaction):
+        return None
+    kept = f"ckpt_before_{transaction.now() // 1_000_000}"
+    transaction.run(text(f"CREATE SCHEMA {kept}"))
+    for table in ("alembic_version", *metadata.tables):
+        transaction.run(text(f"ALTER TABLE {table} SET SCHEMA {kept}"))
+    return kept
+
+
+def _is_made(transaction: Transaction) -> bool:
+    return inspect(transaction.connection).has_table("alembic_version")
 
 
 def _upgrade(connection: Connection) -> None:

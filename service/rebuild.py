@@ -55,22 +55,33 @@ def rebuild_registry(location: Location, store: Store) -> Rebuilt:
     unreadable: list[str] = []
     epoch, before = _epochs(store)
     # First the old registry is cut off, then the store is listed: nothing is acknowledged between.
-    Registry.fence(location.registry, identity, epoch + 1)
+    Registry.fence(location.registry_place, identity, epoch + 1)
     contents = _read(store, epoch, before, unreadable)
     _write_epoch(store, contents)
-    fresh = location.registry.with_name(f"{location.registry.name}.rebuilding")
-    try:
-        _remove(fresh)
-        try:
-            damaged = Registry.rebuild(fresh, identity, contents)
-            kept = _put_in_place(fresh, location.registry)
-        finally:
-            _remove(fresh)
-    except OSError as error:
-        raise from_os_error(error, f"rebuilding {location.registry}") from error
+    damaged, kept = _make(location.registry_place, identity, contents)
     ended = {event["push"] for event in contents.events if event["kind"] in ("rm", "prune")}
     count = sum(version.facts["push"] not in ended for version in contents.versions)
     return Rebuilt(contents.epoch, count, tuple(damaged), tuple(unreadable), kept)
+
+
+def _make(
+    place: Path | str, identity: str, contents: StoreContents
+) -> tuple[list[str], str | None]:
+    """The new registry in the place of the old one; returns the damaged versions, and where the
+    old one is."""
+    if isinstance(place, str):
+        damaged, schema = Registry.rebuild(place, identity, contents)
+        return damaged, None if schema is None else f"in the schema {schema} of the same database"
+    fresh = place.with_name(f"{place.name}.rebuilding")
+    try:
+        _remove(fresh)
+        try:
+            damaged, _ = Registry.rebuild(fresh, identity, contents)
+            return damaged, _put_in_place(fresh, place)
+        finally:
+            _remove(fresh)
+    except OSError as error:
+        raise from_os_error(error, f"rebuilding {place}") from error
 
 
 def _epochs(store: Store) -> tuple[int, dict[str, Any]]:

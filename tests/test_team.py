@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psycopg
 import pytest
 import torch
 from chapter_models import MLP
@@ -17,6 +18,8 @@ from servers import BUCKET, Server
 
 import ckpt
 from ckpt.core.errors import ConflictError
+from ckpt.service.places import open_store
+from ckpt.service.rebuild import rebuild_registry
 
 pytest_plugins = ("servers", "postgres_server")
 
@@ -140,3 +143,43 @@ def test_a_folder_made_with_two_addresses_is_the_teams_repository(
     refused = run("two", "ls", status=9)
     assert "config-remote" in refused
     assert json.loads(run("two", "-r", ".", "ls", "--json"))[0]["name"] == "net"
+
+
+@pytest.mark.parametrize("lost", [True, False], ids=["lost", "there"])
+def test_a_registry_on_a_server_is_rebuilt_from_the_bucket(
+    join: Open, postgres_url: str, lost: bool
+) -> None:
+    """In one transaction; tables that are there are kept in a schema of their own."""
+    with join() as repo:
+        one = repo.push({"w": torch.ones(3)}, "m", alias="best", labels={"who": "me"})
+        repo.push({"w": torch.zeros(3)}, "m")
+        repo.rm("m@2")
+        location, store = (
+            repo.location,
+            open_store(repo.location.store_place, repo.location.options),
+        )
+        with psycopg.connect(postgres_url, autocommit=True) as connection:
+            if lost:
+                connection.execute("DROP SCHEMA public CASCADE")
+                connection.execute("CREATE SCHEMA public")
+            found = rebuild_registry(location, store)
+            schemas = "SELECT nspname FROM pg_namespace WHERE nspname LIKE 'ckpt_before_%'"
+            kept = [name for (name,) in connection.execute(schemas)]
+            for name in kept:
+                old = connection.execute(f"SELECT number FROM {name}.versions").fetchall()
+                assert old == [(1,)]
+        store.close()
+        assert (found.epoch, found.versions, found.damaged, found.unreadable) == (2, 1, (), ())
+        assert len(kept) == (0 if lost else 1)
+        assert (found.kept is None) == lost
+    with join() as repo:
+        (version,) = repo.log("m")
+        assert (version.push, version.aliases, version.labels) == (
+            one.push,
+            ("best",),
+            {"who": "me"},
+        )
+        assert torch.equal(repo.pull("m")["w"], torch.ones(3))
+        assert repo.push({"w": torch.rand(3)}, "m").number == 3
+        repo.gc(grace=0)
+        assert repo.fsck(read_data=1).is_clean

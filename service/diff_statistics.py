@@ -1,0 +1,178 @@
+"""The tensors of two versions whose values changed, read side by side in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ckpt.core.documents import Tensor
+from ckpt.core.dtypes import ITEM_SIZES
+from ckpt.core.records import Version
+from ckpt.core.tensors import CHUNK_BYTES
+from ckpt.loader.statistics import NUMBERS, Sums
+from ckpt.registry.registry import Registry
+from ckpt.service.diff import Diff, TensorDifference, stored_nbytes, stored_shape
+from ckpt.service.fetch import Wanted, fetch
+from ckpt.storage.store import Store
+
+if TYPE_CHECKING:
+    from ckpt.service.upload import Progress
+
+# What is held at once: a chunk of either version, or many small ones.
+_BATCH_BYTES = 2 * CHUNK_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """Bytes of one chunk; ``side`` is 0 for the first version and 1 for the second."""
+
+    side: int
+    name: str
+    digest: str
+    length: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What is added to the sums of a tensor at once: the same elements of both, or some of one."""
+
+    sums: Sums
+    slices: tuple[_Slice, ...]
+
+
+class _Room:
+    """Memory for one chunk."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.memory = memoryview(bytearray(nbytes))
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self.memory[offset : offset + len(data)] = data
+
+    def view(self, offset: int, length: int) -> memoryview | None:
+        return self.memory[offset : offset + length]
+
+
+def with_statistics(
+    store: Store, registry: Registry, found: Diff, progress: Progress | None
+) -> tuple[TensorDifference, ...]:
+    """The tensors of a comparison, those with changed values with their statistics."""
+    sums = {tensor.name: _sums(tensor) for tensor in found.tensors if _is_measurable(tensor)}
+    changed = [tensor for tensor in found.tensors if tensor.name in sums]
+    total = sum(_nbytes(tensor) for tensor in changed)
+    pieces = (piece for tensor in changed for piece in _pieces(tensor, sums[tensor.name]))
+    rooms: dict[str, _Room] = {}
+    done = 0
+    for batch in _batches(pieces):
+        rooms = _read(store, registry, (found.before, found.after), batch, rooms)
+        for piece in batch:
+            _add(piece, rooms)
+            done += sum(one.stop - one.start for one in piece.slices)
+        if progress is not None:
+            progress(done, total)
+    return tuple(
+        replace(tensor, statistics=sums[tensor.name].finish()) if tensor.name in sums else tensor
+        for tensor in found.tensors
+    )
+
+
+def _is_measurable(tensor: TensorDifference) -> bool:
+    """Whether the values changed, and are numbers of its dtype on both sides."""
+    entries = [entry for entry in (tensor.before, tensor.after) if entry is not None]
+    return "values" in tensor.what and all(
+        entry.dtype in NUMBERS and entry.kind != "region" and not entry.details for entry in entries
+    )
+
+
+def _sums(tensor: TensorDifference) -> Sums:
+    before, after = _both(tensor)
+    paired = before.shape == after.shape and stored_shape(before) == stored_shape(after)
+    elements = stored_nbytes(after) // ITEM_SIZES[after.dtype]
+    return Sums((before.dtype, after.dtype), paired, elements)
+
+
+def _both(tensor: TensorDifference) -> tuple[Tensor, Tensor]:
+    assert tensor.before is not None
+    assert tensor.after is not None
+    return tensor.before, tensor.after
+
+
+def _nbytes(tensor: TensorDifference) -> int:
+    return sum(map(stored_nbytes, _both(tensor)))
+
+
+def _pieces(tensor: TensorDifference, sums: Sums) -> Iterator[_Piece]:
+    """A tensor in pieces that lie in one chunk of each version."""
+    entries = _both(tensor)
+    if not sums.paired:
+        for side, entry in enumerate(entries):
+            for first in range(0, stored_nbytes(entry), CHUNK_BYTES):
+                yield _Piece(sums, (_slice(side, entry, first, CHUNK_BYTES),))
+        return
+    # Item sizes are powers of two, so that no such run of elements crosses a chunk's end.
+    step = CHUNK_BYTES // max(ITEM_SIZES[entry.dtype] for entry in entries)
+    for first in range(0, sums.elements, step):
+        sizes = [ITEM_SIZES[entry.dtype] for entry in entries]
+        yield _Piece(
+            sums,
+            tuple(
+                _slice(side, entry, first * size, step * size)
+                for side, (entry, size) in enumerate(zip(entries, sizes, strict=True))
+            ),
+        )
+
+
+def _slice(side: int, entry: Tensor, first: int, length: int) -> _Slice:
+    nbytes = stored_nbytes(entry)
+    number, start = divmod(first, CHUNK_BYTES)
+    whole = min(CHUNK_BYTES, nbytes - number * CHUNK_BYTES)
+    stop = min(start + length, whole)
+    return _Slice(side, entry.name, entry.chunks[number], whole, start, stop)
+
+
+def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """Pieces gathered so that their chunks fit the memory."""
+    batch: list[_Piece] = []
+    held: dict[str, int] = {}
+    for piece in pieces:
+        more = {one.digest: one.length for one in piece.slices}
+        if batch and sum((held | more).values()) > _BATCH_BYTES:
+            yield batch
+            batch, held = [], {}
+        batch.append(piece)
+        held |= more
+    if batch:
+        yield batch
+
+
+def _read(
+    store: Store,
+    registry: Registry,
+    versions: tuple[Version, Version],
+    batch: Iterable[_Piece],
+    before: Mapping[str, _Room],
+) -> dict[str, _Room]:
+    """The chunks of a batch, checked; what the batch before had is not read again, and what both
+    versions have is read once."""
+    needed = {one.digest: one for piece in batch for one in piece.slices}
+    rooms = {digest: before[digest] for digest in needed if digest in before}
+    for side, version in enumerate(versions):
+        wanted = []
+        for one in needed.values():
+            if one.side == side and one.digest not in rooms:
+                rooms[one.digest] = room = _Room(one.length)
+                wanted.append(Wanted(one.name, one.length, (one.digest,), room))
+        if wanted:
+            fetch(store, registry, version, wanted)
+    return rooms
+
+
+def _add(piece: _Piece, rooms: Mapping[str, _Room]) -> None:
+    parts = [rooms[one.digest].memory[one.start : one.stop] for one in piece.slices]
+    if len(parts) == 2:
+        piece.sums.add_pair(*parts)
+    else:
+        piece.sums.add(piece.slices[0].side, parts[0])
