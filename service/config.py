@@ -108,7 +108,7 @@ def read_config(root: Path, *, inside: bool) -> Location:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise _damaged(config, str(error)) from None
-    unknown = sorted(set(values) - {"registry", "store", "endpoint", "region"})
+    unknown = sorted(set(values) - {"registry", "store", "endpoint", "region", "capabilities"})
     if unknown:
         raise _damaged(config, f'it has the unknown key "{escape(unknown[0])}"')
     return Location(
@@ -116,7 +116,11 @@ def read_config(root: Path, *, inside: bool) -> Location:
         _place(config, values, "registry", "registry.db", inside),
         _place(config, values, "store", "store", inside),
         exists=True,
-        options=S3Options(_text(config, values, "endpoint"), _text(config, values, "region")),
+        options=S3Options(
+            _text(config, values, "endpoint"),
+            _text(config, values, "region"),
+            _texts(config, values, "capabilities"),
+        ),
     )
 
 
@@ -125,6 +129,15 @@ def _text(config: Path, values: dict[str, object], key: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise _damaged(config, f"{key} is not text")
     return value
+
+
+def _texts(config: Path, values: dict[str, object], key: str) -> tuple[str, ...] | None:
+    value = values.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise _damaged(config, f"{key} is no list of texts")
+    return tuple(value)
 
 
 def _place(config: Path, values: dict[str, object], key: str, usual: str, inside: bool) -> Place:
@@ -207,6 +220,7 @@ def _config_text(location: Location) -> str:
         "store": "store" if store == location.root / "store" else str(store),
         "endpoint": location.options.endpoint,
         "region": location.options.region,
+        "capabilities": location.options.capabilities,
     }
     lines = [f"{key} = {json.dumps(value)}" for key, value in places.items() if value is not None]
     return "# A ckpt repository. Paths are relative to this folder.\n" + "\n".join(lines) + "\n"

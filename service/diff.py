@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -240,7 +240,8 @@ def _tensor(name: str, before: _Entries, after: _Entries) -> TensorDifference:
         what.append("tie")
     changed = 0
     if before.content(name) != after.content(name):
-        what.append("values" if old.has_bytes and new.has_bytes else "parts")
+        plain = all(one.region is None and one.components is None for one in (old, new))
+        what.append("values" if plain and old.chunks != new.chunks else "parts")
         changed = min(max(nbytes), _changed_bytes(old, new))
     size = nbytes[1] if new.name == name else nbytes[0]
     change = "changed" if what else "same"
@@ -265,7 +266,7 @@ def stored_nbytes(entry: Tensor) -> int:
     if not entry.has_bytes:
         return 0
     nbytes = math.prod(stored_shape(entry)) * ITEM_SIZES[entry.dtype]
-    if -(-nbytes // CHUNK_BYTES) != len(entry.chunks):
+    if nbytes < 0 or -(-nbytes // CHUNK_BYTES) != len(entry.chunks):
         raise ValueError(f'"{entry.name}" has {len(entry.chunks)} chunks for {nbytes} bytes')
     return nbytes
 

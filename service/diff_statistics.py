@@ -19,6 +19,8 @@ from ckpt.storage.store import Store
 if TYPE_CHECKING:
     from ckpt.service.upload import Progress
 
+_Chunk = tuple[str, int]  # digest and length
+
 # What is held at once: a chunk of either version, or many small ones.
 _BATCH_BYTES = 2 * CHUNK_BYTES
 
@@ -29,8 +31,7 @@ class _Slice:
 
     side: int
     name: str
-    digest: str
-    length: int
+    chunk: _Chunk
     start: int
     stop: int
 
@@ -64,7 +65,7 @@ def with_statistics(
     changed = [tensor for tensor in found.tensors if tensor.name in sums]
     total = sum(_nbytes(tensor) for tensor in changed)
     pieces = (piece for tensor in changed for piece in _pieces(tensor, sums[tensor.name]))
-    rooms: dict[str, _Room] = {}
+    rooms: dict[_Chunk, _Room] = {}
     done = 0
     for batch in _batches(pieces):
         rooms = _read(store, registry, (found.before, found.after), batch, rooms)
@@ -83,7 +84,8 @@ def _is_measurable(tensor: TensorDifference) -> bool:
     """Whether the values changed, and are numbers of its dtype on both sides."""
     entries = [entry for entry in (tensor.before, tensor.after) if entry is not None]
     return "values" in tensor.what and all(
-        entry.dtype in NUMBERS and entry.kind != "region" and not entry.details for entry in entries
+        entry.has_bytes and entry.dtype in NUMBERS and entry.kind != "region" and not entry.details
+        for entry in entries
     )
 
 
@@ -130,19 +132,22 @@ def _slice(side: int, entry: Tensor, first: int, length: int) -> _Slice:
     number, start = divmod(first, CHUNK_BYTES)
     whole = min(CHUNK_BYTES, nbytes - number * CHUNK_BYTES)
     stop = min(start + length, whole)
-    return _Slice(side, entry.name, entry.chunks[number], whole, start, stop)
+    return _Slice(side, entry.name, (entry.chunks[number], whole), start, stop)
 
 
 def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
     """Pieces gathered so that their chunks fit the memory."""
     batch: list[_Piece] = []
-    held: dict[str, int] = {}
+    held: set[_Chunk] = set()
+    room = 0
     for piece in pieces:
-        more = {one.digest: one.length for one in piece.slices}
-        if batch and sum((held | more).values()) > _BATCH_BYTES:
-            yield batch
-            batch, held = [], {}
+        more = {one.chunk for one in piece.slices}
+        if sum(length for _, length in more - held) > room:
+            if batch:
+                yield batch
+            batch, held, room = [], set(), _BATCH_BYTES
         batch.append(piece)
+        room -= sum(length for _, length in more - held)
         held |= more
     if batch:
         yield batch
@@ -153,25 +158,26 @@ def _read(
     registry: Registry,
     versions: tuple[Version, Version],
     batch: Iterable[_Piece],
-    before: Mapping[str, _Room],
-) -> dict[str, _Room]:
+    before: Mapping[_Chunk, _Room],
+) -> dict[_Chunk, _Room]:
     """The chunks of a batch, checked; what the batch before had is not read again, and what both
     versions have is read once."""
-    needed = {one.digest: one for piece in batch for one in piece.slices}
-    rooms = {digest: before[digest] for digest in needed if digest in before}
+    needed = {one.chunk: one for piece in batch for one in piece.slices}
+    rooms = {chunk: before[chunk] for chunk in needed if chunk in before}
     for side, version in enumerate(versions):
         wanted = []
         for one in needed.values():
-            if one.side == side and one.digest not in rooms:
-                rooms[one.digest] = room = _Room(one.length)
-                wanted.append(Wanted(one.name, one.length, (one.digest,), room))
+            if one.side == side and one.chunk not in rooms:
+                digest, length = one.chunk
+                rooms[one.chunk] = room = _Room(length)
+                wanted.append(Wanted(one.name, length, (digest,), room))
         if wanted:
             fetch(store, registry, version, wanted)
     return rooms
 
 
-def _add(piece: _Piece, rooms: Mapping[str, _Room]) -> None:
-    parts = [rooms[one.digest].memory[one.start : one.stop] for one in piece.slices]
+def _add(piece: _Piece, rooms: Mapping[_Chunk, _Room]) -> None:
+    parts = [rooms[one.chunk].memory[one.start : one.stop] for one in piece.slices]
     if len(parts) == 2:
         piece.sums.add_pair(*parts)
     else:

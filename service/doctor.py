@@ -111,8 +111,8 @@ def _packs(store: Store, registry: Registry) -> Finding:
 
 
 def _capabilities(found: Any) -> Finding:
-    lacks = [name for name in ("range_reads", "multipart") if not getattr(found, name)]
     slower = [name for name in ("conditional_writes", "start_after") if not getattr(found, name)]
-    seen = "everything" if not lacks + slower else f"lacks {', '.join(lacks + slower)}"
-    todo = "use another server" if lacks else ""
-    return Finding("s3", not lacks, seen, todo)
+    lacks = [*found.missing, *slower]
+    seen = "everything" if not lacks else f"lacks {', '.join(lacks)}"
+    todo = "use another server" if found.missing else ""
+    return Finding("s3", not found.missing, seen, todo)

@@ -10,7 +10,7 @@ from typing import TypeVar
 from ckpt.core.errors import StorageError, UsageError
 from ckpt.registry.registry import Registry
 from ckpt.service.config import Location, complete, locate, no_repository, prepare
-from ckpt.service.places import Place, as_place, open_store, shown
+from ckpt.service.places import Place, as_place, open_store, probe_store, shown
 from ckpt.service.repository import PathLike, Repository
 from ckpt.storage.identity import ensure_identity, read_identity
 from ckpt.storage.store import Store
@@ -56,6 +56,8 @@ def open_repository(
 def make_repository(location: Location) -> Repository:
     """Make the repository that ``location`` describes; a store or registry that is there already
     is taken as it is."""
+    options = probe_store(location.store_place, location.options)
+    location = replace(location, options=options)
     prepare(location)
     identity = _with_store(location, ensure_identity)
     opened = Registry.create(location.registry_place, identity)

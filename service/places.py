@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckpt.core.errors import UsageError
+from ckpt.core.errors import StorageError, UsageError
 from ckpt.core.printable import escape
 from ckpt.storage.local import LocalStore
 from ckpt.storage.store import Store
@@ -23,10 +23,14 @@ _SCHEMES = {
 
 @dataclass(frozen=True, slots=True)
 class S3Options:
-    """How to reach an S3 server, where the AWS configuration does not say it."""
+    """How to reach an S3 server, where the AWS configuration does not say it.
+
+    ``capabilities`` is what ``ckpt init`` saw the server do; None when nobody looked.
+    """
 
     endpoint: str | None = None
     region: str | None = None
+    capabilities: tuple[str, ...] | None = None
 
 
 def as_place(text: str, what: str) -> Place:
@@ -55,8 +59,34 @@ def open_store(place: Place, options: S3Options) -> Store:
     if isinstance(place, Path):
         return LocalStore(place)
     from ckpt.storage.s3 import S3Store
+    from ckpt.storage.s3_probe import Capabilities
 
-    return S3Store(place, endpoint=options.endpoint, region=options.region)
+    seen = None if options.capabilities is None else Capabilities.named(options.capabilities)
+    return S3Store(place, endpoint=options.endpoint, region=options.region, capabilities=seen)
+
+
+def probe_store(place: Place, options: S3Options) -> S3Options:
+    """The options with what the server of the store is seen to do.
+
+    Raises:
+        StorageError: ``server-unfit`` when it lacks what a store needs.
+    """
+    if isinstance(place, Path):
+        return options
+    from ckpt.storage.s3 import S3Store
+
+    store = S3Store(place, endpoint=options.endpoint, region=options.region)
+    try:
+        seen = store.probe_capabilities()
+    finally:
+        store.close()
+    if seen.missing:
+        raise StorageError(
+            "server-unfit",
+            f"the server of {shown(place)} lacks {' and '.join(seen.missing)}",
+            hint="use another server",
+        )
+    return replace(options, capabilities=seen.names)
 
 
 def as_address(text: str, what: str) -> str:

@@ -250,7 +250,8 @@ def _digests(source: TensorBytes) -> tuple[str, ...]:
 def _statuses(path: Path) -> tuple[tuple[Path, tuple[int, int, int]], ...]:
     """Size, time and identity of a file, or of each file in a folder."""
     try:
-        places = sorted(path.iterdir()) if path.is_dir() else [path]
+        inside = path.iterdir() if path.is_dir() else [path]
+        places = sorted(place for place in inside if not place.is_dir())
         found = [(place, os.stat(place)) for place in places]
     except OSError as error:
         raise from_os_error(error, f"reading {path}") from error

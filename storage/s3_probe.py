@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Self
 
 from ckpt.storage.s3_failures import RefusedError, UnfaithfulError, repeat
 
@@ -27,6 +27,21 @@ class Capabilities:
     range_reads: bool
     start_after: bool  # lists by the bytes of the keys, from any key on
     multipart: bool
+
+    @classmethod
+    def named(cls, names: Collection[str]) -> Self:
+        """Those with these names, and no others."""
+        return cls(**{field.name: field.name in names for field in fields(cls)})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the server does, by name."""
+        return tuple(field.name for field in fields(self) if getattr(self, field.name))
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """What it does not do, and a store cannot be without."""
+        return tuple(name for name in ("range_reads", "multipart") if not getattr(self, name))
 
 
 EVERYTHING = Capabilities(True, True, True, True)

@@ -1,0 +1,275 @@
+"""Import: checkpoints that other programs wrote, one version each."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from ckpt.core.digests import digest_of
+from ckpt.core.documents import FORMAT, Document, identity_bytes
+from ckpt.core.errors import CkptError, TrustError, UsageError, from_os_error
+from ckpt.core.names import check_step
+from ckpt.core.printable import escape
+from ckpt.core.records import Version
+from ckpt.core.tensors import chunk_spans
+from ckpt.registry.registry import Registry
+from ckpt.service.folder import open_folder
+from ckpt.service.push import Described
+from ckpt.service.safetensors_file import open_file
+from ckpt.service.unpickling import Unpickler
+
+Kind = Literal["pickle", "dcp", "files"]
+
+_PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
+_NUMBER = r"[-_=]?(\d{1,18})(?!\d)"
+_STEP = re.compile(rf"(?:step|iter|iteration|checkpoint|ckpt){_NUMBER}", re.IGNORECASE)
+_EPOCH = re.compile(rf"epoch{_NUMBER}", re.IGNORECASE)
+_LAST_NUMBER = re.compile(r"(?:^|[-_=.])(\d{1,18})$")
+_SHARD = re.compile(r"-\d+-of-\d+\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A file or folder that may be imported, or why it may not."""
+
+    path: Path
+    kind: Kind | None
+    nbytes: int
+    step: int | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+    refused: CkptError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What became of a checkpoint: a version, ``known`` when it was there before; or why not."""
+
+    checkpoint: Checkpoint
+    version: Version | None = None
+    known: bool = False
+
+
+def find_checkpoints(path: Path) -> list[Checkpoint]:
+    """The checkpoint at ``path``, or the checkpoints in that folder in the order of their steps.
+    None is opened.
+
+    Raises:
+        UsageError: ``no-checkpoint``; TrustError: ``pickle-refused`` for a bare pickle.
+    """
+    try:
+        if not path.is_dir() or _kind(path) is not None:
+            one = _look(path, alone=True)
+            if one.refused is not None:
+                raise one.refused
+            return [one]
+        names = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+        found = [_look(entry, alone=False) for entry in names]
+    except OSError as error:
+        raise from_os_error(error, f"reading {path}") from error
+    if all(one.kind is None for one in found):
+        raise UsageError(
+            "no-checkpoint",
+            f"{escape(str(path))} has no checkpoint in it",
+            hint="give a .pt, .pth, .bin or .ckpt file, a DCP or Hugging Face folder, or a folder "
+            "of these",
+        )
+    return sorted(found, key=_place)
+
+
+def _place(one: Checkpoint) -> tuple[bool, bool, int, int, str]:
+    """By step, then by epoch; what has neither comes last."""
+    epoch = one.labels.get("epoch")
+    numbers = one.step or 0, int(epoch or 0)
+    return one.refused is not None, one.step is None and epoch is None, *numbers, one.path.name
+
+
+def _kind(path: Path) -> Kind | None:
+    if path.is_dir():
+        if (path / ".metadata").is_file():
+            return "dcp"
+        return "files" if any(path.glob("*.safetensors")) else None
+    if path.suffix.lower() == ".safetensors":
+        return "files"
+    return "pickle" if path.suffix.lower() in _PICKLES else None
+
+
+def _look(path: Path, *, alone: bool) -> Checkpoint:
+    """What can be told of ``path`` from outside. A number without a word counts as the step only
+    among other checkpoints: ``resnet-50.pt`` alone may be no step."""
+    kind = _kind(path)
+    refused: CkptError | None = None
+    if path.suffix.lower() in (".pkl", ".pickle"):
+        refused = TrustError(
+            "pickle-refused",
+            f"{escape(str(path))} is a bare pickle, which can run code when it is read",
+            hint="load it yourself if you trust it, and push what you get: repo.push(state, model)",
+        )
+    elif kind is None:
+        refused = UsageError(
+            "no-checkpoint",
+            f"{escape(str(path))} is no checkpoint",
+            hint="give a .pt, .pth, .bin or .ckpt file, a DCP folder or a Hugging Face folder",
+        )
+    elif kind == "pickle" and _SHARD.search(path.name):
+        refused = UsageError(
+            "no-checkpoint",
+            f"{escape(str(path))} is one part of a checkpoint",
+            hint="load the model and save it with save_pretrained(…, safe_serialization=True)",
+        )
+    name = path.name if path.is_dir() else path.stem
+    steps, epochs = _STEP.findall(name), _EPOCH.findall(name)
+    if not steps and not epochs and not alone:
+        steps = _LAST_NUMBER.findall(name)
+    labels = {"epoch": str(int(epochs[-1]))} if epochs else {}
+    step = int(steps[-1]) if steps else None
+    return Checkpoint(path, None if refused else kind, _size(path), step, labels, refused)
+
+
+def _size(path: Path) -> int:
+    if not path.is_dir():
+        return path.stat().st_size
+    files = (Path(place) / name for place, _, names in os.walk(path) for name in names)
+    return sum(file.stat().st_size for file in files)
+
+
+def look_inside(found: list[Checkpoint], kept: list[Path]) -> Iterator[Checkpoint]:
+    """Each checkpoint as an import would take it, or with what refuses it; every one is opened,
+    none is read."""
+    with Unpickler() as unpickler:
+        for one in found:
+            try:
+                if one.kind is not None:
+                    with opened(one, unpickler, kept) as (_, inside):
+                        one = inside  # noqa: PLW2901  the same checkpoint, better known
+            except CkptError as error:
+                one = replace(one, refused=error)  # noqa: PLW2901
+            yield one
+
+
+@contextmanager
+def opened(
+    one: Checkpoint, unpickler: Unpickler, kept: list[Path]
+) -> Iterator[tuple[Described, Checkpoint]]:
+    """What would be pushed of a checkpoint, and the step and labels that are written in it.
+
+    Raises:
+        TrustError: ``pickle-refused``; IntegrityError: ``checkpoint-damaged``; UsageError:
+            ``cannot-store``.
+    """
+    if one.kind == "files" and one.path.is_dir():
+        with open_folder(one.path, kept) as folder:
+            yield (
+                Described(
+                    state="files",
+                    root=folder.root,
+                    tensors=folder.tensors,
+                    sources=folder.sources,
+                    files=folder.files,
+                    check=folder.check_unchanged,
+                ),
+                one,
+            )
+    elif one.kind == "files":
+        with open_file(one.path) as file:
+            yield (
+                Described(
+                    state="values",
+                    root=file.root,
+                    tensors=file.tensors,
+                    sources=file.sources,
+                    header=file.header,
+                    check=file.check_unchanged,
+                ),
+                one,
+            )
+    else:
+        state = unpickler.open(one.path)
+        yield (
+            Described(
+                state="values",
+                root=state.document.root,
+                tensors=state.document.tensors,
+                sources=state.sources,
+                order=state.document.order,
+                check=state.check_unchanged,
+            ),
+            _as_lightning(one, state.document.root),
+        )
+
+
+def _as_lightning(one: Checkpoint, root: Any) -> Checkpoint:
+    """With the step and epoch that Lightning writes into its checkpoints."""
+    pairs = root.get("$dict", []) if isinstance(root, dict) else []
+    values = {key: value for key, value in pairs if isinstance(key, str)}
+    if "pytorch-lightning_version" not in values:
+        return one
+    step, epoch = values.get("global_step"), values.get("epoch")
+    if type(step) is int:
+        one = replace(one, step=check_step(step))
+    if type(epoch) is int:
+        one = replace(one, labels={**one.labels, "epoch": str(epoch)})
+    return one
+
+
+def known_version(
+    registry: Registry,
+    model: str,
+    step: int | None,
+    described: Described,
+    is_whole: Callable[[Version, Document], bool],
+) -> Version | None:
+    """The version that an earlier import made of the same content at the same step, so that an
+    import can be run again. The bytes are read for it only when one has their number."""
+    nbytes = sum(source.nbytes for source in described.sources if source is not None)
+    wanted: Document | None = None
+    for version in _versions(registry, model):
+        if (version.step, version.nbytes, version.state) != (step, nbytes, described.state):
+            continue
+        wanted = wanted or _drafted(described)
+        if version.digest != digest_of(identity_bytes(wanted)):
+            continue
+        known = registry.queries.document(version)
+        same = (known.safetensors, known.files) == (wanted.safetensors, wanted.files)
+        if same and is_whole(version, wanted):
+            described.check()
+            return version
+    return None
+
+
+def _versions(registry: Registry, model: str) -> Iterator[Version]:
+    """All versions of a model, newest first; none when there is no such model."""
+    if registry.queries.taken_name(model) != model:
+        return
+    before: int | None = None
+    while page := registry.queries.log(model, before, 100):
+        yield from page
+        before = page[-1].number
+
+
+def _drafted(described: Described) -> Document:
+    tensors = tuple(
+        entry
+        if source is None
+        else msgspec.structs.replace(
+            entry,
+            chunks=tuple(digest_of(source.read(*span)) for span in chunk_spans(source.nbytes)),
+        )
+        for entry, source in zip(described.tensors, described.sources, strict=True)
+    )
+    return Document(
+        format=FORMAT,
+        state=described.state,
+        root=described.root,
+        tensors=tensors,
+        environment="",
+        order=described.order,
+        safetensors=described.header,
+        files=dict(described.files),
+    )
