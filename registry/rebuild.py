@@ -64,23 +64,17 @@ def fence(database: Database, epoch: int) -> None:
     database.write(lambda transaction: transaction.run(update(meta).values(epoch=epoch)) and None)
 
 
-def rebuild(database: Database, contents: StoreContents) -> list[str]:
-    """Fill an empty registry in one transaction; returns the versions whose bytes are not all
-    there, which are kept."""
-    return database.write(lambda transaction: _Rebuild(transaction, contents).run())
+def rebuild(
+    database: Database, store: str, contents: StoreContents, kept: str
+) -> tuple[list[str], bool]:
+    """Make the registry of the store with this id anew, in one transaction; returns the versions
+    whose bytes are not all there, which are kept, and whether an old one was set aside."""
 
-
-def rebuild_on_server(
-    database: Database, store: str, contents: StoreContents
-) -> tuple[list[str], str | None]:
-    """Like :func:`rebuild`, in a database that may have a registry: its tables are moved into a
-    schema of their own, whose name is returned too. All in one transaction."""
-
-    def act(transaction: Transaction) -> tuple[list[str], str | None]:
+    def act(transaction: Transaction) -> tuple[list[str], bool]:
         lock_schema(transaction)
-        kept = set_aside(transaction)
+        replaced = set_aside(transaction, kept)
         make_tables(transaction, store)
-        return _Rebuild(transaction, contents).run(), kept
+        return _Rebuild(transaction, contents).run(), replaced
 
     return database.write(act)
 

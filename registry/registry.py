@@ -17,7 +17,7 @@ from ckpt.registry.copies import Copies
 from ckpt.registry.engine import Database
 from ckpt.registry.postgres import open_postgres
 from ckpt.registry.queries import Queries
-from ckpt.registry.rebuild import StoreContents, fence, rebuild, rebuild_on_server
+from ckpt.registry.rebuild import StoreContents, fence, rebuild
 from ckpt.registry.repack import Repacks
 from ckpt.registry.repair import Repairs
 from ckpt.registry.schema import check_schema, migrate
@@ -87,17 +87,14 @@ class Registry:
 
     @classmethod
     def rebuild(
-        cls, where: Path | str, store: str, contents: StoreContents
-    ) -> tuple[list[str], str | None]:
-        """Make a new registry, in a new file or in a database on a server, from what a store
-        holds; returns the versions whose bytes are not all there, and the schema of the server
-        into which an old registry's tables were moved."""
+        cls, where: Path | str, store: str, contents: StoreContents, kept: str
+    ) -> tuple[list[str], bool]:
+        """Make the registry anew from what a store holds; returns the versions whose bytes are
+        not all there, and whether there was an old one. On a server, the tables of that are moved
+        into the schema ``kept``; in a file they are gone, so copy it first."""
         database = _database(where, create=True)
         try:
-            if isinstance(where, str):
-                return rebuild_on_server(database, store, contents)
-            migrate(database, store)
-            return rebuild(database, contents), None
+            return rebuild(database, store, contents, kept)
         finally:
             database.close()
 

@@ -76,16 +76,20 @@ def make_tables(transaction: Transaction, store: str) -> None:
         transaction.run(insert(meta), values)
 
 
-def set_aside(transaction: Transaction) -> str | None:
-    """Move the tables of a registry on a server into a schema of their own, as they are; returns
-    its name, None when there are none."""
+def set_aside(transaction: Transaction, kept: str) -> bool:
+    """Take the tables of an old registry away, and say whether there were any: those on a server
+    are moved as they are into the schema ``kept``, and a file was copied before."""
     if not _is_made(transaction):
-        return None
-    kept = f"ckpt_before_{transaction.now() // 1_000_000}"
+        return False
+    tables = ("alembic_version", *(table.name for table in reversed(metadata.sorted_tables)))
+    if transaction.connection.dialect.name == "sqlite":
+        for table in tables:
+            transaction.run(text(f"DROP TABLE {table}"))
+        return True
     transaction.run(text(f"CREATE SCHEMA {kept}"))
-    for table in ("alembic_version", *metadata.tables):
+    for table in tables:
         transaction.run(text(f"ALTER TABLE {table} SET SCHEMA {kept}"))
-    return kept
+    return True
 
 
 def _is_made(transaction: Transaction) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 from sqlalchemy import Connection, create_engine, event
@@ -79,6 +80,26 @@ def open_sqlite(path: Path, *, create: bool) -> Database:
     event.listen(engine, "connect", _set_pragmas)
     event.listen(engine, "begin", _begin)
     return SqliteDatabase(engine, str(path))
+
+
+def copy_database(path: Path, destination: Path) -> None:
+    """Copy the database in a file, as it is at one moment, durably.
+
+    Raises:
+        StorageError: ``registry-corrupt`` when it cannot be read as one.
+    """
+    source = f"file:{_quoted(path)}?mode=ro"
+    try:
+        with (
+            closing(sqlite3.connect(source, uri=True, timeout=_WAIT_SECONDS)) as one,
+            closing(sqlite3.connect(destination)) as other,
+        ):
+            perform("sql.backup", one.backup, other)
+    except sqlite3.DatabaseError as error:
+        destination.unlink(missing_ok=True)
+        raise StorageError(
+            "registry-corrupt", f"the registry {path} cannot be copied ({error})"
+        ) from error
 
 
 def _quoted(path: Path) -> str:

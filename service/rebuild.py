@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,11 @@ import msgspec
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import canonical, decode_document
 from ckpt.core.effects import perform
-from ckpt.core.errors import CkptError, IntegrityError, from_os_error
+from ckpt.core.errors import CkptError, IntegrityError, StorageError, from_os_error
 from ckpt.core.records import FinishedPack, Pack
 from ckpt.registry.rebuild import StoreContents, StoredVersion
 from ckpt.registry.registry import Registry
+from ckpt.registry.sqlite import copy_database
 from ckpt.service.config import Location, no_repository
 from ckpt.storage.identity import read_identity
 from ckpt.storage.packs import read_pack
@@ -70,16 +70,17 @@ def _make(
     """The new registry in the place of the old one; returns the damaged versions, and where the
     old one is."""
     if isinstance(place, str):
-        damaged, schema = Registry.rebuild(place, identity, contents)
-        return damaged, None if schema is None else f"in the schema {schema} of the same database"
-    fresh = place.with_name(f"{place.name}.rebuilding")
+        schema = f"ckpt_before_epoch_{contents.epoch}"
+        damaged, replaced = Registry.rebuild(place, identity, contents, schema)
+        return damaged, f"in the schema {schema} of the same database" if replaced else None
+    kept = place.with_name(f"{place.name}.before-epoch-{contents.epoch}")
     try:
-        _remove(fresh)
-        try:
-            damaged, _ = Registry.rebuild(fresh, identity, contents)
-            return damaged, _put_in_place(fresh, place)
-        finally:
-            _remove(fresh)
+        existed = place.exists()
+        if existed:
+            _keep(place, kept)
+        # In the same file, so that whoever has it open goes on with the new one.
+        damaged, _ = Registry.rebuild(place, identity, contents, "")
+        return damaged, str(kept) if existed else None
     except OSError as error:
         raise from_os_error(error, f"rebuilding {place}") from error
 
@@ -175,24 +176,16 @@ def _write_epoch(store: Store, contents: StoreContents) -> None:
     store.put(f"epochs/{contents.epoch}.json", canonical(body))
 
 
-def _remove(path: Path) -> None:
-    for name in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm", "-journal"))):
-        name.unlink(missing_ok=True)
-
-
-def _put_in_place(fresh: Path, registry: Path) -> str | None:
-    """Move the old file aside, and the new one into its place."""
-    kept = None
-    if registry.exists():
-        kept = registry.with_name(f"{registry.name}.before-{int(time.time())}")
-        for end in ("-wal", "-shm", "-journal", ""):
-            old = registry.with_name(registry.name + end)
-            if old.exists():
-                perform("rename", os.rename, old, kept.with_name(kept.name + end))
-    perform("rename", os.rename, fresh, registry)
-    handle = os.open(registry.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _keep(place: Path, kept: Path) -> None:
+    """Copy the old registry; one that is no database any more is moved, with what SQLite left
+    beside it."""
     try:
-        perform("fsync_folder", os.fsync, handle)
-    finally:
-        os.close(handle)
-    return None if kept is None else str(kept)
+        copy_database(place, kept)
+        return
+    except StorageError as error:
+        if error.code != "registry-corrupt":
+            raise
+    for end in ("", "-wal", "-shm", "-journal"):
+        old = place.with_name(place.name + end)
+        if old.exists():
+            perform("rename", os.rename, old, kept.with_name(kept.name + end))

@@ -15,6 +15,7 @@ from torch import nn
 
 import ckpt
 from ckpt.core.errors import CkptError, ConflictError
+from ckpt.service import push, upload
 from ckpt.service.config import locate
 from ckpt.service.rebuild import Rebuilt, rebuild_registry
 from ckpt.storage.local import LocalStore
@@ -99,16 +100,27 @@ def test_a_damaged_registry_is_kept_beside_the_new_one(filled: Path) -> None:
     assert told(filled)["versions"] == before["versions"]
 
 
-def test_a_process_that_still_has_the_old_registry_acknowledges_nothing(filled: Path) -> None:
-    with ckpt.open(filled) as old:
+@pytest.mark.parametrize("moment", ["Upload.finish", "acknowledge_push"])
+def test_a_push_in_flight_is_refused_and_its_process_goes_on(
+    filled: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder: Any = upload.Upload if moment == "Upload.finish" else push
+    name = moment.rpartition(".")[2]
+    act = getattr(holder, name)
+
+    def rebuild_first(*arguments: Any) -> Any:
         rebuilt(filled)
-        with pytest.raises(CkptError):
-            old.push(state(7), "a")
-        with pytest.raises(CkptError):
-            old.rm("a@1")
-    with ckpt.open(filled) as repo:
-        assert repo.get("a").reference == "a@3"
-        assert repo.get("a@1") is not None
+        return act(*arguments)
+
+    with ckpt.open(filled) as old:
+        with monkeypatch.context() as patch:
+            patch.setattr(holder, name, rebuild_first)
+            with pytest.raises(ConflictError):
+                old.push(state(7), "a")
+        assert old.get("a").reference == "a@3"
+        old.rm("a@2")
+        assert old.push(state(7), "a").number == 4
+        assert torch.equal(old.pull("a")["w1"], state(7)["w1"])
 
 
 def test_what_is_removed_before_or_after_does_not_come_back(filled: Path) -> None:
