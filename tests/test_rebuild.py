@@ -15,7 +15,7 @@ from torch import nn
 
 import ckpt
 from ckpt.core.errors import CkptError, ConflictError
-from ckpt.service import push, upload
+from ckpt.service import push
 from ckpt.service.config import locate
 from ckpt.service.rebuild import Rebuilt, rebuild_registry
 from ckpt.storage.local import LocalStore
@@ -100,13 +100,11 @@ def test_a_damaged_registry_is_kept_beside_the_new_one(filled: Path) -> None:
     assert told(filled)["versions"] == before["versions"]
 
 
-@pytest.mark.parametrize("moment", ["Upload.finish", "acknowledge_push"])
+@pytest.mark.parametrize("moment", ["_commit", "acknowledge_push"])
 def test_a_push_in_flight_is_refused_and_its_process_goes_on(
     filled: Path, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    holder: Any = upload.Upload if moment == "Upload.finish" else push
-    name = moment.rpartition(".")[2]
-    act = getattr(holder, name)
+    act = getattr(push, moment)
 
     def rebuild_first(*arguments: Any) -> Any:
         rebuilt(filled)
@@ -114,12 +112,12 @@ def test_a_push_in_flight_is_refused_and_its_process_goes_on(
 
     with ckpt.open(filled) as old:
         with monkeypatch.context() as patch:
-            patch.setattr(holder, name, rebuild_first)
+            patch.setattr(push, moment, rebuild_first)
             with pytest.raises(ConflictError):
                 old.push(state(7), "a")
         assert old.get("a").reference == "a@3"
         old.rm("a@2")
-        assert old.push(state(7), "a").number == 4
+        assert old.push(state(7), "a").number == 5
         assert torch.equal(old.pull("a")["w1"], state(7)["w1"])
 
 
