@@ -170,7 +170,7 @@ class Books:
 
     def read_plan(self, push: str) -> tuple[dict[str, Pack], dict[str, list[Chunk]]]:
         """One snapshot for a reader of the version that ``push`` made: its packs by id, and the
-        chunks in them by digest, rows of broken packs last."""
+        chunks in them by digest: as they are before differences, in broken packs last."""
         mine = (
             select(refs.c.pack)
             .join(versions, versions.c.id == refs.c.version)
@@ -183,8 +183,12 @@ class Books:
             for row in transaction.rows(select(chunks).where(chunks.c.pack.in_(mine))):
                 found.setdefault(row.digest, []).append(as_chunk(row))
         for places in found.values():
-            places.sort(key=lambda chunk: (known[chunk.pack].state == PackState.BROKEN, chunk.pack))
+            places.sort(key=lambda chunk: _order(chunk, known[chunk.pack]))
         return known, found
+
+
+def _order(chunk: Chunk, pack: Pack) -> tuple[bool, bool, str]:
+    return pack.state is PackState.BROKEN, chunk.base is not None, pack.id
 
 
 class _NeedsExclusiveError(Exception):

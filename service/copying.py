@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import Document, Tensor, structure_bytes
 from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.errors import IntegrityError
 from ckpt.core.printable import escape
-from ckpt.core.records import Chunk, Environment, Pack, Version
+from ckpt.core.records import Environment, Version
 from ckpt.core.tensors import CHUNK_BYTES
 from ckpt.registry.registry import Registry
 from ckpt.service.push import Described, Said, push_described
 from ckpt.service.upload import Progress
+from ckpt.storage.chunks import Places, read_chunk
 from ckpt.storage.store import Store
 
 
 class StoredTensor:
     """The bytes of one tensor entry in a store, every chunk checked when it is read."""
 
-    def __init__(
-        self,
-        entry: Tensor,
-        store: Store,
-        packs: Mapping[str, Pack],
-        rows: Mapping[str, Sequence[Chunk]],
-    ) -> None:
+    def __init__(self, entry: Tensor, store: Store, places: Places) -> None:
         strides = entry.strides or (1,) * len(entry.shape)
         self.name = entry.name
         self.dtype = entry.dtype
@@ -39,30 +34,19 @@ class StoredTensor:
         self.nbytes = math.prod(self.shape) * ITEM_SIZES[entry.dtype]
         self._entry = entry
         self._store = store
-        self._packs = packs
-        self._rows = rows
+        self._places = places
 
     def read(self, offset: int, length: int) -> memoryview:
         """One whole chunk: a push reads along their bounds."""
         if not length:
             return memoryview(b"")
-        digest = self._entry.chunks[offset // CHUNK_BYTES]
-        problem = f"no pack has chunk {digest}"
-        for row in self._rows.get(digest, ()):
-            if row.codec is not None or row.raw_length != length:
-                continue
-            body = bytearray(length)
-            try:
-                self._store.read_into(self._packs[row.pack].key, row.offset, memoryview(body))
-            except IntegrityError as error:
-                problem = error.message
-                continue
-            if digest_of(body) == digest:
-                return memoryview(body)
-            problem = f"{self._packs[row.pack].key} holds other bytes than chunk {digest}"
-        raise IntegrityError(
-            "object-corrupt", f'"{escape(self.name, 80)}": {problem}', hint="run `ckpt fsck`"
-        )
+        body = memoryview(bytearray(length))
+        try:
+            read_chunk(self._store, self._places, self._entry.chunks[offset // CHUNK_BYTES], body)
+        except IntegrityError as error:
+            said = f'"{escape(self.name, 80)}": {error.message}'
+            raise IntegrityError("object-corrupt", said, hint="run `ckpt fsck`") from error
+        return body
 
 
 def copy_version(
@@ -81,12 +65,11 @@ def copy_version(
     store, registry = source
     document = registry.queries.document(version)
     environment: Environment = registry.queries.environment(version)
-    packs, rows = registry.books.read_plan(version.push)
+    places = Places(*registry.books.read_plan(version.push))
 
     def stored(entries: Sequence[Tensor]) -> list[StoredTensor | None]:
         return [
-            StoredTensor(entry, store, packs, rows) if entry.has_bytes else None
-            for entry in entries
+            StoredTensor(entry, store, places) if entry.has_bytes else None for entry in entries
         ]
 
     said = Said(

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ckpt.core.digests import digest_of
 from ckpt.core.documents import Tensor
 from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.errors import IntegrityError, NotFoundError
 from ckpt.core.printable import escape
-from ckpt.core.records import Chunk, Pack, Version
+from ckpt.core.records import Version
 from ckpt.core.tensors import CHUNK_BYTES, TensorSpace, chunk_spans
 from ckpt.registry.registry import Registry
 from ckpt.service.upload import Progress
+from ckpt.storage.chunks import Places, read_chunk
 from ckpt.storage.store import Store
 
 _THREADS = 4
@@ -44,7 +44,7 @@ class _Piece:
     digest: str
     offset: int
     length: int
-    rows: Sequence[Chunk]
+    place: tuple[str, int]
 
 
 def fetch(
@@ -66,25 +66,24 @@ def fetch(
     """
     before: set[str] | None = None
     while True:
-        packs, rows = registry.books.read_plan(version.push)
+        places = Places(*registry.books.read_plan(version.push))
         try:
-            _read_all(store, version, packs, _plan(version, wanted, packs, rows), progress)
+            _read_all(store, version, places, _plan(version, wanted, places), progress)
             return
         except IntegrityError:
             if registry.queries.by_push(version.push) is None:
                 raise NotFoundError(
                     "version-missing", f"{version.reference} was removed while it was read"
                 ) from None
-            if before == set(packs):
+            if before == set(places.packs):
                 raise
-            before = set(packs)
+            before = set(places.packs)
 
 
 def _plan(
     version: Version,
     wanted: Sequence[Wanted],
-    packs: Mapping[str, Pack],
-    rows: Mapping[str, Sequence[Chunk]],
+    places: Places,
 ) -> list[_Piece]:
     pieces = []
     for tensor in wanted:
@@ -97,24 +96,24 @@ def _plan(
                 hint="run `ckpt fsck`",
             )
         for (offset, length), digest in zip(spans, tensor.chunks, strict=True):
-            places = rows.get(digest, ())
-            fitting = [row for row in places if row.codec is None and row.raw_length == length]
-            if not fitting:
+            rows = [row for row in places.rows.get(digest, ()) if row.raw_length == length]
+            if not rows:
                 raise IntegrityError(
                     "object-missing",
                     f'{version.reference}: no pack has chunk {digest} of "{escape(tensor.name)}"',
                     hint="run `ckpt fsck`",
                 )
-            pieces.append(_Piece(tensor, digest, offset, length, fitting))
+            place = (places.packs[rows[0].pack].key, rows[0].offset)
+            pieces.append(_Piece(tensor, digest, offset, length, place))
     # In the order of the bytes on the disk.
-    pieces.sort(key=lambda piece: (packs[piece.rows[0].pack].key, piece.rows[0].offset))
+    pieces.sort(key=lambda piece: piece.place)
     return pieces
 
 
 def _read_all(
     store: Store,
     version: Version,
-    packs: Mapping[str, Pack],
+    places: Places,
     pieces: Sequence[_Piece],
     progress: Progress | None,
 ) -> None:
@@ -123,7 +122,7 @@ def _read_all(
 
     def read(batch: Sequence[_Piece]) -> int:
         for piece in batch:
-            _read_piece(store, version, packs, piece)
+            _read_piece(store, version, places, piece)
         return sum(piece.length for piece in batch)
 
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="ckpt-pull") as pool:
@@ -138,34 +137,20 @@ def _read_all(
             raise
 
 
-def _read_piece(store: Store, version: Version, packs: Mapping[str, Pack], piece: _Piece) -> None:
-    """Read one chunk from the first of its places that has it."""
+def _read_piece(store: Store, version: Version, places: Places, piece: _Piece) -> None:
+    """Read one chunk, straight into its place where that lies in memory."""
     view = piece.wanted.space.view(piece.offset, piece.length)
     target = memoryview(bytearray(piece.length)) if view is None else view
-    problem: IntegrityError | None = None
-    for row in piece.rows:
-        key = packs[row.pack].key
-        try:
-            store.read_into(key, row.offset, target)
-        except IntegrityError as error:
-            problem = IntegrityError(error.code, _at(version, piece, error.message), hint=_HINT)
-            continue
-        found = digest_of(target)
-        if found == piece.digest:
-            if view is None:
-                piece.wanted.space.write(piece.offset, target)
-            return
-        said = f"{key} holds other bytes: expected {piece.digest}, got {found}"
-        problem = IntegrityError("object-corrupt", _at(version, piece, said), hint=_HINT)
-    assert problem is not None
-    raise problem
+    try:
+        read_chunk(store, places, piece.digest, target)
+    except IntegrityError as error:
+        where = f'{version.reference}, tensor "{escape(piece.wanted.name)}"'
+        raise IntegrityError(error.code, f"{where}: {error.message}", hint=_HINT) from error
+    if view is None:
+        piece.wanted.space.write(piece.offset, target)
 
 
 _HINT = "run `ckpt fsck`; pushing the same content again stores it anew, as a new version"
-
-
-def _at(version: Version, piece: _Piece, message: str) -> str:
-    return f'{version.reference}, tensor "{escape(piece.wanted.name)}": {message}'
 
 
 def _batched(pieces: Sequence[_Piece]) -> list[list[_Piece]]:

@@ -7,6 +7,7 @@ import secrets
 from ckpt.core.errors import CkptError, IntegrityError
 from ckpt.core.records import Pack
 from ckpt.registry.registry import Registry
+from ckpt.storage.chunks import Places
 from ckpt.storage.repack import write_again
 from ckpt.storage.store import Store
 
@@ -22,16 +23,18 @@ def write_sparse_again(store: Store, registry: Registry) -> tuple[list[Pack], li
     """
     replaced: list[Pack] = []
     warnings: list[str] = []
-    for pack, needed in registry.repacks.sparse(SHARE):
+    sparse = registry.repacks.sparse(SHARE)
+    places = Places.of(registry.repairs.packs() if sparse else ())
+    for pack, needed in sparse:
         try:
-            if _replace(store, registry, pack, needed):
+            if _replace(store, registry, pack, needed, places):
                 replaced.append(pack)
         except IntegrityError as error:
             warnings.append(f"not repacked, run `ckpt fsck --read-data`: {error.message}")
     return replaced, warnings
 
 
-def _replace(store: Store, registry: Registry, old: Pack, needed: set[str]) -> bool:
+def _replace(store: Store, registry: Registry, old: Pack, needed: set[str], places: Places) -> bool:
     """Whether a version was moved; a pack that others are removing meanwhile is left to them."""
     push = secrets.token_hex(16)
     claimed = registry.books.open_push(push, "repack", {old.id})
@@ -40,7 +43,7 @@ def _replace(store: Store, registry: Registry, old: Pack, needed: set[str]) -> b
         if not claimed or store.size(old.key) != old.size:
             registry.books.abort(push)
             return False
-        finished = write_again(store, old, needed, push)
+        finished = write_again(store, old, needed, push, places)
         return registry.repacks.switch(push, finished, old.id) > 0
     except BaseException as error:
         try:

@@ -15,7 +15,7 @@ from ckpt.core.dtypes import ITEM_SIZES, PACK_CODES
 from ckpt.core.errors import IntegrityError
 from ckpt.core.printable import is_printable
 from ckpt.core.records import Chunk, FinishedPack, Pack
-from ckpt.core.tensors import TensorBytes, chunk_spans
+from ckpt.core.tensors import CHUNK_BYTES, TensorBytes, chunk_spans
 from ckpt.storage.header import Entry, header_length, parse_header
 from ckpt.storage.store import Store
 
@@ -235,6 +235,8 @@ def _described(pack: Pack, entry: Entry, data_start: int, row: Sequence[object])
         raise TypeError("not a range")
     if not 0 <= at <= at + length <= entry.nbytes:
         raise ValueError("a chunk outside its entry")
+    if not 0 <= length <= raw_length <= CHUNK_BYTES:
+        raise ValueError("a chunk of no valid length")
     start = data_start + entry.start + at
     return Chunk(
         digest,

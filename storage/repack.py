@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from ckpt.core.digests import digest_of
 from ckpt.core.errors import IntegrityError
 from ckpt.core.records import Chunk, FinishedPack, Pack
 from ckpt.core.tensors import CHUNK_BYTES
+from ckpt.storage.chunks import Places, read_place
 from ckpt.storage.header import Entry
 from ckpt.storage.packs import PackWriter, chunk_cost, read_entries
 from ckpt.storage.store import Store
 
 
-def write_again(store: Store, old: Pack, needed: Collection[str], push: str) -> FinishedPack:
+def write_again(
+    store: Store, old: Pack, needed: Collection[str], push: str, places: Places
+) -> FinishedPack:
     """Write the pack of ``push`` that has the ``needed`` chunks of ``old``. An entry whose chunks
     are all needed stays as it is; of another, each needed chunk gets an entry of its own.
+    ``places`` have the bases of the differences, so that all can be checked.
 
     Raises:
         IntegrityError: ``old`` is missing or damaged; nothing is left of the new pack.
@@ -31,8 +34,8 @@ def write_again(store: Store, old: Pack, needed: Collection[str], push: str) -> 
             mine = [replace(chunk, offset=chunk.offset - start) for chunk in chunks]
             place = writer.add_entry(entry, mine)
             for chunk in mine:
-                body = memoryview(_read(store, old, replace(chunk, offset=chunk.offset + start)))
-                writer.upload.write(place + chunk.offset, body)
+                stored = replace(chunk, offset=chunk.offset + start)
+                writer.upload.write(place + chunk.offset, _read(store, places, old, stored))
             end = mine[-1].offset + mine[-1].length
             writer.upload.write(place + end, bytes(entry.nbytes - end))
         for entry, chunks in parts:
@@ -45,7 +48,7 @@ def write_again(store: Store, old: Pack, needed: Collection[str], push: str) -> 
                     codec=chunk.codec,
                     base=chunk.base,
                 )
-                writer.upload.write(place, memoryview(_read(store, old, chunk)))
+                writer.upload.write(place, _read(store, places, old, chunk))
         return writer.finish()
 
 
@@ -67,15 +70,14 @@ def _choose(
     return whole, parts
 
 
-def _read(store: Store, pack: Pack, chunk: Chunk) -> bytearray:
-    if chunk.length > 2 * CHUNK_BYTES:
+def _read(store: Store, places: Places, pack: Pack, chunk: Chunk) -> memoryview:
+    """The stored bytes of a chunk, of which the raw ones were checked."""
+    if max(chunk.length, chunk.raw_length) > CHUNK_BYTES:
         raise IntegrityError("pack-damaged", f"{pack.key} names a chunk of {chunk.length} bytes")
-    body = bytearray(chunk.length)
-    store.read_into(pack.key, chunk.offset, memoryview(body))
-    if chunk.codec is None and digest_of(body) != chunk.digest:
-        raise IntegrityError(
-            "object-corrupt",
-            f"{pack.key}: chunk {chunk.digest} has other bytes",
-            hint="run `ckpt fsck`",
-        )
+    raw = memoryview(bytearray(chunk.raw_length))
+    read_place(store, places, chunk, raw)
+    if chunk.codec is None:
+        return raw
+    body = memoryview(bytearray(chunk.length))
+    store.read_into(pack.key, chunk.offset, body)
     return body

@@ -175,7 +175,7 @@ def test_the_command_line_tells_and_ends_with_4(filled: ckpt.Repository) -> None
     flip(pack_of(filled, "b"))
     assert "read 0 chunks" in run()
     said = run("--read-data", status=4)
-    assert "has other bytes" in said
+    assert "holds other bytes" in said
     assert "error[damaged]: damaged: b@1" in said
     assert json.loads(run("--json", status=4).partition("\nerror")[0])["damaged"] == ["b@1"]
     assert "share-invalid" in run("--read-data=all", status=2)

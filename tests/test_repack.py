@@ -14,6 +14,7 @@ import ckpt
 from ckpt.core.errors import ConflictError, IntegrityError
 from ckpt.registry.tables import claims, packs, pushes, refs
 from ckpt.service.rebuild import rebuild_registry
+from ckpt.storage.chunks import Places
 from ckpt.storage.local import LocalStore
 from ckpt.storage.repack import write_again
 
@@ -129,6 +130,10 @@ def test_a_damaged_pack_is_named_and_left_alone(repo: ckpt.Repository) -> None:
         repo.pull(second)
 
 
+def places(repo: ckpt.Repository) -> Places:
+    return Places.of(repo._registry.repairs.packs())
+
+
 def begun(repo: ckpt.Repository) -> tuple[str, Any, set[str]]:
     """A repack that has chosen and claimed its pack."""
     ((pack, needed),) = repo._registry.repacks.sparse(0.5)
@@ -142,7 +147,7 @@ def test_a_push_that_shares_more_of_the_pack_meanwhile_keeps_it(repo: ckpt.Repos
     first, second, third = sparse_repository(repo)
     push, pack, needed = begun(repo)
     late = repo.push(state(7, 50), "late")
-    finished = write_again(repo._store, pack, needed, push)
+    finished = write_again(repo._store, pack, needed, push, places(repo))
     assert repo._registry.repacks.switch(push, finished, pack.id) == 2
     repo.gc(grace=0)
     assert f"{first.push}-0" in sizes(repo)
@@ -157,7 +162,7 @@ def test_a_push_that_shares_more_of_the_pack_meanwhile_keeps_it(repo: ckpt.Repos
 def test_a_repack_whose_lease_ended_changes_nothing(repo: ckpt.Repository) -> None:
     _, second, _ = sparse_repository(repo)
     push, pack, needed = begun(repo)
-    finished = write_again(repo._store, pack, needed, push)
+    finished = write_again(repo._store, pack, needed, push, places(repo))
     repo._registry.books.abort(push)
     with pytest.raises(ConflictError, match="not open"):
         repo._registry.repacks.switch(push, finished, pack.id)
@@ -169,7 +174,10 @@ def test_a_repack_whose_lease_ended_changes_nothing(repo: ckpt.Repository) -> No
 def test_two_repacks_of_one_pack_leave_one(repo: ckpt.Repository) -> None:
     _, second, third = sparse_repository(repo)
     one, two = begun(repo), begun(repo)
-    written = [write_again(repo._store, pack, needed, push) for push, pack, needed in (one, two)]
+    written = [
+        write_again(repo._store, pack, needed, push, places(repo))
+        for push, pack, needed in (one, two)
+    ]
     moved = [
         repo._registry.repacks.switch(push, finished, pack.id)
         for (push, pack, _), finished in zip((one, two), written, strict=True)
