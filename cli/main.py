@@ -13,7 +13,7 @@ from typing import NoReturn
 import click
 
 from ckpt.cli.command import Settings, common_options
-from ckpt.core.errors import CkptError
+from ckpt.core.errors import CkptError, from_os_error
 from ckpt.core.printable import escape
 
 # Command -> the module in ckpt.cli that has it.
@@ -25,6 +25,7 @@ COMMANDS = {
     "log": "listing",
     "show": "show",
     "inspect": "show",
+    "diff": "diff",
     "copy": "copy",
     "verify": "verify",
     "tag": "names",
@@ -102,8 +103,7 @@ def main() -> None:
         status = _run(settings)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         status = 141
     except (KeyboardInterrupt, click.Abort):
         status = _fail("interrupted", f"stopped by you; {_SAFE}", 130)
@@ -113,12 +113,21 @@ def main() -> None:
         status = _usage(error)
     except CkptError as error:
         status = _ckpt_error(error, settings)
+    except OSError as error:
+        # Every call on a path is typed where it is made; what is left is the output.
+        _discard_output()
+        status = _ckpt_error(from_os_error(error, "writing the output"), settings)
     except Exception as error:  # noqa: BLE001  the last resort: a bug, told in one line
         if settings.debug:
             traceback.print_exc()
         said = escape(f"{type(error).__name__}: {error}")
         status = _fail("bug", f"{said}; please report it, with the output of --debug", 70)
     sys.exit(status)
+
+
+def _discard_output() -> None:
+    """Python would complain once more when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _open_closed_streams() -> None:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 CHANGES = ("changed", "added", "removed", "same")
 # What of an entry counts; where a tensor was does not, as in a version's digest.
 _FIELDS = ("dtype", "shape", "kind", "requires_grad", "strides", "layout", "details")
+# Beyond any tensor; arithmetic on larger numbers would only take time.
+_SHAPE_BITS = 4096
 # What looking at a malformed document may raise.
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -45,8 +47,8 @@ class TensorDifference:
             on; ``tie``, where the name is a tie of another one in one version; or a field of the
             entry.
         before, after: the entries; of a tie that other one.
-        nbytes: stored bytes under this name: the second version's, of what was removed the
-            first's; a tie, a view and a composed tensor have none of their own.
+        nbytes: stored bytes under this name, the first version's where the second has none; a
+            tie, a view and a composed tensor have none of their own.
         changed_bytes: how many of them are in chunks that differ.
         statistics: when asked for, of tensors whose ``values`` changed and are plain numbers.
     """
@@ -63,8 +65,8 @@ class TensorDifference:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The tensors of one module prefix. ``relative`` is the norm of what changed by the norm of
-    what was there, over the tensors with statistics; None where there are none."""
+    """The tensors of one module prefix. ``relative`` is the norm of the difference by the norm
+    before, over the tensors with statistics: 0 where nothing changed, None where it is unknown."""
 
     name: str
     nbytes: int
@@ -130,13 +132,13 @@ class Diff:
 def _layer(name: str, tensors: Sequence[TensorDifference]) -> Layer:
     known = [t.statistics for t in tensors if t.statistics and t.statistics.difference is not None]
     norm = math.hypot(*(one.norms[0] for one in known))
-    change = math.hypot(*(one.difference or 0.0 for one in known))
-    return Layer(
-        name,
-        sum(tensor.nbytes for tensor in tensors),
-        sum(tensor.changed_bytes for tensor in tensors),
-        change / norm if known and norm else None,
-    )
+    difference = math.hypot(*(one.difference or 0.0 for one in known))
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    changed = sum(tensor.changed_bytes for tensor in tensors)
+    relative = 0.0 if not changed else None
+    if norm and math.isfinite(norm) and math.isfinite(difference):
+        relative = difference / norm
+    return Layer(name, nbytes, changed, relative)
 
 
 def compare(
@@ -265,7 +267,10 @@ def stored_nbytes(entry: Tensor) -> int:
     """The bytes in an entry's chunks; a dimension of stride 0 is stored once."""
     if not entry.has_bytes:
         return 0
-    nbytes = math.prod(stored_shape(entry)) * ITEM_SIZES[entry.dtype]
+    shape = stored_shape(entry)
+    if sum(map(int.bit_length, shape)) > _SHAPE_BITS:
+        raise ValueError(f'"{entry.name}" has a shape that no tensor has')
+    nbytes = math.prod(shape) * ITEM_SIZES[entry.dtype]
     if nbytes < 0 or -(-nbytes // CHUNK_BYTES) != len(entry.chunks):
         raise ValueError(f'"{entry.name}" has {len(entry.chunks)} chunks for {nbytes} bytes')
     return nbytes

@@ -178,10 +178,10 @@ def _facets(document: Document, module: Module) -> dict[str, Any]:
     return {
         "class": module.reference,
         "training": module.training,
-        "parameters": [[name, index is not None] for name, index in module.params],
-        "buffers": [[name, index is not None, kept] for name, index, kept in module.buffers],
+        "parameters": [(name, index is not None) for name, index in module.params],
+        "buffers": [(name, index is not None, kept) for name, index, kept in module.buffers],
         "children": [
-            [name, None if index is None else modules[index].path]
+            (name, None if index is None else modules[index].path)
             for name, index in module.children
         ],
         "parametrized": list(module.parametrized),
@@ -196,6 +196,9 @@ def _compare_module(
         if what in _LISTED:
             names = {item[0] for item in old} & {item[0] for item in new}
             old, new = (_untold(items, names, moved) for items in (old, new))
+            both = set(old) & set(new)
+            if both < {*old, *new}:  # else only their order differs
+                old, new = ([item for item in items if item not in both] for items in (old, new))
         if old != new:
             yield Difference(path, what, "changed", old, new)
 
@@ -208,4 +211,4 @@ def _untold(items: list[Any], names: set[str], moved: set[str]) -> list[Any]:
 def natural_key(path: str) -> list[tuple[int, str]]:
     """A key that sorts ``layer.2`` before ``layer.10``."""
     parts = path.split(".")
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+    return [(len(part) if part.isdecimal() else 0, part) for part in parts]

@@ -68,7 +68,7 @@ def with_statistics(
     rooms: dict[_Chunk, _Room] = {}
     done = 0
     for batch in _batches(pieces):
-        rooms = _read(store, registry, (found.before, found.after), batch, rooms)
+        _read(store, registry, (found.before, found.after), batch, rooms)
         for piece in batch:
             _add(piece, rooms)
             done += sum(one.stop - one.start for one in piece.slices)
@@ -158,12 +158,13 @@ def _read(
     registry: Registry,
     versions: tuple[Version, Version],
     batch: Iterable[_Piece],
-    before: Mapping[_Chunk, _Room],
-) -> dict[_Chunk, _Room]:
-    """The chunks of a batch, checked; what the batch before had is not read again, and what both
-    versions have is read once."""
+    rooms: dict[_Chunk, _Room],
+) -> None:
+    """Change ``rooms`` from the chunks of the batch before to those of this one, checked; one
+    that both batches or both versions have is read once."""
     needed = {one.chunk: one for piece in batch for one in piece.slices}
-    rooms = {chunk: before[chunk] for chunk in needed if chunk in before}
+    for chunk in rooms.keys() - needed.keys():
+        del rooms[chunk]
     for side, version in enumerate(versions):
         wanted = []
         for one in needed.values():
@@ -173,7 +174,6 @@ def _read(
                 wanted.append(Wanted(one.name, length, (digest,), room))
         if wanted:
             fetch(store, registry, version, wanted)
-    return rooms
 
 
 def _add(piece: _Piece, rooms: Mapping[_Chunk, _Room]) -> None:

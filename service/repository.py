@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ckpt.loader.restore import DeviceMap
     from ckpt.loader.trust import TrustLike
     from ckpt.loader.verify import Report
+    from ckpt.service.diff import Diff
     from ckpt.service.inspect import ModuleDescription
     from ckpt.service.push import Described, Said
     from ckpt.service.upload import Progress
@@ -362,6 +363,31 @@ class Repository(Upkeep):
     def environment(self, ref: VersionLike) -> Environment:
         """What a version was pushed on: devices, library versions, flags, host."""
         return self._registry.queries.environment(self.get(ref))
+
+    def diff(
+        self,
+        before: VersionLike,
+        after: VersionLike,
+        *,
+        stats: bool = False,
+        progress: Progress | None = None,
+    ) -> Diff:
+        """What differs between two versions, also of different models: tensors, ties, modules,
+        plain values, metrics and labels. The registry alone says so; no tensor is read.
+
+        Args:
+            stats: read the tensors whose values changed, a few chunks at a time, and say how far
+                they lie apart.
+
+        Raises:
+            UsageError: ``no-weights`` when one is a folder of files.
+            IntegrityError: ``document-damaged``; with ``stats`` also ``object-missing``,
+                ``object-corrupt``.
+        """
+        from ckpt.service.diff import compare
+
+        pair = self.get(before), self.get(after)
+        return compare(self._store, self._registry, *pair, statistics=stats, progress=progress)
 
     def unnamed_values(self, ref: VersionLike) -> int:
         """How many plain values of a version a ``.safetensors`` file would not carry."""

@@ -372,6 +372,14 @@ def test_a_closed_pipe_ends_quietly(
     assert repo.push_file(small_file, "m").number == 2
 
 
+def test_a_full_output_is_told_like_any_full_disk(repo: ckpt.Repository) -> None:
+    repo.push({"w": torch.ones(3)}, "m")
+    with open("/dev/full", "w") as full:
+        shown = run("ls", program=[PROGRAM], stdout=full.fileno())
+    assert (shown.returncode, len(shown.stderr.splitlines())) == (8, 1)
+    assert shown.stderr.startswith("error[no-space]")
+
+
 def test_no_traceback_leaves_a_real_process(small_file: Path) -> None:
     for arguments in (["pull", "nix"], ["push", "no", "net"], ["show", "known@b3:1"]):
         shown = run(*arguments, program=[PROGRAM])

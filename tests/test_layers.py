@@ -70,7 +70,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_ls_loads_neither_torch_nor_boto3(folder: Path) -> None:
-    for arguments in (["ls"], ["log", "net"], ["show", "net"]):
+    for arguments in (["ls"], ["log", "net"], ["show", "net"], ["diff", "net", "net"]):
         loaded = loaded_by(command(*arguments), folder)
         assert not loaded & {"torch", "boto3", "numpy", "rich", "alembic"}
 
