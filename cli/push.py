@@ -31,6 +31,12 @@ _PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
 @click.option("--alias", "aliases", multiple=True, help="Move this name here. Repeatable.")
 @click.option("--parent", metavar="REF", help="Default: the run's previous version.")
 @click.option("--run", help="Training job. Default: main.")
+@click.option(
+    "--compress",
+    type=click.Choice(["auto", "max", "none"]),
+    default="auto",
+    help="auto: differences to the version before, where they save. max: as small as can be.",
+)
 def push(
     settings: Settings,
     path: str,
@@ -42,6 +48,7 @@ def push(
     aliases: tuple[str, ...],
     parent: str | None,
     run: str | None,
+    compress: str,
 ) -> None:
     """Store PATH as the newest version of MODEL: a .safetensors file, or a folder with some,
     such as save_pretrained writes; its other files are kept as they are.
@@ -65,6 +72,7 @@ def push(
             message=message and check_text("the message", message),
             parent=parent,
             run=run,
+            compress=compress,
             progress=meter,
         )
         root = repository.location.root

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,15 +15,16 @@ import msgspec
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import FORMAT, Document, identity_bytes
 from ckpt.core.errors import CkptError, TrustError, UsageError, from_os_error
-from ckpt.core.names import check_step
+from ckpt.core.names import check_labels, check_step
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
 from ckpt.core.tensors import chunk_spans
 from ckpt.registry.registry import Registry
-from ckpt.service.folder import open_folder
-from ckpt.service.push import Described
-from ckpt.service.safetensors_file import open_file
+from ckpt.service.folder import OpenFolder, open_folder
+from ckpt.service.push import Described, _is_whole
+from ckpt.service.safetensors_file import OpenFile, open_file
 from ckpt.service.unpickling import Unpickler
+from ckpt.storage.store import Store
 
 Kind = Literal["pickle", "dcp", "files"]
 
@@ -119,7 +120,7 @@ def _look(path: Path, *, alone: bool) -> Checkpoint:
         )
     elif kind == "pickle" and _SHARD.search(path.name):
         refused = UsageError(
-            "no-checkpoint",
+            "checkpoint-part",
             f"{escape(str(path))} is one part of a checkpoint",
             hint="load the model and save it with save_pretrained(…, safe_serialization=True)",
         )
@@ -139,23 +140,24 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def look_inside(found: list[Checkpoint], kept: list[Path]) -> Iterator[Checkpoint]:
+def look_inside(found: Sequence[Checkpoint], kept: Sequence[Path]) -> Iterator[Checkpoint]:
     """Each checkpoint as an import would take it, or with what refuses it; every one is opened,
     none is read."""
     with Unpickler() as unpickler:
         for one in found:
             try:
-                if one.kind is not None:
+                if one.kind is None:
+                    yield one
+                else:
                     with opened(one, unpickler, kept) as (_, inside):
-                        one = inside  # noqa: PLW2901  the same checkpoint, better known
+                        yield inside
             except CkptError as error:
-                one = replace(one, refused=error)  # noqa: PLW2901
-            yield one
+                yield replace(one, refused=error)
 
 
 @contextmanager
 def opened(
-    one: Checkpoint, unpickler: Unpickler, kept: list[Path]
+    one: Checkpoint, unpickler: Unpickler, kept: Sequence[Path]
 ) -> Iterator[tuple[Described, Checkpoint]]:
     """What would be pushed of a checkpoint, and the step and labels that are written in it.
 
@@ -165,43 +167,33 @@ def opened(
     """
     if one.kind == "files" and one.path.is_dir():
         with open_folder(one.path, kept) as folder:
-            yield (
-                Described(
-                    state="files",
-                    root=folder.root,
-                    tensors=folder.tensors,
-                    sources=folder.sources,
-                    files=folder.files,
-                    check=folder.check_unchanged,
-                ),
-                one,
-            )
+            yield _of_files(folder, files=folder.files), one
     elif one.kind == "files":
         with open_file(one.path) as file:
-            yield (
-                Described(
-                    state="values",
-                    root=file.root,
-                    tensors=file.tensors,
-                    sources=file.sources,
-                    header=file.header,
-                    check=file.check_unchanged,
-                ),
-                one,
-            )
+            yield _of_files(file, header=file.header), one
     else:
         state = unpickler.open(one.path)
-        yield (
-            Described(
-                state="values",
-                root=state.document.root,
-                tensors=state.document.tensors,
-                sources=state.sources,
-                order=state.document.order,
-                check=state.check_unchanged,
-            ),
-            _as_lightning(one, state.document.root),
+        described = Described(
+            state="values",
+            root=state.document.root,
+            tensors=state.document.tensors,
+            sources=state.sources,
+            order=state.document.order,
+            check=state.check_unchanged,
         )
+        yield described, _as_lightning(one, state.document.root)
+
+
+def _of_files(opened: OpenFolder | OpenFile, **more: Any) -> Described:
+    """As ``push`` takes a ``.safetensors`` file, or a folder with some."""
+    return Described(
+        state="files" if isinstance(opened, OpenFolder) else "values",
+        root=opened.root,
+        tensors=opened.tensors,
+        sources=opened.sources,
+        check=opened.check_unchanged,
+        **more,
+    )
 
 
 def _as_lightning(one: Checkpoint, root: Any) -> Checkpoint:
@@ -214,16 +206,12 @@ def _as_lightning(one: Checkpoint, root: Any) -> Checkpoint:
     if type(step) is int:
         one = replace(one, step=check_step(step))
     if type(epoch) is int:
-        one = replace(one, labels={**one.labels, "epoch": str(epoch)})
+        one = replace(one, labels={**one.labels, **check_labels({"epoch": str(epoch)})})
     return one
 
 
 def known_version(
-    registry: Registry,
-    model: str,
-    step: int | None,
-    described: Described,
-    is_whole: Callable[[Version, Document], bool],
+    store: Store, registry: Registry, model: str, step: int | None, described: Described
 ) -> Version | None:
     """The version that an earlier import made of the same content at the same step, so that an
     import can be run again. The bytes are read for it only when one has their number."""
@@ -237,7 +225,7 @@ def known_version(
             continue
         known = registry.queries.document(version)
         same = (known.safetensors, known.files) == (wanted.safetensors, wanted.files)
-        if same and is_whole(version, wanted):
+        if same and _is_whole(store, registry, version, wanted):
             described.check()
             return version
     return None

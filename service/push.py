@@ -30,6 +30,7 @@ from ckpt.registry.commit import name_clash
 from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import acknowledge_event, acknowledge_push
 from ckpt.service.author import author
+from ckpt.service.bases import Compress, find_bases
 from ckpt.service.upload import Progress, Upload
 from ckpt.storage.store import Store
 
@@ -81,6 +82,7 @@ def push_described(
     said: Said,
     environment: Mapping[str, Any],
     progress: Progress | None = None,
+    compress: Compress = "auto",
 ) -> Version:
     """Make a version of a described state; durable and acknowledged when this returns.
 
@@ -94,7 +96,15 @@ def push_described(
     probed = [source for source in described.probe_sources if source is not None]
     recorded = Environment(digest_of(canonical(environment)), environment)
     everything = [*sources, *probed]
-    with Upload(store, registry.books, everything, progress, apart=len(sources)) as upload:
+    with Upload(
+        store,
+        registry.books,
+        everything,
+        progress,
+        apart=len(sources),
+        compress=compress,
+        bases=find_bases(store, registry, said.model, sources, compress),
+    ) as upload:
         try:
             upload.hash()
             document = _document(described, upload.digests, recorded.digest)

@@ -146,7 +146,8 @@ class Unpickler:
                 answer = self._answer()
                 if "failed" in answer:
                     kind, code, message, hint = answer["failed"]
-                    raise _ERRORS[kind](str(code), escape(message, 1000), hint=escape(hint))
+                    said = None if hint is None else escape(str(hint), 1000)
+                    raise _ERRORS[kind](str(code), escape(str(message), 4000), hint=said)
                 if not 0 < answer["document"] <= _DOCUMENT_BYTES:
                     raise _damaged("it holds too many values")
                 document = decode_document(bytes(self._exactly(answer["document"])))

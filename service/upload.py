@@ -10,26 +10,34 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from ckpt.core.digests import digest_of
 from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.records import Chunk, FinishedPack, Pack
 from ckpt.core.tensors import CHUNK_BYTES, TensorBytes, chunk_spans
 from ckpt.registry.books import LEASE_SECONDS, Books
+from ckpt.service.bases import Bases, Compress
+from ckpt.service.sharing import Sharing
 from ckpt.storage.packs import PackWriter, chunk_cost, header_cost
 from ckpt.storage.store import Store
+
+if TYPE_CHECKING:
+    from ckpt.storage.codecs import Encoded
 
 Progress = Callable[[int, int], None]
 
 _THREADS = 2
 _HASHED_AHEAD = 12
 _WRITES_AHEAD = 24
+_ENCODED_AHEAD = 3  # each may hold a chunk, its base and what is made of them
+# What a smaller tensor could save, its description in the pack would cost.
+_ENCODED_BYTES = 4096
 _FLUSH_BYTES = 64 << 20
 # Equal tensors up to this size are written under each name (docs/decisions/002).
 _REPEATED_BYTES = 1 << 20
@@ -50,6 +58,9 @@ class Upload:
         sources: Sequence[TensorBytes],
         progress: Progress | None = None,
         apart: int | None = None,
+        *,
+        compress: Compress = "none",
+        bases: Bases | None = None,
     ) -> None:
         self.push = secrets.token_hex(16)
         self.opened = False
@@ -61,6 +72,8 @@ class Upload:
         self._books = books
         self._sources = sources
         self._apart = len(sources) if apart is None else apart
+        self._compress = compress
+        self._bases = bases or {}
         sizes = [ITEM_SIZES[source.dtype] for source in sources]
         self._order = sorted(
             range(len(sources)), key=lambda index: (index >= self._apart, -sizes[index])
@@ -73,6 +86,7 @@ class Upload:
         self._chunks: list[tuple[int, int]] = []
         self._mine: set[str] = set()
         self._hits: dict[str, tuple[list[Chunk], tuple[int, int]]] = {}
+        self._sharing = Sharing(store, books, self._claim)
         self._pack: PackWriter | None = None
         self._packs = 0
         self._writes: deque[Future[None]] = deque()
@@ -157,7 +171,8 @@ class Upload:
             return
         fresh = not any(digest in known for digest in digests)
         own = len(set(digests)) == len(digests) and self._mine.isdisjoint(digests)
-        if fresh and (own or source.nbytes <= _REPEATED_BYTES):
+        own |= source.nbytes <= _REPEATED_BYTES
+        if fresh and own and not self._may_encode(index):
             self._typed.append(index)
             self._typed_bytes += source.nbytes
             self._mine.update(digests)
@@ -177,35 +192,28 @@ class Upload:
         self._chunks.append((index, number))
         self._header_room += chunk_cost(self._sources[index].name)
 
-    def _share(self) -> None:
-        """Claim the packs of the hits; a hit that cannot be relied on becomes a chunk to write."""
-        left = dict(self._hits)
-        tried: set[str] = set()
-        while left:
-            wanted = _fewest_packs([rows for rows, _ in left.values()], tried)
-            if not wanted:
-                break
-            tried |= wanted
-            usable = self._claim(wanted)
-            for digest, (rows, _) in list(left.items()):
-                pack = next((row.pack for row in rows if row.pack in usable), None)
-                if pack is not None:
-                    self.needed.add(pack)
-                    del left[digest]
-        for _, place in left.values():
-            self._add_chunk(*place)
+    def _may_encode(self, index: int) -> bool:
+        """Whether the chunks of a tensor are worth the try to make them smaller."""
+        if index >= self._apart or self._sources[index].nbytes < _ENCODED_BYTES:
+            return False
+        return self._compress == "max" or any(self._bases.get(index, ()))
 
-    def _claim(self, wanted: set[str]) -> set[str]:
-        """Claim packs, then check that the store still has them whole."""
-        claimed = self._books.claim(self.push, wanted) if self.opened else self._open(wanted)
-        usable = set()
-        for pack in claimed:
-            size = self._store.size(pack.key)
-            if size == pack.size:
-                usable.add(pack.id)
-            else:
-                self._books.note_alarm(pack, size)
-        return usable
+    def _base(self, index: int, number: int) -> str | None:
+        return self._bases[index][number] if index in self._bases else None
+
+    def _share(self) -> None:
+        """Claim the packs of the hits and of the bases; a hit that cannot be relied on becomes a
+        chunk to write."""
+        bases = {self._base(*place) for place in self._chunks} - {None}
+        hits = {digest: rows for digest, (rows, _) in self._hits.items()}
+        settled = self._sharing.settle(hits, {base for base in bases if base is not None})
+        self.needed.update(*settled.values())
+        for digest, (_, place) in self._hits.items():
+            if digest not in settled:
+                self._add_chunk(*place)
+
+    def _claim(self, wanted: set[str]) -> list[Pack]:
+        return self._books.claim(self.push, wanted) if self.opened else self._open(wanted)
 
     def _open(self, wanted: Iterable[str]) -> list[Pack]:
         claimed = self._books.open_push(self.push, "push", set(wanted))
@@ -231,17 +239,60 @@ class Upload:
         self._typed_bytes = sum(self._sources[index].nbytes for index in self._typed)
 
     def _write_chunks(self, group: range) -> None:
-        """Write the new chunks of those tensors of a group that are partly in the store."""
+        """Write the new chunks of those tensors of a group that are partly in the store, or may
+        be made smaller; encoded ahead while earlier ones are being written."""
+        running: deque[tuple[int, int, Future[Encoded | None]]] = deque()
         for index, number in self._chunks:
             if index not in group:
                 continue
-            source = self._sources[index]
-            offset, length = chunk_spans(source.nbytes)[number]
+            task = self._pool.submit(self._encode, index, number)
+            running.append((index, number, task))
+            if len(running) > _ENCODED_AHEAD:
+                self._write_chunk(*running.popleft())
+        while running:
+            self._write_chunk(*running.popleft())
+
+    def _encode(self, index: int, number: int) -> Encoded | None:
+        """The chunk in a smaller form, if there is one."""
+        if not self._may_encode(index):
+            return None
+        from ckpt.service.bases import encode_chunk
+
+        source, base = self._sources[index], self._base(index, number)
+        if base is not None and self._sharing.base_pack(base) is None:
+            base = None
+        if base is None and self._compress != "max":
+            return None
+        raw = source.read(*chunk_spans(source.nbytes)[number])
+        places = self._sharing.base_places()
+        return encode_chunk(self._store, places, raw, source.dtype, base, self._compress)
+
+    def _write_chunk(self, index: int, number: int, task: Future[Encoded | None]) -> None:
+        encoded, source = task.result(), self._sources[index]
+        offset, length = chunk_spans(source.nbytes)[number]
+        pack = self._pack_for(chunk_cost(source.name))
+        name, digest = f"{source.name}#{number}", self.digests[index][number]
+        if encoded is None:
             self._store.check_room(length)
-            pack = self._pack_for(chunk_cost(source.name))
-            name = f"{source.name}#{number}"
-            place = pack.add_chunk(name, self.digests[index][number], length)
+            place = pack.add_chunk(name, digest, length)
             self._write(pack, place, index, offset, length)
+            return
+        self._store.check_room(len(encoded.body))
+        from ckpt.storage.codecs import needs_base
+
+        base = self._base(index, number) if needs_base(encoded.codec) else None
+        if base is not None:
+            relied_on = self._sharing.base_pack(base)
+            assert relied_on is not None
+            self.needed.add(relied_on)
+        place = pack.add_chunk(
+            name, digest, len(encoded.body), raw_length=length, codec=encoded.codec, base=base
+        )
+        self._submit(lambda: self._put(pack, place, encoded.body, length))
+
+    def _put(self, pack: PackWriter, place: int, body: bytes, length: int) -> None:
+        pack.upload.write(place, body)
+        self._meter.add(length)
 
     def _write(self, pack: PackWriter, place: int, index: int, offset: int, length: int) -> None:
         source = self._sources[index]
@@ -252,7 +303,10 @@ class Upload:
 
         if length <= _REPEATED_BYTES:
             act()  # a hand-over would cost more than the write
-            return
+        else:
+            self._submit(act)
+
+    def _submit(self, act: Callable[[], None]) -> None:
         if len(self._writes) >= _WRITES_AHEAD:
             self._writes.popleft().result()
         self._writes.append(self._pool.submit(act))
@@ -326,10 +380,3 @@ def _batched(order: Iterable[int], sources: Sequence[TensorBytes]) -> Iterator[l
             room -= length
     if batch:
         yield batch
-
-
-def _fewest_packs(candidates: Iterable[Sequence[Chunk]], tried: set[str]) -> set[str]:
-    """A small set of untried packs that has a row for every digest which has any left."""
-    open_rows = [[row.pack for row in rows if row.pack not in tried] for rows in candidates]
-    uses = Counter(pack for packs in open_rows for pack in packs)
-    return {max(packs, key=lambda pack: (uses[pack], pack)) for packs in open_rows if packs}

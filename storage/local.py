@@ -24,6 +24,8 @@ _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK
 class LocalStore(Store):
     """Objects as read-only files below ``root``, which is made on the first write."""
 
+    is_near = True
+
     def __init__(self, root: Path) -> None:
         self.root = root
         self._durable: set[Path] = set()

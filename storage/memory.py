@@ -13,6 +13,8 @@ from ckpt.storage.store import ObjectInfo, Store, Upload, check_key, differs, mi
 class MemoryStore(Store):
     """Objects in a dict; gone with the process."""
 
+    is_near = True
+
     def __init__(self) -> None:
         self.objects: dict[str, tuple[bytes, float]] = {}
         self.lock = threading.Lock()

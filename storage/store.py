@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 from ckpt.core.errors import ConflictError, IntegrityError, UsageError
 from ckpt.core.printable import escape
@@ -63,6 +63,8 @@ class Store(ABC):
     Every method may be called from any thread. Failures of the system are typed: AccessError,
     SpaceError, StorageError.
     """
+
+    is_near: ClassVar[bool] = False  # whether reading costs no more than computing
 
     @property
     @abstractmethod

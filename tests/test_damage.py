@@ -372,7 +372,7 @@ def test_a_closed_pipe_ends_quietly(
     assert repo.push_file(small_file, "m").number == 2
 
 
-def test_a_full_output_is_told_like_any_full_disk(repo: ckpt.Repository) -> None:
+def test_a_full_output_is_told_like_any_full_disk(repo: ckpt.Repository, small_file: Path) -> None:
     repo.push({"w": torch.ones(3)}, "m")
     with open("/dev/full", "w") as full:
         shown = run("ls", program=[PROGRAM], stdout=full.fileno())

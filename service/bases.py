@@ -1,0 +1,100 @@
+"""What new chunks may be stored as differences to: the same places of an earlier version."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from ckpt.core.documents import Tensor
+from ckpt.core.errors import IntegrityError, UsageError
+from ckpt.core.printable import escape
+from ckpt.core.records import Chunk
+from ckpt.core.tensors import TensorBytes, chunk_spans
+from ckpt.registry.registry import Registry
+from ckpt.storage.chunks import Places, read_chunk
+from ckpt.storage.store import Store
+
+if TYPE_CHECKING:
+    from ckpt.storage.codecs import Encoded
+
+Compress = Literal["auto", "max", "none"]
+COMPRESS: tuple[Compress, ...] = ("auto", "max", "none")
+
+# Of the source with this number, the digest of the base of each chunk.
+Bases = Mapping[int, Sequence[str | None]]
+
+
+def check_compress(value: str) -> Compress:
+    """``value`` as one of the three; UsageError ``compress-invalid``."""
+    for known in COMPRESS:
+        if value == known:
+            return known
+    raise UsageError(
+        "compress-invalid",
+        f'"{escape(str(value), 40)}" is no way to compress',
+        hint=f"write {', '.join(COMPRESS)}",
+    )
+
+
+def find_bases(
+    store: Store,
+    registry: Registry,
+    model: str,
+    sources: Sequence[TensorBytes],
+    compress: Compress,
+) -> Bases:
+    """The chunks at the same places of the model's newest version, where that has a tensor of the
+    same name, dtype and size. With ``auto`` only where reading them is cheap.
+
+    A base is never itself a difference: of a chunk that is one, its own base is the base.
+    """
+    newest = registry.queries.newest(model) if compress == "max" or store.is_near else None
+    if compress == "none" or newest is None:
+        return {}
+    known: dict[tuple[str, str], Tensor] = {}
+    for tensor in registry.queries.document(newest).tensors:
+        known[tensor.name, tensor.dtype] = tensor
+    wanted: dict[int, tuple[str, ...]] = {}
+    for index, source in enumerate(sources):
+        entry = known.get((source.name, source.dtype))
+        if entry is not None and len(entry.chunks) == len(chunk_spans(source.nbytes)):
+            wanted[index] = entry.chunks
+    rows = registry.books.find_chunks({one for digests in wanted.values() for one in digests})
+    return {
+        index: [_base(rows.get(digest, ()), digest) for digest in digests]
+        for index, digests in wanted.items()
+    }
+
+
+def _base(rows: Iterable[Chunk], digest: str) -> str | None:
+    """The chunk itself where some pack has it as it is, else what it is a difference to."""
+    bases = [row.base for row in rows]
+    if not bases:
+        return None
+    return digest if None in bases else bases[0]
+
+
+def encode_chunk(
+    store: Store,
+    places: Places,
+    raw: memoryview,
+    dtype: str,
+    base: str | None,
+    compress: Compress,
+) -> Encoded | None:
+    """A chunk in its shortest form that pays, None where that is as it is. A base that cannot be
+    read whole is not relied on."""
+    from ckpt.storage.codecs import encode
+
+    reference = None
+    if base is not None and _length(places, base) == len(raw):
+        reference = memoryview(bytearray(len(raw)))
+        try:
+            read_chunk(store, places, base, reference)
+        except IntegrityError:  # fsck tells it; here the chunk is written without it
+            reference = None
+    return encode(raw, dtype, reference, effort="max" if compress == "max" else "auto")
+
+
+def _length(places: Places, digest: str) -> int:
+    return places.rows[digest][0].raw_length

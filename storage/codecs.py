@@ -1,0 +1,254 @@
+"""Lossless codecs of chunks: names, the choice between them, encode and decode.
+
+A codec's name is ``<coder>-<model>-<element>`` and says all that a decoder needs beside the base:
+``planes-alone-f32``, ``pco-difference-bf16``. The bodies are described in ``docs/format.md``
+section 3; a name that is given out once stays readable for good.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from ckpt.core.errors import IntegrityError
+from ckpt.storage import differences, groups, planes
+from ckpt.storage.differences import ELEMENTS, Element, Numbers, blocks, element_of
+
+Effort = Literal["auto", "max"]
+
+# What an encoded chunk may have of the raw one: less saving is not worth its decoding.
+_MOST = {"auto": 0.90, "max": 0.98}
+# A difference binds a version to the packs of its base, so it has to be smaller by some more.
+_DIFFERENCE_GAIN = 0.98
+_SAMPLES, _SAMPLE_LENGTH = 16, {"auto": 1024, "max": 2048}  # elements
+_LEAST = 4096  # bytes; what a shorter chunk saves, its description in the pack costs
+_SCALE = struct.Struct("<f")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A chunk in encoded form."""
+
+    codec: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Codec:
+    coder: Literal["planes", "pco"]
+    difference: bool
+    element: Element
+
+    @property
+    def name(self) -> str:
+        return f"{self.coder}-{'difference' if self.difference else 'alone'}-{self.element.name}"
+
+
+_CODECS = {
+    codec.name: codec
+    for element in ELEMENTS.values()
+    for difference in (False, True)
+    for codec in (
+        _Codec("planes", difference, element),
+        *([_Codec("pco", difference, element)] if element.size > 1 else []),
+    )
+}
+NAMES = tuple(_CODECS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """One way to encode a chunk."""
+
+    codec: _Codec
+    scale: float = 1.0
+
+
+def needs_base(codec: str) -> bool:
+    """Whether chunks of ``codec`` are differences.
+
+    Raises:
+        IntegrityError: ``codec`` is none that is known here.
+    """
+    return _codec(codec).difference
+
+
+def encode(
+    raw: memoryview, dtype: str, base: memoryview | None, *, effort: Effort
+) -> Encoded | None:
+    """The shortest form of a chunk that pays, or None where it is stored raw.
+
+    ``base`` is the chunk at the same place of the same tensor in an earlier version, of the same
+    dtype and length. ``effort`` trades time for bytes. Releases the GIL for most of its time.
+    """
+    if base is not None and len(base) != len(raw):
+        raise ValueError(f"a base of {len(base)} bytes for a chunk of {len(raw)}")
+    if len(raw) < _LEAST:
+        return None
+    element = element_of(dtype, len(raw))
+    values = np.frombuffer(raw, element.dtype)
+    reference = None if base is None else np.frombuffer(base, element.dtype)
+    plan = _choose(values, reference, element, effort)
+    if plan is None:
+        return None
+    body = _written(plan, values, reference, effort)
+    if len(body) > _MOST[effort] * len(raw):
+        return None
+    return Encoded(plan.codec.name, body)
+
+
+def decode(codec: str, body: bytes | memoryview, base: memoryview | None, into: memoryview) -> None:
+    """Fill ``into``, which has the raw chunk's length, from an encoded body.
+
+    Raises:
+        IntegrityError: the body is damaged, or the codec is not known. ``into`` may then have
+            any content.
+    """
+    found = _codec(codec)
+    if found.difference != (base is not None) or (base is not None and len(base) != len(into)):
+        raise IntegrityError("pack-damaged", f"a chunk of codec {codec} has no base of its length")
+    if len(into) % found.element.size:
+        raise IntegrityError("pack-damaged", f"{len(into)} bytes cannot have codec {codec}")
+    target = np.frombuffer(into, found.element.dtype)
+    reference = None if base is None else np.frombuffer(base, found.element.dtype)
+    rest = memoryview(body)
+    scale = 1.0
+    if _has_scale(found):
+        if len(rest) < _SCALE.size:
+            raise IntegrityError("pack-damaged", "an encoded chunk is cut off")
+        (scale,) = _SCALE.unpack(rest[: _SCALE.size])
+        rest = rest[_SCALE.size :]
+        if not differences.SMALLEST_SCALE <= scale <= 1:
+            raise IntegrityError("pack-damaged", f"a chunk's base is scaled by {scale}")
+    read = _read_pco if found.coder == "pco" else _read_planes
+    read(_Plan(found, scale), rest, reference, target)
+
+
+def _codec(name: str) -> _Codec:
+    found = _CODECS.get(name)
+    if found is None:
+        raise IntegrityError(
+            "unknown-codec", f"codec {name!r} is not known", hint="update ckpt and run again"
+        )
+    return found
+
+
+def _has_scale(codec: _Codec) -> bool:
+    return codec.difference and codec.element.name == "f32"
+
+
+def _choose(
+    values: Numbers, base: Numbers | None, element: Element, effort: Effort
+) -> _Plan | None:
+    """The plan that makes a sample of the chunk shortest, if it may pay."""
+    sample = _sample(values, effort)
+    reference = None if base is None else _sample(base, effort)
+    best, shortest = None, _MOST[effort] * sample.nbytes + 0.02 * sample.nbytes
+    for plan in _plans(sample, reference, element, effort):
+        length = float(len(_written(plan, sample, reference, "auto")))
+        if plan.codec.difference:
+            length /= _DIFFERENCE_GAIN
+        if length < shortest:
+            best, shortest = plan, length
+    return best
+
+
+def _sample(values: Numbers, effort: Effort) -> Numbers:
+    """Pieces spread over the chunk; the whole of a short one."""
+    length = _SAMPLE_LENGTH[effort]
+    if len(values) <= 2 * _SAMPLES * length:
+        return values
+    starts = np.linspace(0, len(values) - length, _SAMPLES).astype(int)
+    return np.concatenate([values[at : at + length] for at in starts])
+
+
+def _plans(values: Numbers, base: Numbers | None, element: Element, effort: Effort) -> list[_Plan]:
+    coders: tuple[Literal["planes", "pco"], ...] = ("planes",)
+    if effort == "max" and element.size > 1:
+        coders = ("pco", "planes")
+    plans = [_Plan(_Codec(coder, False, element)) for coder in coders]
+    if base is None:
+        return plans
+    scales = {1.0, differences.guess_scale(values, base, element)}
+    return plans + [
+        _Plan(_Codec(coder, True, element), scale) for coder in coders for scale in sorted(scales)
+    ]
+
+
+def _written(plan: _Plan, values: Numbers, base: Numbers | None, effort: Effort) -> bytes:
+    reference = base if plan.codec.difference else None
+    head = _SCALE.pack(plan.scale) if _has_scale(plan.codec) else b""
+    if plan.codec.coder == "pco":
+        return b"".join([head, *_pco_parts(plan, values, reference)])
+    return b"".join([head, *_plane_parts(plan, values, reference, effort)])
+
+
+def _plane_parts(
+    plan: _Plan, values: Numbers, base: Numbers | None, effort: Effort
+) -> list[bytes | memoryview]:
+    element = plan.codec.element
+    rows = np.empty((element.size, len(values)), np.uint8)
+    for part in blocks(len(values)):
+        if base is None:
+            codes = differences.rotated(values[part], element)
+        else:
+            expected = differences.predicted(base[part], element, plan.scale)
+            codes = differences.zigzag(values[part] - expected)
+        octets = codes.view(np.uint8).reshape(-1, element.size)
+        for rank in range(element.size):
+            rows[rank, part] = octets[:, rank]
+    return planes.write_planes(rows, effort)
+
+
+def _read_planes(plan: _Plan, body: memoryview, base: Numbers | None, target: Numbers) -> None:
+    element = plan.codec.element
+    rows = planes.read_planes(body, element.size, len(target))
+    for part in blocks(len(target)):
+        octets = np.empty((part.stop - part.start, element.size), np.uint8)
+        for rank, row in enumerate(rows):
+            octets[:, rank] = row[part]
+        codes = octets.reshape(-1).view(element.dtype)
+        if base is None:
+            target[part] = differences.rotated_back(codes, element)
+        else:
+            expected = differences.predicted(base[part], element, plan.scale)
+            np.add(differences.zigzag_back(codes), expected, out=target[part])
+
+
+def _pco_parts(plan: _Plan, values: Numbers, base: Numbers | None) -> list[bytes | memoryview]:
+    element = plan.codec.element
+    if base is None:
+        rotated = np.empty_like(values)
+        for part in blocks(len(values)):
+            rotated[part] = differences.rotated(values[part], element)
+        return groups.write_groups(rotated, groups.whole(len(values)))
+    order = groups.Order(base, element)
+    changes = np.empty(len(values), _signed(element))
+    for index, part in enumerate(blocks(len(values))):
+        change = values[part] - differences.predicted(base[part], element, plan.scale)
+        order.put(index, change.view(changes.dtype), changes)
+    return groups.write_groups(changes, order.groups)
+
+
+def _read_pco(plan: _Plan, body: memoryview, base: Numbers | None, target: Numbers) -> None:
+    element = plan.codec.element
+    if base is None:
+        codes = np.empty(len(target), element.dtype)
+        groups.read_groups(body, groups.whole(len(target)), codes)
+        for part in blocks(len(target)):
+            target[part] = differences.rotated_back(codes[part], element)
+        return
+    order = groups.Order(base, element)
+    changes = np.empty(len(target), _signed(element))
+    groups.read_groups(body, order.groups, changes)
+    for index, part in enumerate(blocks(len(target))):
+        change = order.take(index, changes).view(element.dtype)
+        expected = differences.predicted(base[part], element, plan.scale)
+        np.add(change, expected, out=target[part])
+
+
+def _signed(element: Element) -> np.dtype[Any]:
+    return np.dtype(f"<i{element.size}")
