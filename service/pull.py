@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import fnmatch
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt.core.documents import Document, Tensor
-from ckpt.core.errors import IntegrityError, NotFoundError
+from ckpt.core.errors import IntegrityError
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
+from ckpt.core.tensors import TensorBytes
 from ckpt.registry.registry import Registry
 from ckpt.service.export import file_header, made_header, new_file, spaces, write_at
 from ckpt.service.fetch import Wanted, fetch, stored_size
 from ckpt.service.folder import pull_folder
+from ckpt.service.selection import chosen_tensors
 from ckpt.service.upload import Progress
 from ckpt.storage.store import Store
 
@@ -89,7 +90,8 @@ def pull_tensors(
     device: DeviceMap = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Only the tensors whose names match a pattern, by name; only their bytes are read.
+    """Only the tensors whose names match a pattern, by name, tied ones under each; only their
+    bytes are read.
 
     Raises:
         NotFoundError: ``tensor-missing`` when none matches.
@@ -98,21 +100,11 @@ def pull_tensors(
 
     check_devices(device)
     document = registry.queries.document(version)
-    chosen = [
-        index
-        for index, tensor in enumerate(document.tensors)
-        if tensor.has_values and fnmatch.fnmatchcase(tensor.name, pattern)
-    ]
-    if not chosen:
-        raise NotFoundError(
-            "tensor-missing",
-            f'{version.reference} has no tensor like "{escape(pattern)}"',
-            hint=f"run `ckpt show {version.reference}` to see all",
-        )
-    needed = sorted(_with_bytes(document, chosen))
+    chosen = chosen_tensors(version, document, pattern)
+    needed = sorted(_with_bytes(document, chosen.values()))
     filled = fill(store, registry, version, document, needed, progress)
     restorer = Restorer(document, filled, device)
-    return {document.tensors[index].name: restorer.tensor(index) for index in chosen}
+    return {name: restorer.tensor(index) for name, index in chosen.items()}
 
 
 def pull_file(
@@ -148,6 +140,25 @@ def pull_file(
         fetch(store, registry, version, wanted, progress)
 
 
+def pull_tensors_file(
+    store: Store,
+    registry: Registry,
+    version: Version,
+    destination: Path,
+    pattern: str,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> int:
+    """Like :func:`pull_file`, only the tensors whose names match a pattern, tied ones under each
+    name; returns how many. Only their bytes are read."""
+    chosen = pull_tensors(store, registry, version, pattern, "cpu", progress)
+    from ckpt.loader.sources import laid_out
+
+    _write_file(destination, [laid_out(name, one) for name, one in chosen.items()], force)
+    return len(chosen)
+
+
 def _pull_file_by_torch(
     store: Store,
     registry: Registry,
@@ -169,6 +180,10 @@ def _pull_file_by_torch(
         for index, tensor in enumerate(document.tensors)
         if tensor.has_values
     ]
+    _write_file(destination, plain, force)
+
+
+def _write_file(destination: Path, plain: Sequence[TensorBytes], force: bool) -> None:
     tensors = [Tensor(name=one.name, dtype=one.dtype, shape=one.shape) for one in plain]
     first, starts = made_header(tensors)
     nbytes = len(first) + sum(one.nbytes for one in plain)

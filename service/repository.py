@@ -324,20 +324,27 @@ class Repository(Upkeep):
         ref: VersionLike,
         destination: PathLike,
         *,
+        tensors: str | None = None,
         force: bool = False,
         progress: Progress | None = None,
     ) -> Version:
         """Write a version as a ``.safetensors`` file, checked, then named.
 
+        Args:
+            tensors: only those whose names match, such as ``"encoder.*"``; only their bytes are
+                read.
+
         Raises:
             ConflictError: ``exists`` without ``force``; TrustError: ``symlink``.
         """
-        from ckpt.service.pull import pull_file
+        from ckpt.service.pull import pull_file, pull_tensors_file
 
-        version = self.get(ref)
-        pull_file(
-            self._store, self._registry, version, Path(destination), force=force, progress=progress
-        )
+        version, path = self.get(ref), Path(destination)
+        ours = self._store, self._registry
+        if tensors is None:
+            pull_file(*ours, version, path, force=force, progress=progress)
+        else:
+            pull_tensors_file(*ours, version, path, tensors, force=force, progress=progress)
         return version
 
     def get(self, ref: VersionLike) -> Version:
