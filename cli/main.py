@@ -27,6 +27,8 @@ COMMANDS = {
     "inspect": "show",
     "diff": "diff",
     "copy": "copy",
+    "import": "import_",
+    "export": "export",
     "verify": "verify",
     "tag": "names",
     "untag": "names",

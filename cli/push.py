@@ -103,8 +103,8 @@ def refuse_unfit(path: Path) -> None:
         raise TrustError(
             "pickle-refused",
             f"{escape(str(path))} is a pickle, which can run code when it is read",
-            hint="load it with torch.load(path, weights_only=True) and push what you get from "
-            "Python: ckpt.open().push(state, model)",
+            hint=f"run `ckpt import {escape(str(path))} MODEL`, which reads it in a process of its "
+            "own, with weights_only=True",
         )
     try:
         mode = os.stat(path).st_mode

@@ -20,6 +20,7 @@ from ckpt.registry.queries import Queries
 from ckpt.registry.rebuild import StoreContents, fence, rebuild
 from ckpt.registry.repack import Repacks
 from ckpt.registry.repair import Repairs
+from ckpt.registry.runs import Runs
 from ckpt.registry.schema import check_schema, migrate
 from ckpt.registry.sqlite import open_sqlite
 from ckpt.registry.usage import Usages
@@ -38,6 +39,7 @@ class Registry:
         self.usages = Usages(database)
         self.repairs = Repairs(database)
         self.repacks = Repacks(database)
+        self.runs = Runs(database)
 
     @classmethod
     def open(cls, where: Path | str, store: str) -> Registry:

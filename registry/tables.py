@@ -56,12 +56,15 @@ models = Table(
     Column("next_event", BigInteger, nullable=False),
 )
 
+# ``holder`` is the job that saves under this name now, until its lease ends.
 runs = Table(
     "runs",
     metadata,
     Column("id", _Id, primary_key=True),
     Column("model", ForeignKey("models.id"), nullable=False),
     Column("name", String(128), nullable=False),
+    Column("holder", String(32)),
+    Column("held_until", BigInteger),
     UniqueConstraint("model", "name"),
 )
 

@@ -37,7 +37,9 @@ class Exchange:
         # The repository's own.
         def get(self, ref: str | Version) -> Version: ...
         def tag(self, ref: str | Version, alias: str, expect: str | None = None) -> Version: ...
-        def _push(self, described: Described, said: Said, progress: Progress | None) -> Version: ...
+        def _push(
+            self, described: Described, said: Said, compress: str, progress: Progress | None
+        ) -> Version: ...
         def _said(
             self,
             model: str,
@@ -159,4 +161,4 @@ class Exchange:
                 return Imported(one, known, known=True)
             message = said.message or f"imported from {escape(one.path.name, 200)}"
             own = replace(said, step=step, labels=one.labels, message=message)
-            return Imported(one, self._push(described, own, progress))
+            return Imported(one, self._push(described, own, "auto", progress))

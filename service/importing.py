@@ -21,7 +21,7 @@ from ckpt.core.records import Version
 from ckpt.core.tensors import chunk_spans
 from ckpt.registry.registry import Registry
 from ckpt.service.folder import OpenFolder, open_folder
-from ckpt.service.push import Described, _is_whole
+from ckpt.service.push import Described, is_whole
 from ckpt.service.safetensors_file import OpenFile, open_file
 from ckpt.service.unpickling import Unpickler
 from ckpt.storage.store import Store
@@ -225,7 +225,7 @@ def known_version(
             continue
         known = registry.queries.document(version)
         same = (known.safetensors, known.files) == (wanted.safetensors, wanted.files)
-        if same and _is_whole(store, registry, version, wanted):
+        if same and is_whole(store, registry, version, wanted):
             described.check()
             return version
     return None

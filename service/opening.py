@@ -69,6 +69,11 @@ def make_repository(location: Location) -> Repository:
         raise
 
 
+def reopen(location: Location) -> Repository:
+    """Another opening of a repository that is open somewhere."""
+    return _open_existing(location)
+
+
 def _open_existing(location: Location) -> Repository:
     identity = _with_store(location, read_identity)
     if identity is None:

@@ -76,7 +76,7 @@ def _pull_weights(
             CkptWarning,
             stacklevel=4,
         )
-    needed = sorted(_with_bytes(document, [index for _, index in names]))
+    needed = sorted(with_bytes(document, [index for _, index in names]))
     filled = fill(store, registry, version, document, needed, progress)
     restorer = Restorer(document, filled, device)
     return {name: restorer.tensor(index) for name, index in names}
@@ -101,7 +101,7 @@ def pull_tensors(
     check_devices(device)
     document = registry.queries.document(version)
     chosen = chosen_tensors(version, document, pattern)
-    needed = sorted(_with_bytes(document, chosen.values()))
+    needed = sorted(with_bytes(document, chosen.values()))
     filled = fill(store, registry, version, document, needed, progress)
     restorer = Restorer(document, filled, device)
     return {name: restorer.tensor(index) for name, index in chosen.items()}
@@ -231,11 +231,16 @@ def _spaces(tensors: Sequence[Tensor]) -> dict[int, MemorySpace]:
 
 
 def _wanted(tensors: Sequence[Tensor], spaces: Mapping[int, MemorySpace]) -> Iterator[Wanted]:
-    from ckpt.loader.restore import stored_nbytes
+    from ckpt.loader.restore import part_spaces, stored_nbytes
 
     for index, space in spaces.items():
         tensor = tensors[index]
-        yield Wanted(tensor.name, stored_nbytes(tensor), tensor.chunks, space)
+        nbytes = stored_nbytes(tensor)
+        if tensor.parts:
+            for room in part_spaces(tensor, space.tensor):
+                yield Wanted(tensor.name, *room)
+        else:
+            yield Wanted(tensor.name, nbytes, tensor.chunks, space)
 
 
 def fill(
@@ -254,7 +259,7 @@ def fill(
     return filled
 
 
-def _with_bytes(document: Document, chosen: Iterable[int]) -> set[int]:
+def with_bytes(document: Document, chosen: Iterable[int]) -> set[int]:
     """The entries whose bytes these ones need: their own, their host's, their components'."""
     needed: set[int] = set()
     waiting, seen = list(chosen), set(chosen)
@@ -279,4 +284,4 @@ def _with_bytes(document: Document, chosen: Iterable[int]) -> set[int]:
 def _is_whole(tensor: Tensor) -> bool:
     """Whether the stored bytes are all of the tensor's values, in C order."""
     plain = tensor.has_bytes and tensor.kind in ("tensor", "parameter", "buffer", "ndarray")
-    return plain and 0 not in (tensor.strides or ())
+    return plain and not tensor.parts and 0 not in (tensor.strides or ())

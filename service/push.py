@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,7 +23,14 @@ from ckpt.core.documents import (
     identity_bytes,
 )
 from ckpt.core.errors import CkptError, StorageError
-from ckpt.core.records import Environment, PackState, Proof, PushFacts, Version
+from ckpt.core.records import (
+    Environment,
+    FinishedPack,
+    PackState,
+    Proof,
+    PushFacts,
+    Version,
+)
 from ckpt.core.references import parse_reference
 from ckpt.core.tensors import TensorBytes
 from ckpt.registry.commit import name_clash
@@ -109,16 +116,29 @@ def push_described(
             upload.hash()
             document = _document(described, upload.digests, recorded.digest)
             digest = digest_of(identity_bytes(document))
-            same = None if upload.opened else _same_version(store, registry, said, document, digest)
+            same = None if upload.opened else same_version(store, registry, said, document, digest)
             if same is not None:
                 described.check()
                 return same
             upload.finish()
             described.check()
-            facts = _facts(said, described, document, digest)
-            _commit(registry, upload, facts, document, recorded)
+            nbytes = sum(source.nbytes for source in sources)
+            facts = describe_push(
+                said, document, digest, nbytes, described.structure, described.proof
+            )
+            commit(
+                registry,
+                upload.push,
+                facts,
+                document,
+                recorded,
+                upload.unregistered,
+                upload.needed,
+                upload.new_bytes,
+            )
         except BaseException as error:
-            _abort(registry, upload, error)
+            if upload.opened:
+                abort(registry, upload.push, error)
             raise
     acknowledge_push(store, registry, upload.push)
     version = registry.queries.by_push(upload.push)
@@ -163,7 +183,7 @@ def _with_chunks(
     )
 
 
-def _same_version(
+def same_version(
     store: Store, registry: Registry, said: Said, document: Document, digest: str
 ) -> Version | None:
     """The model's newest version when a push of this would only repeat it, acknowledged anew."""
@@ -179,7 +199,7 @@ def _same_version(
     if document.probe is not None and known.probe != document.probe:
         return None
     # What is damaged is not answered but written again.
-    if not _is_whole(store, registry, newest, document):
+    if not is_whole(store, registry, newest, document):
         return None
     acknowledge_push(store, registry, newest.push)
     missing = [alias for alias in said.aliases if alias not in newest.aliases]
@@ -189,7 +209,7 @@ def _same_version(
     return registry.queries.by_push(newest.push) if missing else newest
 
 
-def _is_whole(store: Store, registry: Registry, version: Version, document: Document) -> bool:
+def is_whole(store: Store, registry: Registry, version: Version, document: Document) -> bool:
     """Whether the store has every pack of a version, and these have every chunk."""
     packs, rows = registry.books.read_plan(version.push)
     entries = (*document.tensors, *document.probe_tensors)
@@ -199,12 +219,20 @@ def _is_whole(store: Store, registry: Registry, version: Version, document: Docu
     )
 
 
-def _facts(said: Said, described: Described, document: Document, digest: str) -> PushFacts:
+def describe_push(
+    said: Said,
+    document: Document,
+    digest: str,
+    nbytes: int,
+    structure: str | None = None,
+    proof: Proof | None = None,
+) -> PushFacts:
+    """What the registry is told of a new version beside its document."""
     return PushFacts(
         model=said.model,
         digest=digest,
         document_digest=digest_of(encode_document(document)),
-        nbytes=sum(source.nbytes for source in described.sources if source is not None),
+        nbytes=nbytes,
         step=said.step,
         metrics=said.metrics,
         labels=said.labels,
@@ -213,39 +241,33 @@ def _facts(said: Said, described: Described, document: Document, digest: str) ->
         parent=said.parent,
         run=said.run,
         author=author(),
-        structure=described.structure,
-        proof=described.proof,
+        structure=structure,
+        proof=proof,
     )
 
 
-def _commit(
+def commit(
     registry: Registry,
-    upload: Upload,
+    push: str,
     facts: PushFacts,
     document: Document,
     environment: Environment,
+    finished: Sequence[FinishedPack],
+    needed: Collection[str],
+    new_bytes: int,
 ) -> None:
+    """Commit a push; its version is there when this returns, and may not be told yet."""
     try:
-        registry.commit(
-            upload.push,
-            facts,
-            document,
-            environment,
-            upload.unregistered,
-            upload.needed,
-            upload.new_bytes,
-        )
+        registry.commit(push, facts, document, environment, finished, needed, new_bytes)
     except StorageError:
         # The connection may have broken after the commit: the push row knows, we never guess.
-        if not registry.books.is_acknowledgeable(upload.push):
+        if not registry.books.is_acknowledgeable(push):
             raise
 
 
-def _abort(registry: Registry, upload: Upload, error: BaseException) -> None:
+def abort(registry: Registry, push: str, error: BaseException) -> None:
     """End the push; if even that fails its lease will, and the first error is the one to show."""
-    if not upload.opened:
-        return
     try:
-        registry.books.abort(upload.push)
+        registry.books.abort(push)
     except CkptError as failed:
-        error.add_note(f"the push {upload.push} stays open until its lease ends: {failed}")
+        error.add_note(f"the push {push} stays open until its lease ends: {failed}")

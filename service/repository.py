@@ -27,6 +27,7 @@ from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import acknowledge_event, copy_pending
 from ckpt.service.author import author
 from ckpt.service.config import Location
+from ckpt.service.exchange import Exchange
 from ckpt.service.places import open_store
 from ckpt.service.upkeep import Upkeep
 
@@ -46,7 +47,7 @@ PathLike = str | os.PathLike[str]
 VersionLike = str | Version
 
 
-class Repository(Upkeep):
+class Repository(Exchange, Upkeep):
     """An open repository; also a context manager that closes it.
 
     Methods may be called from several threads. A version is named by a reference such as

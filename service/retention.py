@@ -13,6 +13,7 @@ from ckpt.core.errors import ConflictError, NotFoundError, UsageError
 from ckpt.core.names import check_model
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
+from ckpt.core.rules import Rule
 from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import acknowledge_event
 from ckpt.service.author import author
@@ -43,10 +44,12 @@ def prune_model(
     store: Store,
     registry: Registry,
     model: str,
-    rules: Sequence[str] = (),
+    rules: Sequence[Rule | str] = (),
     *,
     dry_run: bool = False,
     save: bool = False,
+    run: str | None = None,
+    spared: Collection[str] = (),
 ) -> Pruned:
     """Remove the versions of a model that no rule keeps. The newest and every aliased one stay.
 
@@ -54,21 +57,26 @@ def prune_model(
         rules: ``last:N``, ``best:METRIC:min|max:N``, ``every:STEPS``, ``within:7d``; none means
             those that were saved.
         save: keep these rules for the next time.
+        run: look only at the versions of this run.
+        spared: pushes of versions that stay whatever the rules say.
 
     Raises:
         UsageError: ``rule-invalid``, or ``no-rules`` when there are none.
     """
     check_model(model)
-    chosen = tuple(rules) or registry.queries.policy(model)
+    chosen = tuple(map(str, rules)) or registry.queries.policy(model)
     if not chosen:
         raise UsageError("no-rules", f"no rule says what to keep of {model}", hint=_HINT)
     keepers = {rule: parse_rule(rule) for rule in chosen}
     versions = registry.queries.log(model, None, 1 << 40)
+    if run is not None:
+        versions = [version for version in versions if version.run == run]
     if save and not dry_run:
         event = registry.changes.save_policy(model, chosen, author())
         acknowledge_event(store, registry, event)
     kept = _kept(versions, keepers)
-    victims = [version for version in reversed(versions) if version.push not in kept]
+    staying = {*kept, *spared}
+    victims = [version for version in reversed(versions) if version.push not in staying]
     freed = registry.usages.freed_by({version.push for version in victims})
     if not dry_run:
         victims = [version for version in victims if _remove(store, registry, version)]

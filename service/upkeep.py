@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from ckpt.core.records import Event
+from ckpt.core.rules import Rule
 from ckpt.registry.registry import Registry
 from ckpt.service.config import Location
 from ckpt.storage.store import Store
@@ -53,7 +54,7 @@ class Upkeep:
         self,
         model: str,
         *,
-        keep: Sequence[str] = (),
+        keep: Sequence[Rule | str] = (),
         dry_run: bool = False,
         save: bool = False,
     ) -> Pruned:
@@ -61,8 +62,9 @@ class Upkeep:
         The newest and every aliased one stay.
 
         Args:
-            keep: ``"last:3"``, ``"best:val_loss:min:2"``, ``"every:1000"``, ``"within:7d"``; by
-                default the rules that were saved.
+            keep: ``ckpt.Latest(3)``, ``Best("val_loss", "min", 2)``, ``Every(1000)``,
+                ``Within("7d")``, or as text ``"last:3"``, ``"best:val_loss:min:2"``,
+                ``"every:1000"``, ``"within:7d"``; by default the rules that were saved.
             save: keep these rules for the next time.
 
         Raises:

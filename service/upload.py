@@ -49,7 +49,8 @@ _Span = tuple[int, int, int, int]
 class Upload:
     """Brings ``sources`` into the store under one push; those from ``apart`` on lie in packs of
     their own. Leaving the context without a commit leaves no temporary file; finished packs
-    stay, for the next push of the same content."""
+    stay, for the next push of the same content. ``push`` is one that others opened, whose packs
+    from ``first_pack`` on are ours."""
 
     def __init__(
         self,
@@ -61,9 +62,11 @@ class Upload:
         *,
         compress: Compress = "none",
         bases: Bases | None = None,
+        push: str | None = None,
+        first_pack: int = 0,
     ) -> None:
-        self.push = secrets.token_hex(16)
-        self.opened = False
+        self.push = secrets.token_hex(16) if push is None else push
+        self.opened = push is not None
         self.new_bytes = 0
         self.needed: set[str] = set()
         self.unregistered: list[FinishedPack] = []
@@ -88,7 +91,7 @@ class Upload:
         self._hits: dict[str, tuple[list[Chunk], tuple[int, int]]] = {}
         self._sharing = Sharing(store, books, self._claim)
         self._pack: PackWriter | None = None
-        self._packs = 0
+        self._packs = first_pack
         self._writes: deque[Future[None]] = deque()
         self._renewed = time.monotonic()
         self._meter = _Meter(progress, sum(source.nbytes for source in sources))

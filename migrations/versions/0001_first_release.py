@@ -127,6 +127,8 @@ def upgrade() -> None:
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("model", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("name", sa.String(length=128), nullable=False),
+        sa.Column("holder", sa.String(length=32), nullable=True),
+        sa.Column("held_until", sa.BigInteger(), nullable=True),
         sa.ForeignKeyConstraint(["model"], ["models.id"], name=op.f("fk_runs_model")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_runs")),
         sa.UniqueConstraint("model", "name", name=op.f("uq_runs_model_name")),

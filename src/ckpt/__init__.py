@@ -11,17 +11,35 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ckpt.core.errors import CkptError
     from ckpt.core.records import Version
+    from ckpt.core.rules import Best, Every, Latest, Within
     from ckpt.loader.restore import CkptWarning
-    from ckpt.service.repository import Repository
     from ckpt.service.opening import open_repository as open
+    from ckpt.service.repository import Repository
+    from ckpt.training.run import Run
 
-__all__ = ["CkptError", "CkptWarning", "Repository", "Version", "open"]
+__all__ = [
+    "Best",
+    "CkptError",
+    "CkptWarning",
+    "Every",
+    "Latest",
+    "Repository",
+    "Run",
+    "Version",
+    "Within",
+    "open",
+]
 
 _HOMES = {
+    "Best": ("ckpt.core.rules", "Best"),
     "CkptError": ("ckpt.core.errors", "CkptError"),
     "CkptWarning": ("ckpt.loader.restore", "CkptWarning"),
+    "Every": ("ckpt.core.rules", "Every"),
+    "Latest": ("ckpt.core.rules", "Latest"),
     "Repository": ("ckpt.service.repository", "Repository"),
+    "Run": ("ckpt.training.run", "Run"),
     "Version": ("ckpt.core.records", "Version"),
+    "Within": ("ckpt.core.rules", "Within"),
     "open": ("ckpt.service.opening", "open_repository"),
 }
 

@@ -1,0 +1,54 @@
+"""``ckpt export``: a version in the formats of other programs."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import click
+
+from ckpt.cli.command import Settings, command
+from ckpt.cli.render import print_json, progress, size, version_json
+
+if TYPE_CHECKING:
+    from ckpt.service.exporting import ExportFormat
+
+_FORMATS = ("pt", "safetensors", "dcp", "hf")
+
+
+@command("export")
+@click.argument("reference", metavar="REF")
+@click.argument("destination", metavar="DEST")
+@click.option("--format", "form", type=click.Choice(_FORMATS), help="Default: by DEST's suffix.")
+@click.option("-f", "--force", is_flag=True, help="Replace the file DEST if it exists.")
+def export(
+    settings: Settings, reference: str, destination: str, form: ExportFormat | None, force: bool
+) -> None:
+    """Write the version REF to DEST for other programs, and read it back.
+
+    pt is one file of torch.save that loads with weights_only=True; safetensors has the tensors
+    alone; dcp is a folder of torch.distributed.checkpoint; hf a folder as it was pushed. Prints
+    the path on stdout.
+    """
+    with settings.open() as repository:
+        version = repository.get(reference)
+        with progress(settings, f"export {version.reference}") as meter:
+            done = repository.export_file(
+                version, destination, format=form, force=force, progress=meter
+            )
+    said = "importing it gives the same digest" if done.exact else "every tensor bit for bit"
+    settings.say(f"{version.reference}: {size(version.nbytes)}, {said}")
+    if settings.as_json:
+        print_json(
+            {
+                "path": str(done.path),
+                "format": done.format,
+                "exact": done.exact,
+                "version": version_json(version),
+            }
+        )
+    else:
+        click.echo(os.fsencode(done.path))
+
+
+COMMANDS = {"export": export}

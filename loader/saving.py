@@ -1,0 +1,56 @@
+"""A live state written in torch's own formats."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy
+import torch
+
+from ckpt.core.digests import digest_of
+from ckpt.core.documents import identity_bytes
+from ckpt.loader.capture import capture
+from ckpt.loader.replica import digests_of, drafted
+from ckpt.loader.sources import laid_out
+
+
+def save_file(state: Any, file: BinaryIO) -> None:
+    """Write a state with ``torch.save``; what shares memory goes on sharing it."""
+    torch.save(state, file)
+
+
+def save_shards(state: dict[str, Any], folder: Path) -> None:
+    """Write a state as a folder of ``torch.distributed.checkpoint``, by this process alone."""
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        save(state, checkpoint_id=folder, no_dist=True)
+
+
+def state_digest(state: Any) -> str:
+    """The digest that a version of this state would have."""
+    return digest_of(identity_bytes(drafted(capture(state), digests=True)))
+
+
+def named_values(state: Any) -> dict[str, tuple[str, tuple[int, ...], tuple[str, ...]]]:
+    """Dtype, shape and digests of the values of every tensor in a state, by its path."""
+    found = {}
+    for name, tensor in _tensors(state, ()):
+        plain = laid_out(name, tensor)
+        found[name] = (plain.dtype, plain.shape, digests_of(plain))
+    return found
+
+
+def _tensors(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, (torch.Tensor, numpy.ndarray)):
+        yield ".".join(path), value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(item, (*path, str(key)))
+    elif isinstance(value, (list, tuple)):
+        for place, item in enumerate(value):
+            yield from _tensors(item, (*path, str(place)))

@@ -1,0 +1,289 @@
+"""Checkpoints of other programs become versions; hostile ones become one line."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+
+import ckpt
+from ckpt.core.errors import UsageError
+from ckpt.service.importing import find_checkpoints
+from ckpt.service.unpickling import Unpickler
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+
+
+def training_state(seed: int = 0) -> dict[str, Any]:
+    """A module and its optimizer after a step, tied tensors, views and plain values."""
+    torch.manual_seed(seed)
+    net = torch.nn.Linear(6, 4)
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(torch.rand(2, 6)).sum().backward()
+    optimizer.step()
+    tied, base = torch.rand(6, 4), torch.rand(8)
+    return {
+        "model": net.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "tied": [tied, tied],
+        "views": [base[:5], base[3:]],
+        "transposed": torch.rand(3, 5).t(),
+        "half": torch.rand(3).bfloat16(),
+        "empty": torch.empty(0, 3),
+        "sparse": torch.eye(3).to_sparse(),
+        "parameter": torch.nn.Parameter(torch.rand(2)),
+        "step": 3,
+        "names": ("a", b"b", None, 1.5, {1, 2}),
+    }
+
+
+@pytest.fixture(scope="module")
+def unpickler() -> Iterator[Unpickler]:
+    """A child that several tests share."""
+    with Unpickler() as child:
+        yield child
+
+
+def test_a_pt_file_is_what_pushing_its_state_would_be(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    state = training_state()
+    torch.save(state, tmp_path / "state.pt")
+    (done,) = repo.import_files(tmp_path / "state.pt", "net", step=7, alias="best")
+    assert done.version is not None
+    pushed = repo.push(torch.load(tmp_path / "state.pt", weights_only=True), "other")
+    assert done.version.digest == pushed.digest
+    assert (done.version.step, done.version.message) == (7, "imported from state.pt")
+    back = repo.pull("net:best")
+    assert back["tied"][0] is back["tied"][1]
+    back["views"][0][4] = 9.0
+    assert back["views"][1][1] == 9.0
+    assert list(back) == list(state)
+
+
+def test_a_pull_after_an_import_loads_into_the_optimizer(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    state = training_state()
+    torch.save(state, tmp_path / "state.pth")
+    repo.import_files(tmp_path / "state.pth", "net")
+    back = repo.pull("net")
+    optimizer = torch.optim.AdamW(torch.nn.Linear(6, 4).parameters())
+    optimizer.load_state_dict(back["optimizer"])
+    for index, moments in state["optimizer"]["state"].items():
+        assert torch.equal(back["optimizer"]["state"][index]["exp_avg"], moments["exp_avg"])
+
+
+def lightning(step: int, epoch: int) -> dict[str, Any]:
+    """What Lightning's Trainer writes, as far as its structure goes."""
+    weights = {"net.weight": torch.full((2, 3), float(step)), "net.bias": torch.zeros(2)}
+    return {
+        "epoch": epoch,
+        "global_step": step,
+        "pytorch-lightning_version": "2.6.1",
+        "state_dict": OrderedDict(weights),
+        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"current": {"ready": 1}}}},
+        "callbacks": {"ModelCheckpoint{'monitor': 'loss'}": {"best_model_score": torch.ones(())}},
+        "optimizer_states": [{"state": {0: {"step": torch.ones(())}}, "param_groups": []}],
+        "lr_schedulers": [],
+        "hparams_name": "kwargs",
+        "hyper_parameters": {"lr": 0.1, "layers": [3, 2]},
+    }
+
+
+def test_a_lightning_checkpoint_brings_its_step_and_epoch(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    torch.save(lightning(1200, 3), tmp_path / "last.ckpt")
+    (done,) = repo.import_files(tmp_path / "last.ckpt", "net")
+    assert done.version is not None
+    assert done.version.step == 1200
+    assert done.version.labels == {"epoch": "3"}
+    assert repo.pull("net")["hyper_parameters"] == {"lr": 0.1, "layers": [3, 2]}
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "epoch"),
+    [
+        ("step_1000.pt", 1000, None),
+        ("epoch=3-step=1200.ckpt", 1200, "3"),
+        ("model_0002000.pth", 2000, None),
+        ("checkpoint_epoch_10.pt", None, "10"),
+        ("global_step500.pt", 500, None),
+        ("iter-7.bin", 7, None),
+        ("last.pt", None, None),
+    ],
+)
+def test_the_step_is_found_in_the_name(
+    name: str, step: int | None, epoch: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / name).touch()
+    (found,) = find_checkpoints(tmp_path)
+    assert (found.step, found.labels.get("epoch")) == (step, epoch)
+
+
+def test_a_lone_number_is_no_step_without_others(tmp_path: Path) -> None:
+    (tmp_path / "resnet-50.pt").touch()
+    (found,) = find_checkpoints(tmp_path / "resnet-50.pt")
+    assert found.step is None
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Checkpoints of a job: three steps, one that is refused, and what lies beside them."""
+    made = tmp_path / "job"
+    made.mkdir()
+    for step in (200, 1000, 30):
+        torch.save({"w": torch.full((4,), float(step))}, made / f"step_{step}.pt")
+    torch.save({"w": numpy.ones(2)}, made / "step_2000.pt")
+    (made / "README.md").write_text("notes")
+    (made / ".hidden.pt").touch()
+    return made
+
+
+def test_a_folder_is_imported_in_the_order_of_its_steps(
+    repo: ckpt.Repository, folder: Path
+) -> None:
+    done = repo.import_files(folder, "net", alias="last")
+    assert [version.step for version in repo.log("net")] == [1000, 200, 30]
+    refused = {one.checkpoint.path.name: one.checkpoint.refused for one in done if not one.version}
+    assert refused.keys() == {"step_2000.pt", "README.md"}
+    assert "numpy" in str(refused["step_2000.pt"])
+    assert repo.get("net:last").step == 1000
+
+
+def test_an_import_that_is_run_again_adds_nothing(repo: ckpt.Repository, folder: Path) -> None:
+    first = repo.import_files(folder, "net")
+    again = repo.import_files(folder, "net")
+    assert [one.version for one in first] == [one.version for one in again]
+    assert all(one.known for one in again if one.version is not None)
+    torch.save({"w": torch.zeros(4)}, folder / "step_3000.pt")
+    more = repo.import_files(folder, "net")
+    assert [one.version.number for one in more if one.version and not one.known] == [4]
+
+
+def test_a_changed_checkpoint_of_the_same_step_is_a_new_version(
+    repo: ckpt.Repository, folder: Path
+) -> None:
+    repo.import_files(folder, "net")
+    torch.save({"w": torch.zeros(4)}, folder / "step_30.pt")
+    done = repo.import_files(folder, "net")
+    assert [one.known for one in done if one.version is not None] == [False, True, True]
+
+
+def sharded(folder: Path) -> dict[str, torch.Tensor]:
+    """A DCP folder whose tensors lie in pieces, of rows and of both dimensions."""
+    torch.manual_seed(1)
+    whole = {"rows": torch.rand(7, 5), "grid": torch.rand(6, 8).bfloat16(), "bias": torch.rand(3)}
+    cuts: dict[str, list[tuple[slice, ...]]] = {
+        "rows": [(slice(0, 3),), (slice(3, 7),)],
+        "grid": [(slice(r, r + 3), slice(c, c + 4)) for r in (0, 3) for c in (0, 4)],
+        "bias": [(slice(0, 3),)],
+    }
+    parts = {
+        f"{name}#{number}": whole[name][cut].clone()
+        for name, pieces in cuts.items()
+        for number, cut in enumerate(pieces)
+    }
+    save_shards(dict(parts), checkpoint_id=folder, no_dist=True)
+    with (folder / ".metadata").open("rb") as file:
+        metadata: Metadata = pickle.load(file)
+    entries, places = {}, {}
+    stored = {index.fqn: info for index, info in metadata.storage_data.items()}
+    for name, pieces in cuts.items():
+        chunks = []
+        for number, cut in enumerate(pieces):
+            full = (*cut, *[slice(0, n) for n in whole[name].shape[len(cut) :]])
+            low = torch.Size([part.start for part in full])
+            chunks.append(ChunkStorageMetadata(low, parts[f"{name}#{number}"].size()))
+            places[MetadataIndex(name, low, number)] = stored[f"{name}#{number}"]
+        kind = TensorProperties(dtype=whole[name].dtype)
+        entries[name] = TensorStorageMetadata(kind, whole[name].size(), chunks)
+    metadata.state_dict_metadata = dict(entries)
+    metadata.storage_data = places
+    metadata.planner_data = {name: ("model", name) for name in whole}
+    with (folder / ".metadata").open("wb") as file:
+        pickle.dump(metadata, file)
+    return whole
+
+
+def test_tensors_of_a_dcp_folder_come_whole_whatever_their_pieces(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    whole = sharded(tmp_path / "dcp")
+    repo.import_files(tmp_path / "dcp", "net")
+    back = repo.pull("net")["model"]
+    assert back.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(back[name], tensor), name
+
+
+def test_a_read_of_any_bytes_of_a_sharded_tensor_is_right(
+    tmp_path: Path, unpickler: Unpickler
+) -> None:
+    whole = sharded(tmp_path / "dcp")
+    opened = unpickler.open(tmp_path / "dcp")
+    chance = random.Random(0)
+    for entry, source in zip(opened.document.tensors, opened.sources, strict=True):
+        assert source is not None
+        tensor = whole[entry.name.rpartition(".")[2]]
+        body = tensor.view(torch.uint8).numpy().tobytes()
+        for _ in range(60):
+            first, last = sorted(chance.sample(range(len(body) + 1), 2))
+            assert bytes(source.read(first, last - first)) == body[first:last]
+
+
+def test_a_dcp_folder_of_a_training_state_keeps_its_nesting(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    state = {
+        "model": {"a.weight": torch.rand(3, 2), "a.bias": torch.rand(3)},
+        "optimizer": {"state": {"a": {"exp_avg": torch.rand(3)}}, "param_groups": [{"lr": 0.1}]},
+        "list": [torch.ones(2), 5],
+        "step": 7,
+    }
+    save_shards(dict(state), checkpoint_id=tmp_path / "step_40", no_dist=True)
+    (done,) = repo.import_files(tmp_path / "step_40", "net")
+    assert done.version is not None
+    assert done.version.step == 40
+    assert done.version.digest == repo.push(state, "other").digest
+
+
+def test_a_hugging_face_folder_is_imported_as_it_is_pushed(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    for name in ("checkpoint-500", "checkpoint-40"):
+        (tmp_path / "job" / name).mkdir(parents=True)
+        (tmp_path / "job" / name / "config.json").write_text(f'{{"name": "{name}"}}')
+        save_file({"w": torch.ones(2)}, tmp_path / "job" / name / "model.safetensors")
+    done = repo.import_files(tmp_path / "job", "bert")
+    assert [one.version.step for one in done if one.version] == [40, 500]
+    pushed = repo.push_file(tmp_path / "job" / "checkpoint-500", "other")
+    assert done[1].version is not None
+    assert (done[1].version.digest, done[1].version.state) == (pushed.digest, "files")
+    again = repo.import_files(tmp_path / "job", "bert")
+    assert [one.known for one in again] == [True, True]
+
+
+def test_a_part_of_a_hugging_face_checkpoint_is_no_checkpoint(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    torch.save({}, tmp_path / "pytorch_model-00001-of-00002.bin")
+    with pytest.raises(UsageError, match="one part of a checkpoint"):
+        repo.import_files(tmp_path / "pytorch_model-00001-of-00002.bin", "net")

@@ -1,0 +1,303 @@
+"""A run saves in the background what was there at the call, and resumes exactly."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import ckpt
+from ckpt.core.errors import CkptError, ConflictError, IntegrityError, UsageError
+from ckpt.loader.restore import CkptWarning
+
+
+class Job:
+    """A small training job that draws from every generator there is."""
+
+    def __init__(self, *, scheduler: str = "", amp: bool = False, shuffled: bool = False) -> None:
+        torch.manual_seed(1)
+        random.seed(2)
+        numpy.random.seed(3)
+        self.model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, 1))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
+        self.parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
+        self.scheduler = None
+        if scheduler:
+            kind = getattr(torch.optim.lr_scheduler, scheduler)
+            self.scheduler = kind(self.optimizer, **SCHEDULERS[scheduler])
+            self.parts["scheduler"] = self.scheduler
+        self.scaler = torch.amp.GradScaler("cpu") if amp else None
+        if self.scaler is not None:
+            self.parts["scaler"] = self.scaler
+        self.loader = None
+        if shuffled:
+            self.generator = torch.Generator().manual_seed(4)
+            data = TensorDataset(torch.rand(12, 8, generator=torch.Generator().manual_seed(5)))
+            self.loader = DataLoader(data, batch_size=4, shuffle=True, generator=self.generator)
+            self.parts["order"] = self.generator
+
+    def step(self) -> float:
+        """One pass: an epoch of the loader, or one random batch."""
+        batches = [b for (b,) in self.loader] if self.loader is not None else [torch.rand(4, 8)]
+        for batch in batches:
+            noise = random.random() + float(numpy.random.rand())
+            loss = (self.model(batch) - noise).square().mean()
+            self.optimizer.zero_grad()
+            if self.scaler is None:
+                loss.backward()
+                self.optimizer.step()
+            else:
+                self.scaler.scale(loss).backward()
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        return float(loss.detach())
+
+    def fingerprint(self) -> list[torch.Tensor]:
+        state = self.optimizer.state_dict()["state"]
+        moments = [value for entry in state.values() for value in entry.values()]
+        return [*self.model.state_dict().values(), *moments, torch.rand(3)]
+
+
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "StepLR": {"step_size": 2},
+    "CosineAnnealingLR": {"T_max": 7},
+    "OneCycleLR": {"max_lr": 0.1, "total_steps": 30},
+}
+
+
+def run(repo: ckpt.Repository, **options: Any) -> ckpt.Run:
+    return ckpt.Run(repo, "gpt", quiet=True, **options)
+
+
+def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scheduler": "StepLR"},
+        {"scheduler": "CosineAnnealingLR"},
+        {"scheduler": "OneCycleLR"},
+        {"amp": True},
+        {"shuffled": True},
+        {"scheduler": "OneCycleLR", "amp": True, "shuffled": True},
+    ],
+    ids=str,
+)
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    repo: ckpt.Repository, options: dict[str, Any]
+) -> None:
+    job = Job(**options)
+    with run(repo) as saving:
+        assert saving.track(**job.parts).resume() == 0
+        for step in range(6):
+            loss = job.step()
+            if step == 3:
+                saving.save(step, {"loss": loss})
+    expected = job.fingerprint()
+
+    again = Job(**options)
+    again.step()
+    with run(repo) as resumed:
+        assert resumed.track(**again.parts).resume() == 4
+        for _ in range(4, 6):
+            again.step()
+    assert equal(again.fingerprint(), expected)
+
+
+def test_what_is_saved_is_the_state_at_the_call(repo: ckpt.Repository) -> None:
+    net = nn.Linear(1000, 1000)
+    with run(repo) as saving:
+        saving.track(model=net)
+        saved = []
+        for step in range(5):
+            with torch.no_grad():
+                net.weight.fill_(step)
+            saved.append(saving.save(step))
+            with torch.no_grad():
+                net.weight.fill_(-1)
+        versions = [one.version() for one in saved]
+    for step, version in enumerate(versions):
+        assert version is not None
+        assert version.step == step
+        assert torch.all(repo.pull(version)["model"]["weight"] == step)
+
+
+def test_metrics_labels_and_aliases_are_kept(repo: ckpt.Repository) -> None:
+    with run(repo) as saving:
+        saving.track(model=nn.Linear(2, 2))
+        metrics = {"loss": torch.tensor(0.5), "bad": float("nan"), "top": float("inf")}
+        saving.save(7, metrics, labels={"who": "me"}, alias="best")
+    version = repo.get("gpt:best")
+    assert (version.step, version.labels, version.run) == (7, {"who": "me"}, "main")
+    assert version.metrics["loss"] == 0.5
+    assert repr(version.metrics["bad"]) == "nan"
+
+
+def test_the_rules_keep_what_they_say_and_what_was_resumed_from(repo: ckpt.Repository) -> None:
+    net = nn.Linear(2, 2)
+
+    def train(steps: range, keep: list[Any]) -> None:
+        with run(repo, keep=keep) as saving:
+            saving.track(model=net).resume()
+            for step in steps:
+                with torch.no_grad():
+                    net.weight.fill_(step)
+                saving.save(step, {"loss": abs(step - 4)})
+
+    rules = [ckpt.Latest(2), ckpt.Best("loss", mode="min"), ckpt.Every(steps=5)]
+    train(range(9), rules)
+    assert [version.step for version in repo.log("gpt")] == [8, 7, 5, 4, 0]
+    assert repo.prune("gpt", dry_run=True).rules == ("last:2", "best:loss:min:1", "every:5")
+    train(range(9, 13), [ckpt.Latest(1)])
+    assert [version.step for version in repo.log("gpt")] == [12, 8]
+
+
+def test_versions_of_other_runs_are_left_alone(repo: ckpt.Repository) -> None:
+    net = nn.Linear(2, 2)
+    for name in ("a", "b"):
+        with run(repo, name=name, keep=[ckpt.Latest(1)]) as saving:
+            saving.track(model=net)
+            for step in range(3):
+                saving.save(step, {"of": float(ord(name))})
+    assert [(version.run, version.step) for version in repo.log("gpt")] == [("b", 2), ("a", 2)]
+
+
+def test_a_second_live_run_of_the_same_name_is_a_conflict(repo: ckpt.Repository) -> None:
+    with run(repo) as first:
+        with pytest.raises(ConflictError, match="live in another job"):
+            run(repo)
+        run(repo, name="other").close()
+        first.track(model=nn.Linear(1, 1)).save(0)
+    run(repo).close()
+
+
+def test_a_damaged_version_is_told_and_the_one_before_taken(repo: ckpt.Repository) -> None:
+    net = nn.Linear(64, 64)
+    with run(repo, compress="none") as saving:
+        saving.track(model=net)
+        for step in range(2):
+            with torch.no_grad():
+                net.weight.fill_(step)
+            saving.save(step)
+    push = repo.get("gpt@2").push
+    (pack,) = repo.location.store.glob(f"packs/*/{push}*")
+    body = bytearray(pack.read_bytes())
+    body[-200] ^= 1
+    pack.chmod(0o600)
+    pack.write_bytes(body)
+    with run(repo) as resumed, pytest.warns(CkptWarning, match="gpt@2 is not whole"):
+        assert resumed.track(model=net).resume() == 1
+    assert torch.all(net.weight == 0)
+
+
+def test_an_optimizer_of_another_order_is_refused(repo: ckpt.Repository) -> None:
+    def parts(turned: bool, kind: torch.dtype = torch.float32) -> dict[str, Any]:
+        net = nn.Linear(4, 4).to(kind)
+        chosen = list(net.parameters())
+        return {"model": net, "opt": torch.optim.Adam(chosen[::-1] if turned else chosen)}
+
+    with run(repo) as saving:
+        saving.track(**parts(turned=False)).save(0)
+    with run(repo) as other, pytest.raises(IntegrityError, match=r"model\.weight"):
+        other.track(**parts(turned=True)).resume()
+    with run(repo) as other, pytest.raises(IntegrityError, match="bfloat16"):
+        other.track(**parts(turned=False, kind=torch.bfloat16)).resume()
+    with run(repo) as other, pytest.raises(IntegrityError, match="tracked are model"):
+        other.track(model=nn.Linear(4, 4)).resume()
+
+
+def test_what_cannot_be_tracked_is_refused(repo: ckpt.Repository) -> None:
+    with run(repo) as saving:
+        for part in ({"model": 3}, {"step": nn.Linear(1, 1)}):
+            with pytest.raises(UsageError):
+                saving.track(**part)
+
+
+def test_steps_may_go_backwards_and_the_newest_save_counts(repo: ckpt.Repository) -> None:
+    net = nn.Linear(2, 2)
+    with run(repo) as saving:
+        saving.track(model=net)
+        for step in (5, 9, 3):
+            with torch.no_grad():
+                net.weight.fill_(step)
+            saving.save(step)
+    with run(repo) as resumed:
+        assert resumed.track(model=net).resume() == 4
+
+
+@pytest.fixture
+def lost_store(repo: ckpt.Repository) -> Callable[[bool], None]:
+    """Takes the place of the packs away, and brings it back."""
+    packs: Path = repo.location.store / "packs"
+
+    def take(away: bool) -> None:
+        if away:
+            packs.rename(packs.with_name("away"))
+            packs.write_text("in the way")
+        else:
+            packs.unlink()
+            packs.with_name("away").rename(packs)
+
+    return take
+
+
+def test_a_failure_in_the_background_is_told_at_the_next_call(
+    repo: ckpt.Repository, lost_store: Callable[[bool], None]
+) -> None:
+    net = nn.Linear(2, 2)
+    with run(repo) as saving:
+        saving.track(model=net).save(0).version()
+        lost_store(True)
+        with torch.no_grad():
+            net.weight.fill_(9)
+        saving.save(1)
+        with pytest.raises(CkptError):
+            saving.wait()
+        lost_store(False)
+        version = saving.save(2).version()
+        assert version is not None
+        assert version.step == 2
+    assert [version.step for version in repo.log("gpt")] == [2, 0]
+
+
+def test_with_warn_the_loop_goes_on(
+    repo: ckpt.Repository, lost_store: Callable[[bool], None]
+) -> None:
+    net = nn.Linear(2, 2)
+    with run(repo, on_error="warn") as saving:
+        saving.track(model=net).save(0).version()
+        lost_store(True)
+        with torch.no_grad():
+            net.weight.fill_(9)
+        saving.save(1)
+        with pytest.warns(CkptWarning, match="step 1 was not saved"):
+            saving.wait()
+        lost_store(False)
+        saving.save(2)
+    assert [version.step for version in repo.log("gpt")] == [2, 0]
+
+
+def test_a_writer_that_was_killed_is_replaced(repo: ckpt.Repository) -> None:
+    net = nn.Linear(2, 2)
+    with run(repo) as saving:
+        saving.track(model=net).save(0).version()
+        assert saving._writer is not None
+        saving._writer._process.kill()
+        saving._writer._process.wait()
+        with torch.no_grad():
+            net.weight.fill_(9)
+        version = saving.save(1).version()
+    assert version is not None
+    assert version.step == 1

@@ -1,0 +1,153 @@
+"""The trainer's end of the writer process: states are staged, handed over, and answered later."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ckpt.core import errors
+from ckpt.core.documents import Document, encode_document
+from ckpt.core.errors import CkptError, StorageError
+from ckpt.core.tensors import TensorBytes
+from ckpt.service.config import Location
+from ckpt.training.arena import Arena
+
+
+class Background:
+    """One writer process and the arena that it shares; not for several threads at once.
+
+    Raises:
+        CkptError: what the writer said when it could not begin, such as ``run-live``.
+    """
+
+    def __init__(self, setup: Mapping[str, Any]) -> None:
+        self._arena = Arena()
+        self._waiting: deque[Future[dict[str, Any]]] = deque()
+        self._lock = threading.Lock()
+        # In a session of its own, so that Ctrl-C in the terminal is for the trainer alone.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "ckpt.training.writer"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[self._arena.handle],
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read, name="ckpt-answers", daemon=True)
+        self._reader.start()
+        try:
+            self._ask({**setup, "arena": self._arena.handle}).result()
+        except BaseException:
+            self.close()
+            raise
+
+    def save(
+        self,
+        document: Document,
+        sources: Sequence[TensorBytes | None],
+        said: Mapping[str, Any],
+    ) -> Future[dict[str, Any]]:
+        """Stage a state as it is now, and have it saved. The one before must be answered."""
+        staged = [source for source in sources if source is not None]
+        starts = iter(self._arena.copy(staged))
+        places = [None if source is None else _place(source, next(starts)) for source in sources]
+        nbytes = max((one["start"] + one["nbytes"] for one in places if one), default=0)
+        head = {"act": "save", "sources": places, "nbytes": nbytes, **said}
+        return self._ask(head, encode_document(document))
+
+    def spare(self, pushes: Sequence[str]) -> None:
+        """Let no rule remove the versions of these pushes."""
+        self._ask({"act": "spare", "pushes": list(pushes)}).result()
+
+    def _ask(self, head: Mapping[str, Any], body: bytes = b"") -> Future[dict[str, Any]]:
+        answer: Future[dict[str, Any]] = Future()
+        with self._lock:
+            self._waiting.append(answer)
+        pipe = self._process.stdin
+        assert pipe is not None
+        try:
+            pipe.write(msgspec.json.encode({**head, "document": len(body)}) + b"\n" + body)
+            pipe.flush()
+        except (BrokenPipeError, ValueError):
+            self._end_all()
+        return answer
+
+    def _read(self) -> None:
+        pipe = self._process.stdout
+        assert pipe is not None
+        for line in pipe:
+            with self._lock:
+                answer = self._waiting.popleft()
+            said = msgspec.json.decode(line)
+            if "error" in said:
+                answer.set_exception(_error(said))
+            else:
+                answer.set_result(said)
+        self._end_all()
+
+    def _end_all(self) -> None:
+        with self._lock:
+            left = list(self._waiting)
+            self._waiting.clear()
+        for answer in left:
+            answer.set_exception(
+                StorageError(
+                    "writer-ended",
+                    "the process that saves in the background has ended",
+                    hint="the next save starts another one; look for what killed it",
+                )
+            )
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the writer still runs."""
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """End the writer; what it has not begun to save is not saved."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended already
+            self._process.stdin.close()
+        self._process.wait()
+        self._reader.join()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._arena.close()
+
+
+def location_of(location: Location) -> dict[str, Any]:
+    """Where a repository is, for the writer."""
+    options = location.options
+    return {
+        "root": str(location.root),
+        "places": [
+            [str(place.absolute()) if isinstance(place, Path) else place, isinstance(place, Path)]
+            for place in (location.registry_place, location.store_place)
+        ],
+        "options": [options.endpoint, options.region, options.capabilities],
+    }
+
+
+def _place(source: TensorBytes, start: int) -> dict[str, Any]:
+    shape = list(source.shape)
+    return {
+        "name": source.name,
+        "dtype": source.dtype,
+        "shape": shape,
+        "start": start,
+        "nbytes": source.nbytes,
+    }
+
+
+def _error(said: Mapping[str, Any]) -> CkptError:
+    kind = getattr(errors, said["kind"], CkptError)
+    found: CkptError = kind(said["error"], said["message"], hint=said.get("hint"))
+    return found

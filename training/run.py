@@ -1,0 +1,349 @@
+"""``Run``: a training job's line of versions, saved in the background and resumed exactly."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from types import FrameType, TracebackType
+from typing import Any, Literal, NoReturn, Self
+
+import torch
+
+from ckpt.core.documents import FORMAT, Document
+from ckpt.core.errors import CkptError, IntegrityError, NotFoundError, UsageError
+from ckpt.core.names import (
+    check_aliases,
+    check_labels,
+    check_metrics,
+    check_model,
+    check_run,
+    check_step,
+)
+from ckpt.core.records import Version
+from ckpt.core.rules import Rule
+from ckpt.loader.environment import describe_environment
+from ckpt.loader.restore import CkptWarning
+from ckpt.loader.snapshot import capture_state
+from ckpt.service.bases import check_compress
+from ckpt.service.repository import Repository
+from ckpt.service.retention import parse_rule
+from ckpt.training.background import Background, location_of
+from ckpt.training.ranks import Ranks
+from ckpt.training.tracking import check_part, restore, state_of
+
+
+class Saved:
+    """A save that goes on in the background."""
+
+    def __init__(self, run: Run, step: int, answer: Future[dict[str, Any]], stalled: float) -> None:
+        self.step = step
+        self.stalled = stalled
+        self._run = run
+        self._answer = answer
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._answer.done()
+
+    def version(self, timeout: float | None = None) -> Version | None:
+        """The version, when it is durable; None on the ranks that save nothing. Raises what went
+        wrong, and TimeoutError."""
+        said = self._answer.result(timeout)
+        return self._run._version(said["push"]) if said else None
+
+
+class Run:
+    """One training job's sequence of versions of a model; also a context manager.
+
+    What is saved is the state at the call, even when the loop changes it at once: it is copied
+    into memory that a process of its own reads, which hashes, encodes and stores it. A save waits
+    for the one before. Under ``torch.distributed`` every rank makes the same calls; rank 0 saves.
+
+    Args:
+        repo: an open repository.
+        model: the model that the versions are of.
+        name: of the run, ``main`` by default; live in one job at a time.
+        keep: rules such as ``ckpt.Latest(3)`` or ``ckpt.Best("loss")``, applied to the run's own
+            versions after each save, and stored with the model for ``ckpt prune``. By default
+            everything stays. The bytes go with the next ``gc``.
+        compress: as in :meth:`Repository.push`.
+        on_error: ``"raise"`` tells a failed save at the next call; ``"warn"`` only warns.
+        drain_seconds: how long SIGTERM waits for the save that is under way.
+        quiet: do not print a line per save.
+
+    Raises:
+        ConflictError: ``run-live`` when another job runs under this name.
+    """
+
+    def __init__(
+        self,
+        repo: Repository,
+        model: str,
+        *,
+        name: str = "main",
+        keep: Sequence[Rule | str] = (),
+        compress: str = "auto",
+        on_error: Literal["raise", "warn"] = "raise",
+        drain_seconds: float = 30.0,
+        quiet: bool = False,
+    ) -> None:
+        for rule in keep:
+            parse_rule(str(rule))
+        if on_error not in ("raise", "warn"):
+            raise UsageError("usage", f"on_error is {on_error!r}", hint="write raise or warn")
+        self._repo = repo
+        self._model = check_model(model)
+        self._name = check_run(name)
+        self._keep = [str(rule) for rule in keep]
+        self._compress = check_compress(compress)
+        self._warns = on_error == "warn"
+        self._drain_seconds = drain_seconds
+        self._quiet = quiet
+        self._parts: dict[str, Any] = {}
+        self._ranks = Ranks()
+        self._holder = secrets.token_hex(16)
+        self._environment = describe_environment()
+        self._writer: Background | None = None
+        self._pending: Saved | None = None
+        self._spared: list[str] = []
+        self._before: Any = None
+        self._ended = False
+        if self._ranks.is_first:
+            self._start()
+
+    def __enter__(self) -> Self:
+        if (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        ):
+            self._before = signal.signal(signal.SIGTERM, _terminate)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+        if kind is None:
+            self.close()
+            return
+        try:
+            self._end(self._drain_seconds)
+        except CkptError as failed:
+            assert error is not None
+            error.add_note(f"the last save failed too: {failed}")
+
+    def track(self, **parts: Any) -> Self:
+        """Name what is saved: modules, optimizers, schedulers, scalers, loaders, generators, or
+        anything with ``state_dict`` and ``load_state_dict``. The random number generators of
+        Python, NumPy and torch always are.
+
+        Raises:
+            UsageError: ``not-trackable``.
+        """
+        for name, part in parts.items():
+            check_part(name, part)
+        self._parts.update(parts)
+        return self
+
+    def resume(self) -> int:
+        """Bring everything that is tracked back to the run's newest version that is whole, and
+        return the step after it; 0 when there is none. A damaged version is told by a
+        :class:`CkptWarning`, and the one before is taken.
+
+        Raises:
+            IntegrityError: ``parts-differ``, ``parameters-differ`` and others when the version is
+                not of what is tracked; ``none-whole`` when every version is damaged.
+        """
+        version, state = self._ranks.agreed(self._newest_whole, self._pull)
+        if version is None or state is None:
+            return 0
+        restore(self._parts, self._ranks.own(state))
+        self._spared = [version.push]
+        if self._writer is not None:
+            self._writer.spare(self._spared)
+        self._say(f"resumed from {version.reference}")
+        return int(state["step"]) + 1
+
+    def _newest_whole(self) -> tuple[Version, Any] | None:
+        failed: IntegrityError | None = None
+        for version in self._versions():
+            try:
+                return version, self._pull(version)
+            except IntegrityError as error:
+                failed = error
+                warnings.warn(
+                    f"{version.reference} is not whole and the one before is taken: {error}",
+                    CkptWarning,
+                    stacklevel=4,
+                )
+            except NotFoundError:  # a rule removed it meanwhile
+                continue
+        if failed is not None:
+            raise IntegrityError(
+                "none-whole",
+                f"no version of the run {self._name} of {self._model} is whole",
+                hint="run `ckpt fsck --repair`, or begin a run of another name",
+            ) from failed
+        return None
+
+    def _versions(self) -> Iterable[Version]:
+        """The run's versions, newest first; the order of saves, whatever their steps."""
+        before: int | None = None
+        while page := self._page(before):
+            yield from (version for version in page if version.run == self._name)
+            before = page[-1].number
+
+    def _page(self, before: int | None) -> list[Version]:
+        try:
+            return self._repo.log(self._model, before=before, limit=100)
+        except NotFoundError:
+            return []
+
+    def _pull(self, version: Version) -> Any:
+        return self._repo.pull(version, device="cpu")
+
+    def _version(self, push: str) -> Version:
+        found = self._repo._registry.queries.by_push(push)
+        if found is None:
+            raise NotFoundError("version-missing", "a rule removed this version meanwhile")
+        return found
+
+    def save(
+        self,
+        step: int,
+        metrics: Mapping[str, Any] | None = None,
+        *,
+        labels: Mapping[str, str] | None = None,
+        alias: str | Iterable[str] = (),
+    ) -> Saved:
+        """Have the state of everything that is tracked saved, as it is now; returns when it is
+        copied. Steps may repeat or go backwards: the newest save is what :meth:`resume` takes.
+
+        Args:
+            metrics: numbers by name; a tensor of one element counts as its number. NaN and
+                infinities are kept, and are never best.
+
+        Raises:
+            CkptError: what went wrong in the background since the last call.
+        """
+        began = time.monotonic()
+        self._settle(None)
+        measured = {name: _number(value) for name, value in (metrics or {}).items()}
+        said = {
+            "step": check_step(step),
+            "metrics": {n: str(v) for n, v in check_metrics(measured).items()},
+            "labels": dict(check_labels(labels or {})),
+            "aliases": list(check_aliases(alias)),
+            "environment": self._environment,
+        }
+        state = self._ranks.gathered({**state_of(self._parts), "step": step})
+        if state is None:
+            return Saved(self, step, _nothing(), time.monotonic() - began)
+        captured = capture_state(state, ())
+        document = Document(
+            format=FORMAT,
+            state="values",
+            root=captured.root,
+            tensors=captured.tensors,
+            environment="",
+            order=captured.order,
+        )
+        if self._writer is None or not self._writer.is_alive:
+            self._start()
+        assert self._writer is not None
+        answer = self._writer.save(document, captured.sources, said)
+        self._pending = Saved(self, step, answer, time.monotonic() - began)
+        return self._pending
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Return when everything that was saved is durable.
+
+        Raises:
+            CkptError: what went wrong; TimeoutError.
+        """
+        self._settle(timeout)
+
+    def close(self) -> None:
+        """Wait for the save that is under way, and give the run up.
+
+        Raises:
+            CkptError: what went wrong in the background since the last call.
+        """
+        self._end(None)
+
+    def _end(self, timeout: float | None) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        try:
+            self._settle(timeout)
+        except TimeoutError:
+            self._say(f"the last save was not done after {timeout} s; it is given up")
+        finally:
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
+
+    def _start(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        setup = {
+            "location": location_of(self._repo.location),
+            "model": self._model,
+            "run": self._name,
+            "holder": self._holder,
+            "keep": self._keep,
+            "compress": self._compress,
+        }
+        self._writer = Background(setup)
+        if self._spared:
+            self._writer.spare(self._spared)
+
+    def _settle(self, timeout: float | None) -> None:
+        """Wait for the save that is under way and tell how it ended."""
+        pending = self._pending
+        if pending is None:
+            return
+        try:
+            said = pending._answer.result(timeout)
+        except CkptError as error:
+            self._pending = None
+            if not self._warns:
+                raise
+            warnings.warn(f"step {pending.step} was not saved: {error}", CkptWarning, stacklevel=3)
+            return
+        self._pending = None
+        self._say(
+            f"{said['reference']} step {pending.step}: {said['new_bytes'] / 1e6:.1f} of "
+            f"{said['nbytes'] / 1e6:.1f} MB new, stalled {pending.stalled:.3f} s"
+        )
+
+    def _say(self, line: str) -> None:
+        if not self._quiet and self._ranks.is_first:
+            print(f"ckpt: {line}", file=sys.stderr)
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) else value
+
+
+def _nothing() -> Future[dict[str, Any]]:
+    answer: Future[dict[str, Any]] = Future()
+    answer.set_result({})
+    return answer
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM leaves the ``with`` block, which drains."""
+    raise SystemExit(128 + number)

@@ -1,0 +1,124 @@
+"""What a run saves of each tracked object, and how it is given back: strictly, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ckpt.core.errors import IntegrityError, UsageError
+from ckpt.core.printable import escape
+from ckpt.loader.fill import fill_module
+from ckpt.training.randomness import random_states, restore_random_states
+
+_PARAMETERS = "parameters"
+RESERVED = ("step", "random", "ranks")
+
+
+def check_part(name: str, part: Any) -> None:
+    """Refuse what cannot be tracked; UsageError ``not-trackable``."""
+    if name in RESERVED:
+        raise UsageError("not-trackable", f'"{name}" is a name that runs use', hint="rename it")
+    if isinstance(part, torch.Generator):
+        return
+    if not all(callable(getattr(part, act, None)) for act in ("state_dict", "load_state_dict")):
+        raise UsageError(
+            "not-trackable",
+            f"{name}, a {type(part).__name__}, has no state_dict and load_state_dict",
+            hint="give it both, or keep it out of track()",
+        )
+
+
+def state_of(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The states of all parts by name, and of the random number generators."""
+    names = _parameter_names(parts)
+    state = {name: _state(part, names) for name, part in parts.items()}
+    return {**state, "random": random_states()}
+
+
+def _state(part: Any, names: Mapping[int, str]) -> Any:
+    if isinstance(part, torch.Generator):
+        return part.get_state()
+    state = part.state_dict()
+    if isinstance(part, torch.optim.Optimizer):
+        return {**state, _PARAMETERS: _parameters(part, names)}
+    return state
+
+
+def restore(parts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Give every part its state back, modules first and the random number generators last.
+
+    Raises:
+        IntegrityError: ``parts-differ``, ``parameters-differ``, ``keys-mismatch``,
+            ``shape-mismatch``, ``dtype-mismatch``.
+    """
+    saved = set(state) - set(RESERVED)
+    if saved != set(parts):
+        raise IntegrityError(
+            "parts-differ",
+            f"saved were {_shown(saved)}; tracked are {_shown(parts)}",
+            hint="track the same objects under the same names",
+        )
+    names = _parameter_names(parts)
+    for name, part in sorted(parts.items(), key=lambda item: not isinstance(item[1], nn.Module)):
+        try:
+            _restore(part, state[name], names)
+        except IntegrityError as error:
+            raise IntegrityError(error.code, f"{name}: {error.message}", hint=error.hint) from error
+    restore_random_states(state["random"])
+
+
+def _restore(part: Any, state: Any, names: Mapping[int, str]) -> None:
+    if isinstance(part, torch.Generator):
+        part.set_state(state.cpu())
+    elif isinstance(part, torch.optim.Optimizer):
+        _check_parameters(state[_PARAMETERS], _parameters(part, names))
+        part.load_state_dict({key: state[key] for key in state if key != _PARAMETERS})
+    elif isinstance(part, nn.Module) and all(
+        isinstance(value, torch.Tensor) for value in state.values()
+    ):
+        fill_module(part, state)
+    else:
+        part.load_state_dict(state)
+
+
+def _parameter_names(parts: Mapping[str, Any]) -> dict[int, str]:
+    """Names of the parameters of all tracked modules, by identity."""
+    return {
+        id(parameter): f"{name}.{path}"
+        for name, part in parts.items()
+        if isinstance(part, nn.Module)
+        for path, parameter in part.named_parameters()
+    }
+
+
+def _parameters(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> list[list[str]]:
+    """``[name, dtype, shape]`` of an optimizer's parameters in its order; torch knows them by
+    their number alone."""
+    every = [one for group in optimizer.param_groups for one in group["params"]]
+    return [
+        [names.get(id(one), f"#{number}"), str(one.dtype), str(list(one.shape))]
+        for number, one in enumerate(every)
+    ]
+
+
+def _check_parameters(saved: list[list[str]], now: list[list[str]]) -> None:
+    for one, other in _pairs(saved, now):
+        if one != other:
+            raise IntegrityError(
+                "parameters-differ",
+                f"the optimizer's state is of {_shown(one)}, the parameter there is {_shown(other)}",
+                hint="give the optimizer the same parameters in the same order and dtype",
+            )
+
+
+def _pairs(saved: list[list[str]], now: list[list[str]]) -> Iterator[tuple[list[str], list[str]]]:
+    for number in range(max(len(saved), len(now))):
+        one = saved[number] if number < len(saved) else ["nothing"]
+        yield one, now[number] if number < len(now) else ["nothing"]
+
+
+def _shown(names: Any) -> str:
+    return escape(" ".join(sorted(names) if isinstance(names, set | dict) else names), 200)

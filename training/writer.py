@@ -1,0 +1,206 @@
+"""The program that saves for a trainer: ``python -m ckpt.training.writer``, without torch.
+
+It reads frames from its standard input: a line of JSON, and after a ``save`` the document whose
+length the line says; tensors lie in the arena, whose descriptor the first line names. It answers
+each frame with one line of JSON. When its input ends, its trainer has: what is being saved may
+take ``LAST_SECONDS`` more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+
+from ckpt.core.documents import Document, decode_document
+from ckpt.core.errors import CkptError
+from ckpt.service.bases import check_compress
+from ckpt.service.config import Location
+from ckpt.service.opening import reopen
+from ckpt.service.places import S3Options
+from ckpt.service.push import Described, Said, push_described
+from ckpt.service.retention import prune_model
+from ckpt.training.arena import Arena, ArenaTensor
+
+LAST_SECONDS = 8.0
+LEASE_SECONDS = 60.0
+
+_Frame = tuple[Mapping[str, Any], bytes]
+
+
+class Writer:
+    """One run's repository, opened once, and the arena that its states come through."""
+
+    def __init__(self, setup: Mapping[str, Any]) -> None:
+        self._model, self._run = setup["model"], setup["run"]
+        self._holder, self._rules = setup["holder"], setup["keep"]
+        self._compress = check_compress(setup["compress"])
+        self._spared: list[str] = []
+        self._saved_rules = False
+        self._arena = Arena(setup["arena"])
+        self._repository = reopen(location_of(setup["location"]))
+        self._hold()
+
+    def _hold(self) -> None:
+        self._repository._registry.runs.hold(self._model, self._run, self._holder, LEASE_SECONDS)
+
+    def answer(self, frame: _Frame) -> dict[str, Any]:
+        """Do what a frame asks."""
+        head, body = frame
+        self._hold()
+        if head["act"] == "spare":
+            self._spared = head["pushes"]
+            return {}
+        return self._save(head, decode_document(body))
+
+    def _save(self, head: Mapping[str, Any], document: Document) -> dict[str, Any]:
+        repository = self._repository
+        room = self._arena.room(head["nbytes"])
+        sources = [None if place is None else _source(room, place) for place in head["sources"]]
+        described = Described(
+            state=document.state,
+            root=document.root,
+            tensors=document.tensors,
+            sources=sources,
+            order=document.order,
+        )
+        said = Said(
+            model=self._model,
+            step=head["step"],
+            metrics={name: float(value) for name, value in head["metrics"].items()},
+            labels=head["labels"],
+            aliases=tuple(head["aliases"]),
+            run=self._run,
+        )
+        version = push_described(
+            repository._store,
+            repository._registry,
+            described,
+            said,
+            head["environment"],
+            compress=self._compress,
+        )
+        pruned = self._prune()
+        return {
+            "push": version.push,
+            "reference": version.reference,
+            "nbytes": version.nbytes,
+            "new_bytes": version.new_bytes,
+            "pruned": pruned,
+        }
+
+    def _prune(self) -> int:
+        if not self._rules:
+            return 0
+        done = prune_model(
+            self._repository._store,
+            self._repository._registry,
+            self._model,
+            self._rules,
+            save=not self._saved_rules,
+            run=self._run,
+            spared=self._spared,
+        )
+        self._saved_rules = True
+        return len(done.victims)
+
+    def idle(self) -> None:
+        """Keep the run while nothing is to be saved."""
+        with contextlib.suppress(CkptError):  # told with the next save
+            self._hold()
+
+    def close(self) -> None:
+        """Give the run up."""
+        with contextlib.suppress(CkptError):
+            self._repository._registry.runs.release(self._model, self._run, self._holder)
+        self._repository.close()
+
+
+def location_of(said: Mapping[str, Any]) -> Location:
+    """Where the trainer's repository is."""
+    endpoint, region, capabilities = said["options"]
+    seen = None if capabilities is None else tuple(capabilities)
+    registry, store = (Path(place) if is_path else place for place, is_path in said["places"])
+    options = S3Options(endpoint, region, seen)
+    return Location(Path(said["root"]), registry, store, exists=True, options=options)
+
+
+def _source(room: memoryview, place: Mapping[str, Any]) -> ArenaTensor:
+    data = room[place["start"] : place["start"] + place["nbytes"]]
+    return ArenaTensor(place["name"], place["dtype"], tuple(place["shape"]), data)
+
+
+def _read(stream: BinaryIO, frames: queue.Queue[_Frame | None]) -> None:
+    """Bring frames in until the trainer closes its end, or is gone."""
+    with contextlib.suppress(ValueError, OSError, msgspec.MsgspecError):
+        while line := stream.readline():
+            head = msgspec.json.decode(line)
+            frames.put((head, stream.read(head.get("document", 0))))
+    frames.put(None)
+    last = threading.Timer(LAST_SECONDS, os._exit, (1,))
+    last.daemon = True
+    last.start()
+
+
+def main() -> None:
+    """Answer until the input ends. Signals of the terminal and of a scheduler are for the trainer,
+    which ends this by ending."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+    frames: queue.Queue[_Frame | None] = queue.Queue()
+    threading.Thread(target=_read, args=(sys.stdin.buffer, frames), daemon=True).start()
+    first = frames.get()
+    if first is None:
+        return
+    writer = None
+    try:
+        writer = Writer(first[0])
+        _say(answers, {})
+        while (frame := _next(frames, writer)) is not None:
+            _say(answers, _tried(writer, frame))
+    except CkptError as error:
+        _say(answers, _failed(error))
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _next(frames: queue.Queue[_Frame | None], writer: Writer) -> _Frame | None:
+    while True:
+        try:
+            return frames.get(timeout=LEASE_SECONDS / 3)
+        except queue.Empty:
+            writer.idle()
+
+
+def _tried(writer: Writer, frame: _Frame) -> dict[str, Any]:
+    try:
+        return writer.answer(frame)
+    except CkptError as error:
+        return _failed(error)
+    except Exception as error:  # noqa: BLE001  the trainer tells it; this goes on
+        return {"error": "bug", "kind": "CkptError", "message": f"{type(error).__name__}: {error}"}
+
+
+def _failed(error: CkptError) -> dict[str, Any]:
+    said = {"error": error.code, "kind": type(error).__name__, "message": error.message}
+    return {**said, "hint": error.hint}
+
+
+def _say(stream: Any, answer: Mapping[str, Any]) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        stream.write(msgspec.json.encode(answer) + b"\n")
+
+
+if __name__ == "__main__":
+    main()
