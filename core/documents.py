@@ -6,7 +6,7 @@ The fields are explained in ``docs/format.md``; ``root`` is a value of the value
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -20,9 +20,19 @@ FORMAT = 1
 State = Literal["module", "values", "files"]
 
 
+class Part(Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
+    """A box out of a tensor that several processes pushed: its values in C order are so many of
+    the entry's chunks, after those of the parts before it."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    chunks: int
+
+
 class Tensor(Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
     """One tensor entry. Exactly one of these says where its bytes are: ``chunks`` (none for an
-    empty tensor), ``region`` (a view into the bytes of another entry), ``components``."""
+    empty tensor), ``region`` (a view into the bytes of another entry), ``components``. With
+    ``parts`` the chunks are those of its parts."""
 
     name: str
     dtype: str
@@ -32,6 +42,7 @@ class Tensor(Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unkno
     requires_grad: bool = False
     strides: tuple[int, ...] | None = None
     chunks: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
     region: int | None = None
     offset: int = 0
     align: int = 0
@@ -52,6 +63,14 @@ class Tensor(Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unkno
         return self.kind not in ("region", "component", "file") and not self.kind.startswith(
             "uninit"
         )
+
+    def pieces(self) -> Iterator[tuple[Part, tuple[str, ...]]]:
+        """Each part with its chunks; of a tensor without parts, all of it as one."""
+        whole = Part(offset=(0,) * len(self.shape), shape=self.shape, chunks=len(self.chunks))
+        first = 0
+        for part in self.parts or (whole,):
+            yield part, self.chunks[first : first + part.chunks]
+            first += part.chunks
 
     def __post_init__(self) -> None:
         # msgspec leaves a default out only if it is the same object, and "cpu" from outside is not.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
 import torch
 
-from ckpt.core.documents import Document, Tensor
+from ckpt.core.documents import Document, Part, Tensor
 from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.errors import IntegrityError, UsageError
 from ckpt.core.printable import escape
@@ -59,6 +59,70 @@ class MemorySpace:
         return self._view[offset : offset + length]
 
 
+class BoxSpace:
+    """Room for those values of a tensor of ``shape`` that lie in a box from ``offset`` on, which
+    ``target`` takes; what is written begins at byte ``start`` of the tensor, and may be more."""
+
+    def __init__(
+        self, target: torch.Tensor, shape: Sequence[int], offset: Sequence[int], start: int = 0
+    ) -> None:
+        self._target = as_bits(target)
+        self._shape = tuple(shape)
+        self._offset = tuple(offset)
+        self._start = start
+        whole = tuple(target.shape) == self._shape
+        direct = whole and target.device.type == "cpu" and target.is_contiguous()
+        self._view = as_bytes(target) if direct else None
+
+    def write(self, offset: int, data: memoryview) -> None:
+        values = torch.frombuffer(data, dtype=self._target.dtype)
+        first = (self._start + offset) // self._target.element_size()
+        _copy_box(values, first, self._shape, self._offset, self._target)
+
+    def view(self, offset: int, length: int) -> memoryview | None:
+        first = self._start + offset
+        return None if self._view is None else self._view[first : first + length]
+
+
+def _copy_box(
+    values: torch.Tensor,
+    first: int,
+    shape: tuple[int, ...],
+    offset: tuple[int, ...],
+    target: torch.Tensor,
+) -> None:
+    """Of the elements of a tensor from ``first`` on, in C order, take those in the box."""
+    if not shape:
+        target.copy_(values[0])
+        return
+    row = math.prod(shape[1:])
+    while values.numel():
+        at, inside = divmod(first, row)
+        rows = 0 if inside else values.numel() // row
+        taken = rows * row or min(row - inside, values.numel())
+        low, high = max(at, offset[0]), min(at + max(rows, 1), offset[0] + target.shape[0])
+        if low < high and rows:
+            block = values[:taken].view(rows, *shape[1:])[low - at : high - at]
+            for dimension, place in enumerate(offset[1:], 1):
+                block = block.narrow(dimension, place, target.shape[dimension])
+            target[low - offset[0] : high - offset[0]] = block
+        elif low < high:
+            _copy_box(values[:taken], inside, shape[1:], offset[1:], target[low - offset[0]])
+        values, first = values[taken:], first + taken
+
+
+def part_spaces(
+    entry: Tensor, whole: torch.Tensor
+) -> Iterator[tuple[int, tuple[str, ...], BoxSpace]]:
+    """Of each part the number of its bytes, its chunks, and its room in the whole tensor."""
+    for part, chunks in entry.pieces():
+        target = whole
+        for dimension, (at, size) in enumerate(zip(part.offset, part.shape, strict=True)):
+            target = target.narrow(dimension, at, size)
+        nbytes = math.prod(part.shape) * whole.element_size()
+        yield nbytes, chunks, BoxSpace(target, part.shape, (0,) * len(part.shape))
+
+
 def dtype_of(entry: Tensor) -> torch.dtype:
     """torch's dtype of an entry; IntegrityError ``dtype-unknown``."""
     dtype = getattr(torch, entry.dtype, None) if entry.dtype in ITEM_SIZES else None
@@ -82,10 +146,45 @@ def stored_nbytes(entry: Tensor) -> int:
         raise _damaged(f'"{entry.name}" has alignment {entry.align}')
     shape = stored_shape(entry.shape, entry.strides)
     nbytes = math.prod(shape) * dtype_of(entry).itemsize
+    if entry.parts:
+        _check_parts(entry)
+        return nbytes
     # Before anything is allocated: the chunks are in the store, a shape is only a claim.
     if min(shape, default=0) < 0 or -(-nbytes // CHUNK_BYTES) != len(entry.chunks):
         raise _damaged(f'"{entry.name}" has {len(entry.chunks)} chunks for {nbytes} bytes')
     return nbytes
+
+
+def _check_parts(entry: Tensor) -> None:
+    """Refuse parts that do not make up the tensor, without gap and without overlap."""
+    size = dtype_of(entry).itemsize
+    fits = entry.strides is None and sum(part.chunks for part in entry.parts) == len(entry.chunks)
+    for part in entry.parts:
+        fits &= len(part.offset) == len(part.shape) == len(entry.shape)
+        places = zip(part.offset, part.shape, entry.shape, strict=False)
+        fits &= all(0 <= at < at + own <= whole for at, own, whole in places)
+        fits &= part.chunks == -(-math.prod(part.shape) * size // CHUNK_BYTES)
+    volume = sum(math.prod(part.shape) for part in entry.parts)
+    if not fits or volume != math.prod(entry.shape) or _overlap(entry.parts):
+        raise _damaged(f'"{entry.name}" is not made up of its parts')
+
+
+def _overlap(parts: Sequence[Part]) -> bool:
+    """Whether two parts share an element; compares those whose ranges meet in the dimension that
+    tells most of them apart."""
+    low = numpy.array([part.offset for part in parts], numpy.int64).reshape(len(parts), -1)
+    high = low + numpy.array([part.shape for part in parts], numpy.int64).reshape(low.shape)
+    if not low.shape[1]:
+        return len(parts) > 1
+    axis = max(range(low.shape[1]), key=lambda number: len({*low[:, number]}))
+    order = numpy.argsort(low[:, axis], kind="stable")
+    low, high = low[order], high[order]
+    ends = numpy.searchsorted(low[:, axis], high[:, axis])
+    for at, end in enumerate(ends):
+        after = slice(at + 1, end)
+        if ((low[after] < high[at]) & (low[at] < high[after])).all(axis=1).any():
+            return True
+    return False
 
 
 def _check_shape(entry: Tensor) -> None:

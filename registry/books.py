@@ -16,6 +16,7 @@ from ckpt.core.documents import canonical
 from ckpt.core.errors import ConflictError
 from ckpt.core.records import Chunk, FinishedPack, Pack, PackState, PushState
 from ckpt.registry.engine import Database, Transaction, batches
+from ckpt.registry.epochs import check_not_closed
 from ckpt.registry.tables import chunks, claims, events, meta, packs, pushes, refs, versions
 
 LEASE_SECONDS = 3600
@@ -37,6 +38,7 @@ class Books:
         def act(transaction: Transaction) -> None:
             self._before_write(transaction)
             epoch = transaction.run(select(meta.c.epoch)).scalar_one()
+            check_not_closed(epoch)
             expires = transaction.now() + LEASE_SECONDS * 1_000_000
             row = {"id": push, "kind": kind, "state": PushState.OPEN.value}
             transaction.run(insert(pushes), {**row, "expires_at": expires, "epoch": epoch})
@@ -181,7 +183,8 @@ class Books:
             known = {row.id: as_pack(row) for row in rows}
             found: dict[str, list[Chunk]] = {}
             for row in transaction.rows(select(chunks).where(chunks.c.pack.in_(mine))):
-                found.setdefault(row.digest, []).append(as_chunk(row))
+                if row.pack in known:
+                    found.setdefault(row.digest, []).append(as_chunk(row))
         for places in found.values():
             places.sort(key=lambda chunk: _order(chunk, known[chunk.pack]))
         return known, found

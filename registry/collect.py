@@ -16,7 +16,17 @@ from ckpt.registry.bodies import read_json
 from ckpt.registry.books import as_pack
 from ckpt.registry.changes import note_event
 from ckpt.registry.engine import Database, Transaction, batches
-from ckpt.registry.tables import claims, dead_keys, events, meta, packs, pushes, refs, versions
+from ckpt.registry.tables import (
+    CLOSED,
+    claims,
+    dead_keys,
+    events,
+    meta,
+    packs,
+    pushes,
+    refs,
+    versions,
+)
 
 _ENDINGS = ("rm", "prune")
 
@@ -54,7 +64,6 @@ class Collector:
         One is ``explained`` when its push was aborted, its version was removed by an act, or
         its version is still there and needs it no more.
         """
-        removed = select(events.c.body).where(events.c.kind.in_(_ENDINGS))
         made = exists().where(versions.c.push == packs.c.push)
         committed = (pushes.c.state == PushState.COMMITTED.value) & (pushes.c.kind == "push")
         query = (
@@ -65,7 +74,9 @@ class Collector:
         )
         with self._database.read() as transaction:
             rows = transaction.rows(query)
-            ended = {event_field(row.body, "push") for row in transaction.rows(removed)}
+            # Only a version that was made and is gone can have been removed by an act.
+            asked = any(row.committed and not row.made for row in rows)
+            ended = _ended(transaction) if asked else set()
         return [
             Unneeded(
                 as_pack(row),
@@ -168,6 +179,8 @@ class Collector:
         with self._database.read() as transaction:
             epoch = transaction.run(select(meta.c.epoch)).scalar_one()
             rows = transaction.rows(query.order_by(events.c.counter))
+        if epoch == CLOSED:
+            return []
         return [DeadKey(row.key, row.event, epoch) for row in rows]
 
     def may_delete(self, dead: DeadKey) -> bool:
@@ -176,6 +189,14 @@ class Collector:
         same = (dead_keys.c.key == dead.key) & (epoch == dead.epoch)
         with self._database.read() as transaction:
             return transaction.row(select(dead_keys.c.key).where(same)) is not None
+
+    def may_forget(self, push: str, epoch: int) -> bool:
+        """Whether the document of a version that an act removed may go: the version is not there,
+        in the same epoch as when that was found out."""
+        there = select(versions.c.id).where(versions.c.push == push)
+        with self._database.read() as transaction:
+            same = transaction.run(select(meta.c.epoch)).scalar_one() == epoch != CLOSED
+            return same and transaction.row(there) is None
 
     def forget(self, gone: Sequence[DeadKey]) -> None:
         """Drop the dead keys that the store has no more; their events stay for ever."""
@@ -191,10 +212,16 @@ class Collector:
         """What the registry knows of the store's copies: pushes of versions, pushes of versions
         that were removed by an act, and events."""
         with self._database.read() as transaction:
-            there = {row.push for row in transaction.rows(select(versions.c.push))}
-            rows = transaction.rows(select(events.c.id, events.c.kind, events.c.body))
-        ended = {event_field(row.body, "push") for row in rows if row.kind in _ENDINGS}
-        return there, ended, {row.id for row in rows}
+            there = set(transaction.run(select(versions.c.push)).scalars())
+            # What has no counter has no copy.
+            copied = select(events.c.id).where(events.c.counter.is_not(None))
+            return there, _ended(transaction), set(transaction.run(copied).scalars())
+
+
+def _ended(transaction: Transaction) -> set[str]:
+    """The pushes whose versions were removed by an act."""
+    query = select(events.c.body).where(events.c.kind.in_(_ENDINGS))
+    return {event_field(row.body, "push") for row in transaction.rows(query)}
 
 
 def event_field(body: bytes, name: str) -> str:

@@ -16,6 +16,7 @@ from ckpt.core.records import Environment, FinishedPack, PackState, PushFacts, P
 from ckpt.registry.bodies import compress
 from ckpt.registry.books import insert_pack, lock_packs, require_open
 from ckpt.registry.engine import Transaction, batches
+from ckpt.registry.epochs import check_not_closed
 from ckpt.registry.needs import document_chunks, places_in, unreadable
 from ckpt.registry.tables import (
     aliases,
@@ -151,6 +152,7 @@ def next_counter(transaction: Transaction) -> tuple[int, int]:
     step = update(meta).values(next_counter=meta.c.next_counter + 1)
     row = transaction.row(step.returning(meta.c.epoch, meta.c.next_counter))
     assert row is not None
+    check_not_closed(row.epoch)
     return row.epoch, row.next_counter - 1
 
 

@@ -50,6 +50,13 @@ class Copies:
             found += [_event_copy(row) for row in transaction.rows(query)]
         return found
 
+    def position(self) -> tuple[int, int]:
+        """The epoch, and the counter that the next document or event will have."""
+        with self._database.read() as transaction:
+            row = transaction.row(select(meta.c.epoch, meta.c.next_counter))
+        assert row is not None
+        return row.epoch, row.next_counter
+
     def note(self, copy: StoreCopy) -> None:
         """Remember that ``copy`` is in the store."""
         self._done.add(copy.id)

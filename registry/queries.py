@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Row, Select, func, select
+from sqlalchemy import ColumnElement, Row, Select, func, select
 
-from ckpt.core.documents import Document, join_document
-from ckpt.core.errors import NotFoundError, UsageError
+from ckpt.core.digests import digest_of
+from ckpt.core.documents import Document, encode_document, join_document
+from ckpt.core.errors import IntegrityError, NotFoundError, UsageError
 from ckpt.core.names import NEWEST
 from ckpt.core.records import ClassUse, Environment, Event, Model, Proof, Version
 from ckpt.core.references import Reference, parse_reference
@@ -39,6 +42,28 @@ _VERSIONS = (
 )
 
 
+_COMPARED: Mapping[str, Callable[[Any, Any], Any]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    "=": operator.eq,
+    "!=": operator.ne,
+    ">=": operator.ge,
+    ">": operator.gt,
+}
+# So many versions are sorted at once; of a larger model the index of a metric gives the order.
+_FEW = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A metric, or ``step``, beside a number; what a version lacks, or is not finite, never
+    matches. ``operator`` is one of ``< <= = != >= >``."""
+
+    name: str
+    operator: str
+    value: float
+
+
 class Queries:
     """Questions to the registry; each is one snapshot."""
 
@@ -64,51 +89,72 @@ class Queries:
     def newest(self, model: str) -> Version | None:
         """The newest version of a model, or None when it has none."""
         with self._database.read() as transaction:
-            row = transaction.row(_newest_first(model).limit(1))
+            found = _model(transaction, model)
+            row = found and transaction.row(_newest_first(found.id).limit(1))
             return None if row is None else _records(transaction, [row])[0]
 
     def log(self, model: str, before: int | None = None, limit: int = 100) -> list[Version]:
         """Versions of a model, newest first, from below number ``before``; at most ``limit``."""
         with self._database.read() as transaction:
-            require_model(transaction, model)
-            query = _newest_first(model).limit(limit)
+            query = _newest_first(_required(transaction, model).id).limit(limit)
             if before is not None:
                 query = query.where(versions.c.number < before)
             return _records(transaction, transaction.rows(query))
 
-    def models(self) -> list[Model]:
-        """All models by name, each with the number of its versions and the newest one."""
-        newest = (
-            select(
-                versions.c.model,
-                func.max(versions.c.number).label("number"),
-                func.count().label("total"),
-            )
-            .group_by(versions.c.model)
-            .subquery()
-        )
+    def find(
+        self,
+        model: str,
+        where: Sequence[Comparison] = (),
+        order_by: str | None = None,
+        limit: int = 100,
+    ) -> list[Version]:
+        """Versions of a model that every comparison matches, at most ``limit``: newest first, or
+        in the order of a metric or ``step``, descending after a ``-``; of equal ones the newest
+        first, and those that lack it left out."""
         with self._database.read() as transaction:
-            query = (
-                select(models.c.name, newest.c.total)
-                .outerjoin(newest, newest.c.model == models.c.id)
-                .order_by(models.c.folded)
-            )
-            counts = {row.name: row.total or 0 for row in transaction.rows(query)}
-            same = (newest.c.model == versions.c.model) & (newest.c.number == versions.c.number)
-            found = _records(transaction, transaction.rows(_VERSIONS.join(newest, same)))
-        by_name = {version.model: version for version in found}
+            found = _required(transaction, model)
+            query, order = _VERSIONS, [versions.c.number.desc()]
+            # Nothing is removed from a sum; it keeps a database from reading the whole model.
+            few = found.next_number <= _FEW or not (where or order_by)
+            query = query.where((versions.c.model if few else versions.c.model + 0) == found.id)
+            for one in where:
+                query, value = _valued(query, one.name)
+                query = query.where(_COMPARED[one.operator](value, one.value))
+            if order_by is not None:
+                query, value = _valued(query, order_by.removeprefix("-"))
+                order.insert(0, value.desc() if order_by.startswith("-") else value)
+            rows = transaction.rows(query.order_by(*order).limit(limit))
+            return _records(transaction, rows)
+
+    def models(self, after: str = "", limit: int | None = None) -> list[Model]:
+        """Models by name, each with the number of its versions and the newest one; a page of them
+        begins after the name of the one before."""
+        mine = versions.c.model == models.c.id
+        newest = select(versions.c.id).where(mine).order_by(versions.c.number.desc()).limit(1)
+        total = select(func.count()).select_from(versions).where(mine)
+        query = select(models.c.name, total.scalar_subquery().label("total"))
+        query = query.add_columns(newest.scalar_subquery().label("newest"))
+        query = query.where(models.c.folded > after.lower()).order_by(models.c.folded).limit(limit)
+        by_name: dict[str, Version] = {}
+        with self._database.read() as transaction:
+            listed = transaction.rows(query)
+            for some in batches([row.newest for row in listed if row.newest is not None]):
+                rows = transaction.rows(_VERSIONS.where(versions.c.id.in_(some)))
+                by_name |= {version.model: version for version in _records(transaction, rows)}
         return [
-            Model(name=name, versions=count, newest=by_name.get(name))
-            for name, count in counts.items()
+            Model(name=row.name, versions=row.total, newest=by_name.get(row.name)) for row in listed
         ]
 
     def proven(self, structure: str) -> Version | None:
         """The newest version of this structure whose rebuilding was proven, or None."""
-        query = _VERSIONS.where(
-            versions.c.structure_digest == structure, versions.c.proof.in_(("fresh", "in-process"))
-        )
+        same = versions.c.structure_digest == structure
+        newest = [
+            select(func.max(versions.c.id)).where(same, versions.c.proof == kind).scalar_subquery()
+            for kind in ("fresh", "in-process")
+        ]
+        query = _VERSIONS.where(versions.c.id.in_(newest)).order_by(versions.c.id.desc())
         with self._database.read() as transaction:
-            row = transaction.row(query.order_by(versions.c.id.desc()).limit(1))
+            row = transaction.row(query.limit(1))
             return None if row is None else _records(transaction, [row])[0]
 
     def classes(self, model: str | None = None) -> list[ClassUse]:
@@ -185,15 +231,23 @@ class Queries:
     def document(self, version: Version) -> Document:
         """The document of a version; NotFoundError when the version was deleted meanwhile."""
         query = (
-            select(documents.c.body, structures.c.body.label("structure"))
+            select(documents.c.body, structures.c.body.label("structure"), versions.c.facts)
             .join(structures, structures.c.digest == documents.c.structure)
-            .where(documents.c.digest == version.document_digest)
+            .join(versions, versions.c.document == documents.c.digest)
+            .where(versions.c.push == version.push)
         )
         with self._database.read() as transaction:
             row = transaction.row(query)
         if row is None:
             raise _version_missing(version.reference)
-        return join_document(decompress(row.structure), decompress(row.body))
+        found = join_document(decompress(row.structure), decompress(row.body))
+        if digest_of(encode_document(found)) != read_json(row.facts).get("document_digest"):
+            raise IntegrityError(
+                "document-damaged",
+                f"the registry's document of {version.reference} is not the one that was pushed",
+                hint="run `ckpt registry rebuild`, which reads the store",
+            )
+        return found
 
     def environment(self, version: Version) -> Environment:
         """What the version was pushed on."""
@@ -214,14 +268,13 @@ def _said(body: dict[str, Any]) -> dict[str, Any]:
 
 def resolve(transaction: Transaction, reference: Reference) -> Row[Any]:
     """The row of the version that a reference means."""
-    name = require_model(transaction, reference.model)
-    row = _first(transaction, name, reference)
+    row = _first(transaction, _required(transaction, reference.model), reference)
     for _ in range(reference.back):
         if row.parent is None:
             raise NotFoundError(
                 "version-missing",
                 f"{row.model_name}@{row.number} has no parent",
-                hint=f"run `ckpt log {name}`",
+                hint=f"run `ckpt log {row.model_name}`",
             )
         row = resolve(transaction, parse_reference(row.parent))
     return row
@@ -229,41 +282,67 @@ def resolve(transaction: Transaction, reference: Reference) -> Row[Any]:
 
 def require_model(transaction: Transaction, name: str) -> str:
     """The model's name as it is spelled; NotFoundError ``model-missing`` when there is none."""
-    query = select(models.c.name).where(models.c.folded == name.lower())
-    row = transaction.row(query)
+    return str(_required(transaction, name).name)
+
+
+def _required(transaction: Transaction, name: str) -> Row[Any]:
+    row = _model(transaction, name)
     if row is None:
         raise NotFoundError(
             "model-missing", f'there is no model "{name}"', hint="run `ckpt ls` to see all"
         )
-    return str(row.name)
+    return row
 
 
-def _first(transaction: Transaction, name: str, reference: Reference) -> Row[Any]:
+def _model(transaction: Transaction, name: str) -> Row[Any] | None:
+    return transaction.row(select(models).where(models.c.folded == name.lower()))
+
+
+def _first(transaction: Transaction, model: Row[Any], reference: Reference) -> Row[Any]:
     """The version before any step back."""
-    query = _newest_first(name)
+    query = _newest_first(model.id)
     if reference.number is not None:
         query = query.where(versions.c.number == reference.number)
     elif reference.alias is not None:
-        named = (aliases.c.version == versions.c.id) & (aliases.c.name == reference.alias)
-        query = query.join(aliases, named)
+        named = (aliases.c.model == model.id) & (aliases.c.name == reference.alias)
+        query = _VERSIONS.where(
+            versions.c.id == select(aliases.c.version).where(named).scalar_subquery()
+        )
     elif reference.digest is not None:
-        query = query.where(versions.c.digest.startswith(reference.digest))
-        _refuse_ambiguous(transaction, query, reference)
+        digest = _whole_digest(transaction, model.id, reference)
+        query = query.where(versions.c.digest == digest)
     row = transaction.row(query.limit(1))
     if row is None:
         raise _not_there(reference)
     return row
 
 
-def _refuse_ambiguous(transaction: Transaction, query: Select[Any], reference: Reference) -> None:
-    digests = {row.digest for row in transaction.rows(query)}
-    if len(digests) > 1:
-        shown = ", ".join(digest[:16] for digest in sorted(digests)[:4])
-        raise UsageError(
-            "ambiguous",
-            f"{reference} has {len(digests)} matches: {shown}",
-            hint="give more digits",
-        )
+def _whole_digest(transaction: Transaction, model: int, reference: Reference) -> str | None:
+    """The one digest of the model's versions that a prefix begins, or None."""
+    prefix = reference.digest or ""
+    # In every collation "g" comes after the digits of a digest, and a text after what begins it.
+    begun = (versions.c.digest >= prefix) & (versions.c.digest < f"{prefix}g")
+    query = select(versions.c.digest).where(versions.c.model == model, begun)
+    first = transaction.row(query.order_by(versions.c.digest).limit(1))
+    last = transaction.row(query.order_by(versions.c.digest.desc()).limit(1))
+    if first is None or last is None or first.digest == last.digest:
+        return first and str(first.digest)
+    digests = [row.digest for row in transaction.rows(query.distinct())]
+    shown = ", ".join(digest[:16] for digest in sorted(digests)[:4])
+    raise UsageError(
+        "ambiguous",
+        f"{reference} has {len(digests)} matches: {shown}",
+        hint="give more digits",
+    )
+
+
+def _valued(query: Select[Any], name: str) -> tuple[Select[Any], ColumnElement[Any]]:
+    """The query with the values of a metric or of ``step``, where they are finite, and these."""
+    if name == "step":
+        return query.where(versions.c.step.is_not(None)), versions.c.step
+    one = metrics.alias()
+    query = query.join(one, (one.c.version == versions.c.id) & (one.c.name == name))
+    return query.where(one.c.value.is_not(None)), one.c.value
 
 
 def _not_there(reference: Reference) -> NotFoundError:
@@ -283,9 +362,8 @@ def _version_missing(reference: str) -> NotFoundError:
     )
 
 
-def _newest_first(model: str) -> Select[Any]:
-    wanted = models.c.folded == model.lower()
-    return _VERSIONS.where(wanted).order_by(versions.c.number.desc())
+def _newest_first(model: int) -> Select[Any]:
+    return _VERSIONS.where(versions.c.model == model).order_by(versions.c.number.desc())
 
 
 def _records(transaction: Transaction, rows: Sequence[Row[Any]]) -> list[Version]:
@@ -305,7 +383,7 @@ def _records(transaction: Transaction, rows: Sequence[Row[Any]]) -> list[Version
         for row in transaction.rows(
             select(metrics).where(metrics.c.version.in_(some)).order_by(metrics.c.name)
         ):
-            value = row.value if row.special is None else float(row.special)
+            value = row.value if row.special is None else _special(row.special)
             measured.setdefault(row.version, {})[row.name] = value
     return [
         _record(row, measured.get(row.id, {}), labelled.get(row.id, {}), named.get(row.id, []))
@@ -340,3 +418,14 @@ def _record(
         environment=row.environment,
         proof=None if row.proof is None else Proof(row.proof, row.proof_reason),
     )
+
+
+def _special(text: str) -> float:
+    """A metric that is no finite number."""
+    if text not in ("nan", "inf", "-inf"):
+        raise IntegrityError(
+            "registry-damaged",
+            f"a metric is {text!r}",
+            hint="run `ckpt registry rebuild`, which reads the store",
+        )
+    return float(text)

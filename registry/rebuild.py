@@ -10,6 +10,7 @@ from sqlalchemy import insert, update
 
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import Document, canonical, structure_bytes
+from ckpt.core.errors import IntegrityError
 from ckpt.core.records import Chunk, FinishedPack, PushState
 from ckpt.registry.books import insert_pack
 from ckpt.registry.commit import (
@@ -23,6 +24,7 @@ from ckpt.registry.commit import (
 from ckpt.registry.engine import Database, Transaction
 from ckpt.registry.schema import lock_schema, make_tables, set_aside
 from ckpt.registry.tables import (
+    CLOSED,
     aliases,
     dead_keys,
     environments,
@@ -58,10 +60,10 @@ class StoreContents:
     keys: frozenset[str]
 
 
-def fence(database: Database, epoch: int) -> None:
-    """Give the old registry the new epoch, so that nothing is acknowledged or deleted from it
-    any more."""
-    database.write(lambda transaction: transaction.run(update(meta).values(epoch=epoch)) and None)
+def fence(database: Database) -> None:
+    """Close the old registry (k): nothing is committed, acknowledged or deleted from it any more,
+    by whoever has it open."""
+    database.write(lambda transaction: transaction.run(update(meta).values(epoch=CLOSED)) and None)
 
 
 def rebuild(
@@ -96,6 +98,7 @@ class _Rebuild:
         values = {"epoch": self.contents.epoch, "next_counter": counter}
         self.transaction.run(update(meta).values(**values))
         removed = {event["push"] for event in self.contents.events if event["kind"] in _ENDINGS}
+        self._check_numbers()
         self._make_models()
         self._make_events()
         self._make_pushes(removed)
@@ -105,6 +108,20 @@ class _Rebuild:
         for name in self.models:
             self._replay(name, {one.facts["push"]: one for one in kept}, ids)
         return sorted(self.damaged)
+
+    def _check_numbers(self) -> None:
+        """An old copy of the registry that was put back and used gives numbers a second time."""
+        seen: dict[tuple[str, int], str] = {}
+        for version in self.contents.versions:
+            name = version.facts["model"], version.facts["number"]
+            other = seen.setdefault(name, version.facts["push"])
+            if other != version.facts["push"]:
+                raise IntegrityError(
+                    "number-twice",
+                    f"two versions are {name[0]}@{name[1]}: of the pushes {other} and "
+                    f"{version.facts['push']}",
+                    hint="move the document of one out of documents/ in the store, and run again",
+                )
 
     def _make_models(self) -> None:
         """Counters end above every number and place that was ever given."""

@@ -31,6 +31,7 @@ class Registry:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self.is_newest = False  # known once that no newer one used the same store
         self.copies = Copies(database)
         self.books = Books(database, before_write=self.copies.flush)
         self.queries = Queries(database)
@@ -70,7 +71,7 @@ class Registry:
             database.close()
 
     @classmethod
-    def fence(cls, where: Path | str, store: str, epoch: int) -> None:
+    def fence(cls, where: Path | str, store: str) -> None:
         """Cut off an old registry, if it can be read at all: nothing is acknowledged or deleted
         from it any more."""
         try:
@@ -79,7 +80,7 @@ class Registry:
             return
         try:
             check_schema(database, store)
-            fence(database, epoch)
+            fence(database)
         except (StorageError, IntegrityError) as error:
             if error.code in ("registry-busy", "registry-unreachable"):
                 raise

@@ -34,6 +34,9 @@ metadata = MetaData(
 # SQLite numbers rows by itself only in a column of exactly this type.
 _Id = BigInteger().with_variant(Integer, "sqlite")
 
+# The epoch of a registry that a rebuild has cut off: no epoch begins at it.
+CLOSED = 0
+
 # One row. ``next_counter`` numbers the documents and events in the store, and only goes up.
 meta = Table(
     "meta",
@@ -89,6 +92,7 @@ documents = Table(
     Column("digest", String(64), primary_key=True),
     Column("structure", ForeignKey("structures.digest"), nullable=False),
     Column("body", LargeBinary, nullable=False),
+    Index(None, "structure"),
 )
 
 # A class or function as one push found it; ``digest`` is of the whole record.
@@ -133,10 +137,11 @@ versions = Table(
     Column("facts", LargeBinary, nullable=False),
     Column("copied", Boolean, nullable=False, server_default=false()),
     UniqueConstraint("model", "number"),
-    Index(None, "model", "digest"),
+    Index(None, "model", "digest", "number"),
     Index(None, "run", "number"),
     Index(None, "copied", "counter"),
-    Index(None, "structure_digest"),
+    Index(None, "structure_digest", "proof", "id"),
+    Index(None, "document"),
 )
 
 # Which version names which class.
@@ -205,6 +210,8 @@ events = Table(
     UniqueConstraint("epoch", "counter"),
     Index(None, "model", "model_seq"),
     Index(None, "copied", "counter"),
+    Index(None, "created_at"),
+    Index(None, "kind"),
 )
 
 pushes = Table(

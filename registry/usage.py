@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sqlalchemy import select
+from sqlalchemy import case, func, select
 
 from ckpt.core.records import Usage
-from ckpt.registry.engine import Database
+from ckpt.registry.engine import Database, batches
 from ckpt.registry.tables import models, packs, refs, versions
 
 
@@ -20,33 +20,43 @@ class Usages:
     def versions(self) -> list[Usage]:
         """Every version with the bytes of its packs: those that only it refers to, and those that
         it shares."""
-        query = (
-            select(models.c.name, versions.c.number, versions.c.push, refs.c.pack, packs.c.size)
-            .join(versions, versions.c.id == refs.c.version)
-            .join(models, models.c.id == versions.c.model)
+        users = select(refs.c.pack, func.count().label("users")).group_by(refs.c.pack).subquery()
+        held = (
+            select(
+                refs.c.version,
+                func.sum(case((users.c.users == 1, packs.c.size), else_=0)).label("unique"),
+                func.sum(case((users.c.users > 1, packs.c.size), else_=0)).label("shared"),
+            )
             .join(packs, packs.c.id == refs.c.pack)
+            .join(users, users.c.pack == refs.c.pack)
+            .group_by(refs.c.version)
+            .subquery()
+        )
+        query = (
+            select(models.c.name, versions.c.number, versions.c.push, held.c.unique, held.c.shared)
+            .join(versions, versions.c.model == models.c.id)
+            .join(held, held.c.version == versions.c.id)
             .order_by(models.c.name, versions.c.number)
         )
         with self._database.read() as transaction:
             rows = transaction.rows(query)
-        users: dict[str, int] = {}
-        for row in rows:
-            users[row.pack] = users.get(row.pack, 0) + 1
-        sums: dict[tuple[str, int, str], list[int]] = {}
-        for row in rows:
-            held = sums.setdefault((row.name, row.number, row.push), [0, 0])
-            held[users[row.pack] > 1] += row.size
         return [
-            Usage(f"{name}@{number}", push, unique, shared)
-            for (name, number, push), (unique, shared) in sums.items()
+            Usage(f"{row.name}@{row.number}", row.push, int(row.unique), int(row.shared))
+            for row in rows
         ]
 
     def freed_by(self, pushes: Collection[str]) -> int:
         """The bytes that go when exactly the versions of these pushes go."""
-        query = select(refs.c.pack, packs.c.size, versions.c.push)
-        query = query.join(versions, versions.c.id == refs.c.version)
-        query = query.join(packs, packs.c.id == refs.c.pack)
+        going: dict[int, set[str]] = {}
         with self._database.read() as transaction:
-            rows = transaction.rows(query)
-        kept = {row.pack for row in rows if row.push not in pushes}
-        return sum({row.pack: row.size for row in rows if row.pack not in kept}.values())
+            for some in batches(sorted(set(pushes))):
+                mine = select(refs).join(versions).where(versions.c.push.in_(some))
+                for row in transaction.rows(mine):
+                    going.setdefault(row.version, set()).add(row.pack)
+            freed = 0
+            for some in batches(sorted(set().union(*going.values()))):
+                users = select(refs).where(refs.c.pack.in_(some))
+                kept = {row.pack for row in transaction.rows(users) if row.version not in going}
+                sizes = select(func.sum(packs.c.size)).where(packs.c.id.in_(set(some) - kept))
+                freed += int(transaction.run(sizes).scalar_one() or 0)
+        return freed

@@ -185,7 +185,11 @@ def _user_folder() -> Path:
 def prepare(location: Location) -> None:
     """Make the folder of a new repository; what it holds is never for git."""
     try:
+        missing = [folder for folder in location.root.parents if not folder.exists()]
         perform("mkdir", location.root.mkdir, parents=True, exist_ok=True)
+        # Also what was there: another process may have made it a moment ago.
+        for folder in (location.root, *missing):
+            _sync(folder.parent)
         ignore = location.root / ".gitignore"
         if not ignore.exists():
             perform("write_text", ignore.write_text, "*\n")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -142,12 +143,20 @@ def _read_piece(store: Store, version: Version, places: Places, piece: _Piece) -
     view = piece.wanted.space.view(piece.offset, piece.length)
     target = memoryview(bytearray(piece.length)) if view is None else view
     try:
-        read_chunk(store, places, piece.digest, target)
+        _read_again(lambda: read_chunk(store, places, piece.digest, target))
     except IntegrityError as error:
         where = f'{version.reference}, tensor "{escape(piece.wanted.name)}"'
         raise IntegrityError(error.code, f"{where}: {error.message}", hint=_HINT) from error
     if view is None:
         piece.wanted.space.write(piece.offset, target)
+
+
+def _read_again(read: Callable[[], None]) -> None:
+    """Bytes may be damaged on the way: what is not right is read up to three times."""
+    for _ in range(2):
+        with contextlib.suppress(IntegrityError):
+            return read()
+    read()
 
 
 _HINT = "run `ckpt fsck`; pushing the same content again stores it anew, as a new version"

@@ -70,6 +70,7 @@ def collect(
     Raises:
         ConflictError: ``gc-refused``, naming the reason and what overrules it.
     """
+    epoch, _ = registry.copies.position()
     listed = _Listed(store)
     ended = _check(registry, listed, allow)
     found = registry.collector.unneeded()
@@ -85,7 +86,7 @@ def collect(
     orphans, unknown = registry.collector.sweep(listed.packs, author())
     copy_pending(store, registry)
     _delete(store, registry)
-    _delete_documents(store, listed, ended)
+    _delete_documents(store, registry, listed, ended, epoch)
     store.discard_unfinished(registry.books.is_over)
     waiting = [one.pack for one in registry.collector.unneeded()]
     return Collected(
@@ -196,11 +197,14 @@ def _delete(store: Store, registry: Registry) -> None:
     registry.collector.forget(gone)
 
 
-def _delete_documents(store: Store, listed: _Listed, ended: set[str]) -> None:
+def _delete_documents(
+    store: Store, registry: Registry, listed: _Listed, ended: set[str], epoch: int
+) -> None:
     """The documents of versions whose removal was known before everything was copied, and so is
-    in the store."""
+    in the store; the registry is asked again about each."""
     for push in sorted(listed.documents.keys() & ended):
-        store.delete(listed.documents[push])
+        if registry.collector.may_forget(push, epoch):
+            store.delete(listed.documents[push])
 
 
 def gc_summary(collected: Collected) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import acknowledge_event, acknowledge_push
 from ckpt.service.author import author
 from ckpt.service.bases import Compress, find_bases
+from ckpt.service.tripwire import check_newest
 from ckpt.service.upload import Progress, Upload
 from ckpt.storage.store import Store
 
@@ -96,6 +97,7 @@ def push_described(
     The newest version of the model is answered instead when it has the same content, step,
     metrics and labels.
     """
+    check_newest(store, registry)
     taken = registry.queries.taken_name(said.model)
     if taken is not None and taken != said.model:
         raise name_clash(said.model, taken)

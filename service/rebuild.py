@@ -55,7 +55,7 @@ def rebuild_registry(location: Location, store: Store) -> Rebuilt:
     unreadable: list[str] = []
     epoch, before = _epochs(store)
     # First the old registry is cut off, then the store is listed: nothing is acknowledged between.
-    Registry.fence(location.registry_place, identity, epoch + 1)
+    Registry.fence(location.registry_place, identity)
     contents = _read(store, epoch, before, unreadable)
     _write_epoch(store, contents)
     damaged, kept = _make(location.registry_place, identity, contents)

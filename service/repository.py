@@ -23,12 +23,14 @@ from ckpt.core.names import (
 )
 from ckpt.core.records import ClassUse, Environment, Model, Version
 from ckpt.core.references import parse_reference
+from ckpt.registry.changes import Changes
 from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import acknowledge_event, copy_pending
 from ckpt.service.author import author
 from ckpt.service.config import Location
 from ckpt.service.exchange import Exchange
 from ckpt.service.places import open_store
+from ckpt.service.tripwire import check_newest
 from ckpt.service.upkeep import Upkeep
 
 if TYPE_CHECKING:
@@ -413,6 +415,11 @@ class Repository(Exchange, Upkeep):
         pair = self.get(before), self.get(after)
         return compare(self._store, self._registry, *pair, statistics=stats, progress=progress)
 
+    @property
+    def _changes(self) -> Changes:
+        check_newest(self._store, self._registry)
+        return self._registry.changes
+
     def unnamed_values(self, ref: VersionLike) -> int:
         """How many plain values of a version a ``.safetensors`` file would not carry."""
         from ckpt.service.pull import unnamed_values
@@ -429,7 +436,7 @@ class Repository(Exchange, Upkeep):
         check_alias(alias)
         reference = self._reference(ref)
         expected = None if expect is None else parse_reference(expect)
-        event = self._registry.changes.tag(reference, alias, expected, author())
+        event = self._changes.tag(reference, alias, expected, author())
         return self._acknowledged(event, ref)
 
     def untag(self, ref: str) -> None:
@@ -439,7 +446,7 @@ class Repository(Exchange, Upkeep):
             raise UsageError(
                 "reference-invalid", f'"{ref}" does not name an alias', hint="write model:alias"
             )
-        event = self._registry.changes.untag(reference, author())
+        event = self._changes.untag(reference, author())
         acknowledge_event(self._store, self._registry, event)
 
     def annotate(
@@ -451,7 +458,7 @@ class Repository(Exchange, Upkeep):
         remove: Iterable[str] = (),
     ) -> Version:
         """Set metrics and labels of a version, and remove some by key."""
-        event = self._registry.changes.annotate(
+        event = self._changes.annotate(
             self._reference(ref),
             check_metrics(metrics),
             check_labels(labels),
@@ -472,7 +479,7 @@ class Repository(Exchange, Upkeep):
             # "It is gone" may repeat an rm whose process died before its event was copied.
             copy_pending(self._store, self._registry)
             raise
-        event = self._registry.changes.remove(version.push, author())
+        event = self._changes.remove(version.push, author())
         acknowledge_event(self._store, self._registry, event)
         return version
 

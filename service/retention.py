@@ -17,6 +17,7 @@ from ckpt.core.rules import Rule
 from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import acknowledge_event
 from ckpt.service.author import author
+from ckpt.service.tripwire import check_newest
 from ckpt.storage.store import Store
 
 _HINT = "write last:3, best:val_loss:min:2, every:1000 or within:7d"
@@ -64,6 +65,7 @@ def prune_model(
         UsageError: ``rule-invalid``, or ``no-rules`` when there are none.
     """
     check_model(model)
+    check_newest(store, registry)
     chosen = tuple(map(str, rules)) or registry.queries.policy(model)
     if not chosen:
         raise UsageError("no-rules", f"no rule says what to keep of {model}", hint=_HINT)

@@ -20,17 +20,18 @@ from ckpt.storage.header import Entry, Header, header_length, parse_header
 class FileTensor:
     """The bytes of one tensor of an open file."""
 
-    def __init__(self, handle: int, start: int, entry: Entry) -> None:
+    def __init__(self, path: Path, handle: int, start: int, entry: Entry) -> None:
         self.name = entry.name
         self.dtype = entry.dtype
         self.shape = entry.shape
         self.nbytes = entry.nbytes
+        self._path = path
         self._handle = handle
         self._start = start + entry.start
 
     def read(self, offset: int, length: int) -> memoryview:
         data = bytearray(length)
-        _read(self._handle, self._start + offset, memoryview(data))
+        _read(self._path, self._handle, self._start + offset, memoryview(data))
         return memoryview(data)
 
 
@@ -75,7 +76,7 @@ def open_plain(path: Path) -> Iterator[OpenFile]:
         status = _status(handle)
         entry = Entry(path.name, "U8", (status[0],), 0, status[0])
         tensor = Tensor(name=path.name, dtype="uint8", shape=(status[0],), kind="file")
-        sources = (FileTensor(handle, 0, entry),)
+        sources = (FileTensor(path, handle, 0, entry),)
         yield OpenFile((tensor,), sources, None, None, path, handle, status)
 
 
@@ -100,7 +101,7 @@ def _opened(path: Path) -> Iterator[int]:
 def _describe(path: Path, handle: int) -> OpenFile:
     status = _status(handle)
     try:
-        header, first = _read_header(handle, status[0])
+        header, first = _read_header(path, handle, status[0])
     except IntegrityError as error:
         error.message = f"{path}: {error.message}"
         raise
@@ -109,7 +110,7 @@ def _describe(path: Path, handle: int) -> OpenFile:
     tensors = tuple(Tensor(name=e.name, dtype=e.dtype, shape=e.shape) for e in entries)
     return OpenFile(
         tensors,
-        tuple(FileTensor(handle, header.data_start, entry) for entry in entries),
+        tuple(FileTensor(path, handle, header.data_start, entry) for entry in entries),
         {"$dict": [[entry.name, {"$tensor": index}] for index, entry in enumerate(entries)]},
         SafetensorsFile(header=first),
         path,
@@ -118,25 +119,25 @@ def _describe(path: Path, handle: int) -> OpenFile:
     )
 
 
-def _read_header(handle: int, size: int) -> tuple[Header, bytes]:
+def _read_header(path: Path, handle: int, size: int) -> tuple[Header, bytes]:
     first = bytearray(min(8, size))
-    _read(handle, 0, memoryview(first))
+    _read(path, handle, 0, memoryview(first))
     length = header_length(bytes(first), size)
     whole = bytearray(8 + length)
-    _read(handle, 0, memoryview(whole))
+    _read(path, handle, 0, memoryview(whole))
     return parse_header(bytes(whole[8:]), size), bytes(whole)
 
 
-def _read(handle: int, offset: int, view: memoryview) -> None:
+def _read(path: Path, handle: int, offset: int, view: memoryview) -> None:
     done = 0
     while done < len(view):
         try:
             count = perform("read", os.preadv, handle, [view[done:]], offset + done)
         except OSError as error:
-            raise from_os_error(error, "reading the file that is pushed") from error
+            raise from_os_error(error, f"reading {path}") from error
         if not count:
             raise ConflictError(
-                "file-changed", "the file became shorter while it was pushed", hint="push it again"
+                "file-changed", f"{path} became shorter while it was pushed", hint="push it again"
             )
         done += count
 

@@ -248,12 +248,18 @@ class Upload:
         for index, number in self._chunks:
             if index not in group:
                 continue
-            task = self._pool.submit(self._encode, index, number)
-            running.append((index, number, task))
+            running.append((index, number, self._begin_encoding(index, number)))
             if len(running) > _ENCODED_AHEAD:
                 self._write_chunk(*running.popleft())
         while running:
             self._write_chunk(*running.popleft())
+
+    def _begin_encoding(self, index: int, number: int) -> Future[Encoded | None]:
+        if self._sources[index].nbytes > _REPEATED_BYTES:
+            return self._pool.submit(self._encode, index, number)
+        done: Future[Encoded | None] = Future()  # a hand-over would cost more
+        done.set_result(self._encode(index, number))
+        return done
 
     def _encode(self, index: int, number: int) -> Encoded | None:
         """The chunk in a smaller form, if there is one."""

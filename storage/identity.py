@@ -6,7 +6,7 @@ import contextlib
 import json
 import uuid
 
-from ckpt.core.errors import ConflictError, IntegrityError
+from ckpt.core.errors import ConflictError, IntegrityError, StorageError
 from ckpt.storage.store import Store
 
 KEY = "FORMAT"
@@ -46,5 +46,10 @@ def ensure_identity(store: Store) -> str:
     with contextlib.suppress(ConflictError):  # another process was first; its id holds
         store.put(KEY, body.encode())
     identity = read_identity(store)
-    assert identity is not None
+    if identity is None:
+        raise StorageError(
+            "store-unfaithful",
+            f"{KEY} in {store.name} is not there after it was written",
+            hint="run it again; the server may not keep what S3 promises",
+        )
     return identity

@@ -142,7 +142,10 @@ class LocalStore(Store):
         if folder != self.root:
             self.make_folder(above)
         elif not above.exists():
+            missing = [path for path in (above, *above.parents) if not path.exists()]
             perform("mkdir", above.mkdir, parents=True, exist_ok=True)
+            for path in missing:
+                self.sync_folder(path.parent)
         with contextlib.suppress(FileExistsError):
             perform("mkdir", os.mkdir, folder)
         # Even a folder that was there: another process may have made it a moment ago.

@@ -7,7 +7,9 @@ not repeat a body that broke off.
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,10 +18,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ckpt.core.effects import perform
-from ckpt.core.errors import CkptError, UsageError
+from ckpt.core.errors import CkptError, IntegrityError, UsageError
 from ckpt.core.printable import escape
 from ckpt.storage.s3_address import check_endpoint, parse_address, refuse_endpoint
 from ckpt.storage.s3_failures import (
+    NotAsWrittenError,
     RefusedError,
     RequestError,
     UnfaithfulError,
@@ -91,8 +94,17 @@ class S3Store(Store):
 
     def put(self, key: str, body: bytes) -> None:
         written = self.write_whole(check_key(key), body, mark="")
-        if not (written and self._relies_on_conditions()) and self.get(key) != body:
-            raise differs(self, key)
+        if not (written and self._relies_on_conditions()):
+            repeat(self.place(f"reading {key} back"), lambda: self._read_back(key, body))
+
+    def _read_back(self, key: str, body: bytes) -> None:
+        """Look again whether an object is there and has these bytes: one answer may be wrong."""
+        try:
+            found = self.get(key)
+        except IntegrityError as error:
+            raise NotAsWrittenError(error) from None
+        if found != body:
+            raise NotAsWrittenError(differs(self, key))
 
     def read_into(self, key: str, offset: int, view: memoryview) -> None:
         check_key(key)
@@ -175,6 +187,14 @@ class S3Store(Store):
         answer: Answer = getattr(self._client, operation)(Bucket=self._bucket, **arguments)
         return answer
 
+    def proof_of(self, body: bytes | bytearray) -> Mapping[str, str]:
+        """By what the server can tell that a body arrived as it was sent: a checksum on AWS, and
+        the digest that every other server knows."""
+        if self.checksum:
+            return self.checksum
+        digest = hashlib.md5(body, usedforsecurity=False).digest()
+        return {"ContentMD5": base64.b64encode(digest).decode()}
+
     def write_whole(self, key: str, body: bytes, mark: str) -> bool:
         """Write an object by one request; False when the key is taken, and not by ``mark``."""
 
@@ -185,7 +205,7 @@ class S3Store(Store):
                 Key=self.full(key),
                 Body=body,
                 Metadata={MARK: mark} if mark else {},
-                **self.checksum,
+                **self.proof_of(body),
                 **condition,
             )
 

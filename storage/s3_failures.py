@@ -48,6 +48,17 @@ class UnreachableError(RequestError):
         self.passes = passes
 
 
+class NotAsWrittenError(RequestError):
+    """What was written is not there, or is other bytes; ``error`` is what to say if it stays so."""
+
+    def __init__(self, error: CkptError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+    def typed(self, doing: str) -> CkptError:
+        return self.error
+
+
 class UnfaithfulError(RequestError):
     """An answer that cannot be true."""
 

@@ -179,7 +179,7 @@ class S3Upload(Upload):
             UploadId=self._id,
             PartNumber=number,
             Body=body,
-            **self._store.checksum,
+            **self._store.proof_of(body),
         )
         checksums = {name: answer[name] for name in ("ChecksumCRC32",) if name in answer}
         return {"PartNumber": number, "ETag": answer["ETag"], **checksums}

@@ -100,7 +100,7 @@ def test_a_damaged_registry_is_kept_beside_the_new_one(filled: Path) -> None:
     assert told(filled)["versions"] == before["versions"]
 
 
-@pytest.mark.parametrize("moment", ["_commit", "acknowledge_push"])
+@pytest.mark.parametrize("moment", ["commit", "acknowledge_push"])
 def test_a_push_in_flight_is_refused_and_its_process_goes_on(
     filled: Path, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

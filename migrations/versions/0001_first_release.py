@@ -80,6 +80,7 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("digest", name=op.f("pk_documents")),
     )
+    op.create_index(op.f("ix_documents_structure"), "documents", ["structure"])
     op.create_table(
         "events",
         sa.Column("id", sa.String(length=32), nullable=False),
@@ -100,6 +101,8 @@ def upgrade() -> None:
         op.f("ix_events_model_model_seq"), "events", ["model", "model_seq"], unique=False
     )
     op.create_index(op.f("ix_events_copied_counter"), "events", ["copied", "counter"], unique=False)
+    op.create_index(op.f("ix_events_created_at"), "events", ["created_at"])
+    op.create_index(op.f("ix_events_kind"), "events", ["kind"])
     op.create_table(
         "packs",
         sa.Column("id", sa.String(length=64), nullable=False),
@@ -207,12 +210,19 @@ def upgrade() -> None:
         sa.UniqueConstraint("model", "number", name=op.f("uq_versions_model_number")),
         sa.UniqueConstraint("push", name=op.f("uq_versions_push")),
     )
-    op.create_index(op.f("ix_versions_model_digest"), "versions", ["model", "digest"], unique=False)
+    op.create_index(
+        op.f("ix_versions_model_digest_number"), "versions", ["model", "digest", "number"]
+    )
     op.create_index(op.f("ix_versions_run_number"), "versions", ["run", "number"], unique=False)
     op.create_index(
         op.f("ix_versions_copied_counter"), "versions", ["copied", "counter"], unique=False
     )
-    op.create_index(op.f("ix_versions_structure_digest"), "versions", ["structure_digest"])
+    op.create_index(
+        op.f("ix_versions_structure_digest_proof_id"),
+        "versions",
+        ["structure_digest", "proof", "id"],
+    )
+    op.create_index(op.f("ix_versions_document"), "versions", ["document"])
     op.create_table(
         "class_uses",
         sa.Column("version", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
