@@ -113,7 +113,8 @@ class Queries:
         first, and those that lack it left out."""
         with self._database.read() as transaction:
             found = _required(transaction, model)
-            query, order = _VERSIONS, [versions.c.number.desc()]
+            query = _VERSIONS
+            order: list[ColumnElement[Any]] = [versions.c.number.desc()]
             # Nothing is removed from a sum; it keeps a database from reading the whole model.
             few = found.next_number <= _FEW or not (where or order_by)
             query = query.where((versions.c.model if few else versions.c.model + 0) == found.id)

@@ -170,9 +170,9 @@ def pull_folder(
                     path.parent.mkdir(parents=True, exist_ok=True)
                     wanted += _opened(stack, document, file, path)
                 fetch(store, registry, version, wanted, progress)
-            for path, folders, _ in os.walk(temporary):
-                if folders:
-                    sync_folder(Path(path))  # the names of folders; new_file did those of files
+            for folder, below, _ in os.walk(temporary):
+                if below:
+                    sync_folder(Path(folder))  # the names of folders; new_file did those of files
             perform("rename", os.rename, temporary, destination)
             sync_folder(destination.parent)
         except BaseException:

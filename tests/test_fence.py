@@ -13,6 +13,7 @@ import torch
 import ckpt
 from ckpt.core.errors import ConflictError
 from ckpt.service import gc, rebuild
+from ckpt.service.acknowledge import copy_pending
 from ckpt.service.config import locate
 from ckpt.storage.local import LocalStore
 
@@ -85,7 +86,7 @@ def test_a_collector_from_before_deletes_no_pack(two: Path, collector: ckpt.Repo
     assert books.remove(0, "me") != []
 
     def meanwhile() -> None:
-        gc.copy_pending(collector._store, collector._registry)
+        copy_pending(collector._store, collector._registry)
         gc._delete(collector._store, collector._registry)
 
     rebuilt(two, meanwhile)

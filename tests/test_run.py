@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -301,3 +303,16 @@ def test_a_writer_that_was_killed_is_replaced(repo: ckpt.Repository) -> None:
         version = saving.save(1).version()
     assert version is not None
     assert version.step == 1
+
+
+def test_the_example_is_run_twice_and_goes_on(tmp_path: Path) -> None:
+    program = Path(__file__).parent.parent / "examples" / "training_loop.py"
+
+    def train(steps: int) -> str:
+        command = [sys.executable, program, tmp_path / "repo", str(steps)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert train(41).startswith("steps 0 to 40")
+    assert train(61).startswith("steps 41 to 60")
+    with ckpt.open(tmp_path / "repo") as repo:
+        assert {0, 40, 60} <= {version.step for version in repo.log("adder")}

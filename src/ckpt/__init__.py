@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ckpt.loader.restore import CkptWarning
     from ckpt.service.opening import open_repository as open
     from ckpt.service.repository import Repository
+    from ckpt.training.dcp import dcp_writer
+    from ckpt.training.dcp_reader import dcp_reader
     from ckpt.training.run import Run
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "Run",
     "Version",
     "Within",
+    "dcp_reader",
+    "dcp_writer",
     "open",
 ]
 
@@ -40,6 +44,8 @@ _HOMES = {
     "Run": ("ckpt.training.run", "Run"),
     "Version": ("ckpt.core.records", "Version"),
     "Within": ("ckpt.core.rules", "Within"),
+    "dcp_reader": ("ckpt.training.dcp_reader", "dcp_reader"),
+    "dcp_writer": ("ckpt.training.dcp", "dcp_writer"),
     "open": ("ckpt.service.opening", "open_repository"),
 }
 
