@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from functools import partial
 from typing import ClassVar
 
 
@@ -25,6 +26,10 @@ class CkptError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}; {self.hint}" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Errors pass between the processes of one job."""
+        return partial(type(self), hint=self.hint), (self.code, self.message)
 
 
 class UsageError(CkptError):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from ckpt.core.documents import Tensor
-from ckpt.core.errors import IntegrityError, UsageError
+from ckpt.core.errors import IntegrityError, NotFoundError, UsageError
 from ckpt.core.printable import escape
 from ckpt.core.records import Chunk
 from ckpt.core.tensors import TensorBytes, chunk_spans
@@ -51,9 +50,11 @@ def find_bases(
     newest = registry.queries.newest(model) if compress == "max" or store.is_near else None
     if compress == "none" or newest is None:
         return {}
-    known: dict[tuple[str, str], Tensor] = {}
-    for tensor in registry.queries.document(newest).tensors:
-        known[tensor.name, tensor.dtype] = tensor
+    try:
+        entries = registry.queries.document(newest).tensors
+    except NotFoundError:  # removed meanwhile
+        return {}
+    known = {(entry.name, entry.dtype): entry for entry in entries}
     wanted: dict[int, tuple[str, ...]] = {}
     for index, source in enumerate(sources):
         entry = known.get((source.name, source.dtype))
