@@ -1,12 +1,13 @@
 """Writes the generated pages, or with --check says which are out of date.
 
 Generated are ``docs/cli.md``, from the commands' own help, and the table of tables in ``docs/registry.md``, from
-the models.
+the models, and ``docs/torture.md``, from its record.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,7 +69,35 @@ def _remarks(column: object) -> str:
     return ", ".join(said)
 
 
-PAGES: dict[str, Callable[[], str]] = {"cli.md": command_line_page, "registry.md": registry_page}
+def torture_page() -> str:
+    """What ``make torture`` has tried so far, added up over its runs."""
+    sums: dict[tuple[str, str, str], list[int]] = {}
+    record = DOCS / "torture.jsonl"
+    for line in record.read_text(encoding="utf-8").splitlines() if record.exists() else ():
+        said = json.loads(line)
+        test = said["test"].removeprefix("tests/").replace("|", "\\|")
+        numbers = sums.setdefault((said["row"], test, said["unit"]), [0, 0, 0, 0])
+        for at, name in enumerate(("counted", "trials", "violations", "seconds")):
+            numbers[at] += said[name]
+    rows = [
+        f"| {row} | `{test}` | {counted:,} {unit} | {trials:,} | {violations} | {seconds / 60:.1f} |"
+        for (row, test, unit), (counted, trials, violations, seconds) in sorted(sums.items())
+    ]
+    head = "| row | test | tried | trials | violations | minutes |\n|---|---|---|---|---|---|"
+    return f"# Torture\n\n{_NOTE}\n{_TORTURE}\n{head}\n" + "\n".join(rows) + "\n"
+
+
+_TORTURE = """\
+`make torture MINUTES=60` runs the tests of safety for longer, each trial from a fresh seed. Every run
+adds its lines to `torture.jsonl`, with the first seed, so that `--first-seed` repeats it; this page adds
+them up. Lines with violations are of bugs that were found so; they stay.
+"""
+
+PAGES: dict[str, Callable[[], str]] = {
+    "cli.md": command_line_page,
+    "registry.md": registry_page,
+    "torture.md": torture_page,
+}
 
 
 def main() -> None:

@@ -309,7 +309,7 @@ def test_the_example_is_run_twice_and_goes_on(tmp_path: Path) -> None:
     program = Path(__file__).parent.parent / "examples" / "training_loop.py"
 
     def train(steps: int) -> str:
-        command = [sys.executable, program, tmp_path / "repo", str(steps)]
+        command = [sys.executable, str(program), str(tmp_path / "repo"), str(steps)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     assert train(41).startswith("steps 0 to 40")
