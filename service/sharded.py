@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import Document, canonical, identity_bytes
 from ckpt.core.dtypes import ITEM_SIZES
+from ckpt.core.errors import NotFoundError
 from ckpt.core.records import Chunk, Environment, Version
 from ckpt.core.tensors import TensorBytes
 from ckpt.registry.commit import name_clash
 from ckpt.service.acknowledge import acknowledge_push
-from ckpt.service.bases import Bases, Compress, check_compress
+from ckpt.service.bases import Bases, check_compress
 from ckpt.service.fetch import Wanted, fetch
 from ckpt.service.pull import fill, with_bytes
 from ckpt.service.push import Said, abort, commit, describe_push, same_version
@@ -100,15 +101,18 @@ class JointPush:
 
     def _find_bases(self, shards: Sequence[Shard]) -> Bases:
         """The chunks of the same boxes of the model's newest version."""
-        compress: Compress = self._compress
         newest = None
-        if compress == "max" or (compress == "auto" and self._store.is_near):
+        if self._compress == "max" or (self._compress == "auto" and self._store.is_near):
             newest = self._registry.queries.newest(self.said.model)
         if newest is None:
             return {}
+        try:
+            entries = self._registry.queries.document(newest).tensors
+        except NotFoundError:  # removed meanwhile
+            return {}
         known = {
             (entry.name, entry.dtype, part.offset, part.shape): chunks
-            for entry in self._registry.queries.document(newest).tensors
+            for entry in entries
             for part, chunks in entry.pieces()
         }
         boxes = [(one.name, one.source.dtype, one.offset, one.source.shape) for one in shards]

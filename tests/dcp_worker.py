@@ -35,8 +35,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import ckpt
 import ckpt.core.effects
-from ckpt.training.dcp import dcp_writer
-from ckpt.training.dcp_reader import dcp_reader
 
 GROUP_SECONDS = 20  # after which a rank gives up waiting for the others
 ORDER_SECONDS = 60  # after which a group is killed
@@ -158,7 +156,7 @@ def save(repo: ckpt.Repository, order: dict[str, Any]) -> dict[str, Any]:
     kept = whole(state)
     if dist.get_rank() == 0:
         torch.save(kept, Path(order["folder"]) / "expected.pt")
-    writer = dcp_writer(repo, "gpt", step=order["seed"], metrics={"loss": 0.5}, alias="best")
+    writer = ckpt.dcp_writer(repo, "gpt", step=order["seed"], metrics={"loss": 0.5}, alias="best")
     dist.barrier()
     began = time.monotonic()
     with killed(order):
@@ -172,10 +170,10 @@ def save(repo: ckpt.Repository, order: dict[str, Any]) -> dict[str, Any]:
 
 def load(repo: ckpt.Repository, order: dict[str, Any]) -> dict[str, Any]:
     state = made(order["seed"] + 1000, order["world"])
-    dcp_load(state, storage_reader=dcp_reader(repo, order["ref"]))
+    dcp_load(state, storage_reader=ckpt.dcp_reader(repo, order["ref"]))
     kept = expected(order["folder"])
     if order.get("resave"):
-        dcp_save(state, storage_writer=dcp_writer(repo, "gpt", step=order["seed"]))
+        dcp_save(state, storage_writer=ckpt.dcp_writer(repo, "gpt", step=order["seed"]))
     return {"equal": equal(whole(state), kept)}
 
 
@@ -198,7 +196,7 @@ def load_big(repo: ckpt.Repository, order: dict[str, Any]) -> dict[str, Any]:
         return found
 
     with ckpt.core.effects.observed(hook):
-        dcp_load(state, storage_reader=dcp_reader(repo, "big"))
+        dcp_load(state, storage_reader=ckpt.dcp_reader(repo, "big"))
     mine: Any = state["big"]
     return {"read": sum(counted), "equal": torch.equal(mine.to_local(), kept.to_local())}
 

@@ -27,8 +27,10 @@ from ckpt.core.documents import Part, Tensor, decode_document, encode_document
 from ckpt.core.errors import CkptError, IntegrityError, UsageError
 from ckpt.core.tensors import CHUNK_BYTES
 from ckpt.loader.restore import BoxSpace, stored_nbytes
-from ckpt.training.dcp import DcpWriter, dcp_writer
-from ckpt.training.dcp_reader import dcp_reader
+from ckpt.training.dcp import DcpWriter
+
+# As many a rank does at least, when it saves what the worker makes.
+ACTS = 36
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -57,7 +59,7 @@ def raised(found: CheckpointException) -> CkptError:
 
 def save(repo: ckpt.Repository, model: str, state: dict[str, Any], **said: Any) -> ckpt.Version:
     """Save from this process alone."""
-    writer = dcp_writer(repo, model, **said)
+    writer = ckpt.dcp_writer(repo, model, **said)
     dcp_save(state, storage_writer=writer, no_dist=True)
     assert writer.version is not None
     return writer.version
@@ -65,7 +67,7 @@ def save(repo: ckpt.Repository, model: str, state: dict[str, Any], **said: Any) 
 
 def load(repo: ckpt.Repository, ref: str, state: dict[str, Any]) -> dict[str, Any]:
     """Load into ``state``, in this process alone."""
-    dcp_load(state, storage_reader=dcp_reader(repo, ref), no_dist=True)
+    dcp_load(state, storage_reader=ckpt.dcp_reader(repo, ref), no_dist=True)
     return state
 
 
@@ -151,11 +153,11 @@ def test_a_rank_that_dies_leaves_no_version_and_what_it_left_is_freed(
         folder = tmp_path / str(seed)
         folder.mkdir()
         chance = random.Random(seed)
-        rank, act = chance.randrange(3), chance.randrange(25)
+        rank, act = chance.randrange(3), chance.randrange(ACTS)
         with ckpt.open(folder / "repo") as repo:
             repo.push({"w": torch.ones(3)}, "other")
             died = ranks.run(folder, "save", 3, seed=seed, kill=[rank, "", act])
-            assert died[rank]["signal"] == 9, died
+            assert died[rank]["signal"] == 9, died  # else ACTS is too high
             others = [one for number, one in enumerate(died) if number != rank]
             assert all("error" in one for one in others)
             assert all(one["lasted"] < 2 * GROUP_SECONDS for one in others)
@@ -316,13 +318,13 @@ def test_every_byte_that_is_loaded_is_checked(repo: ckpt.Repository) -> None:
 
 
 def test_what_would_not_be_one_version_of_all_ranks_is_refused(repo: ckpt.Repository) -> None:
-    writer = dcp_writer(repo, "m")
+    writer = ckpt.dcp_writer(repo, "m")
     with pytest.raises(UsageError, match="needs collectives"):
         dcp_save({"w": torch.ones(2)}, storage_writer=writer, no_dist=True, use_collectives=False)
     with pytest.raises(UsageError, match="no checkpoint_id"):
         dcp_save({"w": torch.ones(2)}, storage_writer=writer, checkpoint_id="x", no_dist=True)
     with pytest.raises(UsageError, match="no dict"):
-        dcp_reader(repo, repo.push([torch.ones(2)], "list"))
+        ckpt.dcp_reader(repo, repo.push([torch.ones(2)], "list"))
     assert [model.name for model in repo.models()] == ["list"]
 
 
@@ -333,7 +335,7 @@ def test_a_cached_plan_is_refused_and_never_saved_under_an_old_push(
         monkeypatch.setattr(DefaultSavePlanner, f"_cached_{name}", {})
 
     def cached() -> DcpWriter:
-        writer, planner = dcp_writer(repo, "m"), DefaultSavePlanner(enable_plan_caching=True)
+        writer, planner = ckpt.dcp_writer(repo, "m"), DefaultSavePlanner(enable_plan_caching=True)
         dcp_save({"w": torch.ones(2)}, storage_writer=writer, planner=planner, no_dist=True)
         return writer
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import platform
 import sqlite3
-from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 import ckpt
+from ckpt.core.documents import Document
 from ckpt.core.errors import UsageError
 from ckpt.loader.restore import Restorer
+from ckpt.registry.queries import Queries
 
 
 def test_the_environment_of_a_push_is_recorded(repo: ckpt.Repository) -> None:
@@ -38,31 +40,34 @@ def test_one_row_serves_all_pushes_of_one_environment(repo: ckpt.Repository) -> 
     assert count == 1
 
 
-def test_a_tensors_device_is_recorded_and_not_part_of_its_identity(repo: ckpt.Repository) -> None:
+def test_a_tensors_device_is_recorded_and_not_part_of_its_identity(
+    repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
     repo.push({"w": torch.ones(1)}, "m")
     assert [tensor.device for tensor in repo.document("m").tensors] == ["cpu"]
-    pretend_cuda(repo.location.registry)
+    pretend_cuda(monkeypatch)
     assert [tensor.device for tensor in repo.document("m").tensors] == ["cuda:0"]
     assert repo.push({"w": torch.ones(1)}, "m").number == 1
 
 
-def pretend_cuda(registry: Path) -> None:
-    """Make the stored document say that its tensors were on ``cuda:0``."""
-    import zstandard
+def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have documents say that their tensors were on ``cuda:0``."""
+    read = Queries.document
 
-    with sqlite3.connect(registry) as connection:
-        for digest, body in connection.execute("SELECT digest, body FROM structures").fetchall():
-            text = zstandard.ZstdDecompressor().decompress(body)
-            moved = text.replace(b'{"dtype"', b'{"device":"cuda:0","dtype"')
-            packed = zstandard.ZstdCompressor().compress(moved)
-            connection.execute("UPDATE structures SET body=? WHERE digest=?", (packed, digest))
-    connection.close()
+    def moved(queries: Queries, version: ckpt.Version) -> Document:
+        found = read(queries, version)
+        tensors = tuple(replace(tensor, device="cuda:0") for tensor in found.tensors)
+        return replace(found, tensors=tensors)
+
+    monkeypatch.setattr(Queries, "document", moved)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_an_absent_device_falls_back_to_the_cpu_with_a_note(repo: ckpt.Repository) -> None:
+def test_an_absent_device_falls_back_to_the_cpu_with_a_note(
+    repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
     repo.push({"w": torch.ones(2)}, "m")
-    pretend_cuda(repo.location.registry)
+    pretend_cuda(monkeypatch)
     with pytest.warns(ckpt.CkptWarning, match="cuda:0 is not available here; loaded on cpu"):
         pulled = repo.pull("m")
     assert pulled["w"].device.type == "cpu"

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 import ckpt
 
 ROOT = Path(__file__).parents[1]
-LAYERS = {"core", "storage", "registry", "loader", "service", "cli", "migrations"}
+LAYERS = {"core", "storage", "training", "registry", "loader", "service", "cli", "migrations"}
 
 
 def test_every_layer_has_its_relative_link() -> None:
