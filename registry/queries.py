@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, func, select
+from sqlalchemy import Row, Select, func, select
 
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import Document, encode_document, join_document
@@ -18,6 +16,7 @@ from ckpt.core.records import ClassUse, Environment, Event, Model, Proof, Versio
 from ckpt.core.references import Reference, parse_reference
 from ckpt.registry.bodies import decompress, read_json
 from ckpt.registry.engine import Database, Transaction, batches
+from ckpt.registry.search import Comparison, search
 from ckpt.registry.tables import (
     aliases,
     class_uses,
@@ -40,28 +39,6 @@ _VERSIONS = (
     .join(models, models.c.id == versions.c.model)
     .join(runs, runs.c.id == versions.c.run)
 )
-
-
-_COMPARED: Mapping[str, Callable[[Any, Any], Any]] = {
-    "<": operator.lt,
-    "<=": operator.le,
-    "=": operator.eq,
-    "!=": operator.ne,
-    ">=": operator.ge,
-    ">": operator.gt,
-}
-# So many versions are sorted at once; of a larger model the index of a metric gives the order.
-_FEW = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """A metric, or ``step``, beside a number; what a version lacks, or is not finite, never
-    matches. ``operator`` is one of ``< <= = != >= >``."""
-
-    name: str
-    operator: str
-    value: float
 
 
 class Queries:
@@ -108,24 +85,12 @@ class Queries:
         order_by: str | None = None,
         limit: int = 100,
     ) -> list[Version]:
-        """Versions of a model that every comparison matches, at most ``limit``: newest first, or
-        in the order of a metric or ``step``, descending after a ``-``; of equal ones the newest
-        first, and those that lack it left out."""
+        """Versions of a model that every comparison matches, at most ``limit``; newest first, or
+        by a metric or ``step``, descending after a ``-``. See :mod:`ckpt.registry.search`."""
         with self._database.read() as transaction:
             found = _required(transaction, model)
-            query = _VERSIONS
-            order: list[ColumnElement[Any]] = [versions.c.number.desc()]
-            # Nothing is removed from a sum; it keeps a database from reading the whole model.
-            few = found.next_number <= _FEW or not (where or order_by)
-            query = query.where((versions.c.model if few else versions.c.model + 0) == found.id)
-            for one in where:
-                query, value = _valued(query, one.name)
-                query = query.where(_COMPARED[one.operator](value, one.value))
-            if order_by is not None:
-                query, value = _valued(query, order_by.removeprefix("-"))
-                order.insert(0, value.desc() if order_by.startswith("-") else value)
-            rows = transaction.rows(query.order_by(*order).limit(limit))
-            return _records(transaction, rows)
+            query = search(transaction, _VERSIONS, found, where, order_by)
+            return _records(transaction, transaction.rows(query.limit(limit)))
 
     def models(self, after: str = "", limit: int | None = None) -> list[Model]:
         """Models by name, each with the number of its versions and the newest one; a page of them
@@ -335,15 +300,6 @@ def _whole_digest(transaction: Transaction, model: int, reference: Reference) ->
         f"{reference} has {len(digests)} matches: {shown}",
         hint="give more digits",
     )
-
-
-def _valued(query: Select[Any], name: str) -> tuple[Select[Any], ColumnElement[Any]]:
-    """The query with the values of a metric or of ``step``, where they are finite, and these."""
-    if name == "step":
-        return query.where(versions.c.step.is_not(None)), versions.c.step
-    one = metrics.alias()
-    query = query.join(one, (one.c.version == versions.c.id) & (one.c.name == name))
-    return query.where(one.c.value.is_not(None)), one.c.value
 
 
 def _not_there(reference: Reference) -> NotFoundError:

@@ -140,6 +140,7 @@ versions = Table(
     Index(None, "model", "digest", "number"),
     Index(None, "run", "number"),
     Index(None, "copied", "counter"),
+    Index(None, "model", "step", "number"),
     Index(None, "structure_digest", "proof", "id"),
     Index(None, "document"),
 )
@@ -163,7 +164,7 @@ metrics = Table(
     Column("value", Float(53)),
     Column("special", String(4)),
     PrimaryKeyConstraint("version", "name"),
-    Index(None, "name", "value"),
+    Index(None, "name", "value", "version"),
 )
 
 labels = Table(

@@ -217,6 +217,7 @@ def upgrade() -> None:
     op.create_index(
         op.f("ix_versions_copied_counter"), "versions", ["copied", "counter"], unique=False
     )
+    op.create_index(op.f("ix_versions_model_step_number"), "versions", ["model", "step", "number"])
     op.create_index(
         op.f("ix_versions_structure_digest_proof_id"),
         "versions",
@@ -270,7 +271,7 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("version", "name", name=op.f("pk_metrics")),
     )
-    op.create_index(op.f("ix_metrics_name_value"), "metrics", ["name", "value"], unique=False)
+    op.create_index(op.f("ix_metrics_name_value_version"), "metrics", ["name", "value", "version"])
     op.create_table(
         "refs",
         sa.Column("version", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
