@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import secrets
+import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
@@ -27,6 +29,7 @@ class Capabilities:
     range_reads: bool
     start_after: bool  # lists by the bytes of the keys, from any key on
     multipart: bool
+    checksums: bool  # refuses a body whose CRC-32 is another than was said
 
     @classmethod
     def named(cls, names: Collection[str]) -> Self:
@@ -44,7 +47,12 @@ class Capabilities:
         return tuple(name for name in ("range_reads", "multipart") if not getattr(self, name))
 
 
-EVERYTHING = Capabilities(True, True, True, True)
+EVERYTHING = Capabilities(True, True, True, True, True)
+
+
+def crc_of(body: bytes | bytearray) -> str:
+    """The CRC-32 of a body as a header has it."""
+    return base64.b64encode(zlib.crc32(body).to_bytes(4)).decode()
 
 
 class Probe:
@@ -76,6 +84,7 @@ class Probe:
                 range_reads=self._reads_ranges(),
                 start_after=self._lists_in_order(),
                 multipart=parted,
+                checksums=self.refuses_wrong_checksum(),
             )
         finally:
             for name in (*self._names, self._parted):
@@ -111,6 +120,17 @@ class Probe:
         takes = self._ask("put", "put_object", Key=fresh, Body=_BODY, IfNoneMatch="*")
         self._ask("delete", "delete_object", Key=fresh)
         return other is None and takes is not None
+
+    def refuses_wrong_checksum(self) -> bool:
+        """Whether a body that was changed on its way is refused, and one that was not is taken."""
+        name = f"{self._folder}checked"
+        right, wrong = ({"ChecksumCRC32": crc_of(body)} for body in (_BODY, _BODY[::-1]))
+        try:
+            if self._ask("put", "put_object", Key=name, Body=_BODY, **wrong) is not None:
+                return False
+            return self._ask("put", "put_object", Key=name, Body=_BODY, **right) is not None
+        finally:
+            self._ask("delete", "delete_object", Key=name)
 
     def _refuses_parted(self) -> bool:
         return not self._parted_upload({"IfNoneMatch": "*"})

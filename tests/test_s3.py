@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from ckpt.core.effects import observed
 from ckpt.core.errors import AccessError, ConflictError
 from ckpt.storage import s3_upload
 from ckpt.storage.s3_failures import RefusedError
-from ckpt.storage.s3_probe import EVERYTHING, Capabilities
+from ckpt.storage.s3_probe import EVERYTHING
 from ckpt.storage.s3_upload import PART_BYTES, SINGLE_BYTES, part_at
 
 pytest_plugins = ("servers",)
@@ -92,6 +93,29 @@ class TestParts:
             publish(raw.s3, "k", middle)
             raw.s3.put("small", b"1")
             assert raw.read("k") == middle
+
+    @pytest.mark.parametrize("known", [True, False])
+    def test_a_body_that_was_changed_on_its_way_is_sent_again(
+        self, seaweedfs: Server, middle: bytes, known: bool
+    ) -> None:
+        changed: list[str] = []
+
+        def change(kind: str, act: Act, args: tuple[Any, ...]) -> Any:
+            body = args[1].get("Body", b"") if kind in ("s3.put", "s3.upload_part") else b""
+            if len(body) > 10 and kind not in changed:
+                changed.append(kind)
+                other = bytearray(body)
+                other[-1] ^= 1
+                return act(args[0], {**args[1], "Body": other})
+            return act(*args)
+
+        with RawS3(seaweedfs, seaweedfs.capabilities if known else None) as raw:
+            with observed(Watch(change)):
+                raw.s3.put("small", b"of eleven bytes")
+                publish(raw.s3, "large", middle)
+            assert raw.read("small") == b"of eleven bytes"
+            assert raw.read("large") == middle
+        assert len(changed) == 2
 
     def test_a_small_object_is_one_request(self, probed: RawS3) -> None:
         watch = Watch()
@@ -235,8 +259,9 @@ class TestCapabilities:
     """What is probed, and what happens where a server promises less."""
 
     def test_are_found_and_leave_nothing(self, seaweedfs: Server, moto: Server) -> None:
-        by_folders = Capabilities(True, True, start_after=False, multipart=True)
-        for server, wanted in ((seaweedfs, by_folders), (moto, EVERYTHING)):
+        by_folders = replace(EVERYTHING, start_after=False)
+        unchecked = replace(EVERYTHING, checksums=False)
+        for server, wanted in ((seaweedfs, by_folders), (moto, unchecked)):
             with RawS3(server, None) as raw:
                 assert raw.s3.probe_capabilities() == wanted == raw.s3.capabilities
                 assert raw.everything() == set()

@@ -139,7 +139,8 @@ def test_a_folder_made_with_two_addresses_is_the_teams_repository(
     assert "is a repository already" in run("two", "init", "--store", store, status=2)
     # Somebody else's configuration, found by walking up, may name no remote place.
     config = tmp_path / "two" / ".ckpt" / "config.toml"
-    assert 'capabilities = ["conditional_writes", "range_reads", "multipart"]' in config.read_text()
+    seen = 'capabilities = ["conditional_writes", "range_reads", "multipart", "checksums"]'
+    assert seen in config.read_text()
     config.write_text(config.read_text() + 'region = "eu-central-1"\n')
     refused = run("two", "ls", status=9)
     assert "config-remote" in refused
