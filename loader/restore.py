@@ -18,6 +18,7 @@ from ckpt.core.printable import escape
 from ckpt.core.tensors import CHUNK_BYTES
 from ckpt.loader.capture import UNINITIALIZED
 from ckpt.loader.geometry import contiguous_strides, is_dense, stored_shape
+from ckpt.loader.huge_pages import use_huge_pages
 from ckpt.loader.sources import as_bits, as_bytes, typed_view
 from ckpt.loader.values import MALFORMED, Decoder, numpy_dtype
 
@@ -48,6 +49,7 @@ class MemorySpace:
             else:
                 shape = stored_shape(entry.shape, entry.strides)
                 self.tensor = torch.empty(shape, dtype=dtype_of(entry))
+                use_huge_pages(self.tensor)
         except (RuntimeError, TypeError, OverflowError) as error:
             raise _damaged(f'"{entry.name}": {error}') from None
         self._view = as_bytes(self.tensor)

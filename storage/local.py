@@ -14,6 +14,7 @@ from pathlib import Path
 from ckpt.core.effects import perform
 from ckpt.core.errors import SpaceError, StorageError, from_os_error
 from ckpt.storage.store import ObjectInfo, Store, Upload, check_key, differs, missing, short
+from ckpt.storage.writeback import begin_writeback
 
 _TEMPORARY = ".tmp"
 _ABANDONED_SECONDS = 86400
@@ -185,6 +186,7 @@ class _LocalUpload(Upload):
         with _typed(f"writing {self._key} in {self._store.root}"):
             while view:
                 count = perform("write", os.pwrite, self._handle, view, offset)
+                begin_writeback(self._handle, offset, count)
                 view, offset = view[count:], offset + count
 
     def publish(self, size: int) -> None:
