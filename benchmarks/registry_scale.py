@@ -45,9 +45,10 @@ _MADE = (
     ("environments", "digest, body", ":environment, :empty WHERE i = 1"),
     (
         "models",
-        "id, name, folded, next_number, next_event",
+        "id, name, folded, next_number, next_event, version_count",
         (
-            "m, 'model-'||m, 'model-'||m, 1 + :versions / :models, 1 + 2 * (:versions / :models)"
+            "m, 'model-'||m, 'model-'||m, 1 + :versions / :models, 1 + 2 * (:versions / :models),"
+            " :versions / :models"
             " WHERE k = 1"
         ),
     ),

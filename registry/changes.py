@@ -145,6 +145,8 @@ class Changes:
             self._refuse_aliased(transaction, row, model)
             transaction.run(delete(refs).where(refs.c.version == row.id))
             transaction.run(delete(versions).where(versions.c.id == row.id))
+            fewer = {"version_count": models.c.version_count - 1}
+            transaction.run(update(models).where(models.c.id == model.id).values(fewer))
             self._drop_document(transaction, row.document)
             return note_event(transaction, kind, author, model, push=push, number=row.number)
 

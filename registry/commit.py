@@ -103,7 +103,11 @@ def commit_push(
     version = transaction.run(insert(versions).returning(versions.c.id), row).scalar_one()
     transaction.run(
         update(models).where(models.c.id == model.id),
-        {"next_number": model.next_number + 1, "next_event": model.next_event + 1},
+        {
+            "next_number": model.next_number + 1,
+            "next_event": model.next_event + 1,
+            "version_count": model.version_count + 1,
+        },
     )
     if needed:
         transaction.run(insert(refs), [{"version": version, "pack": p} for p in sorted(needed)])

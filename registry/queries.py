@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Row, Select, func, select
+from sqlalchemy import ColumnElement, Row, Select, Table, func, select
 
+from ckpt.core.comparisons import Comparison
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import Document, encode_document, join_document
 from ckpt.core.errors import IntegrityError, NotFoundError, UsageError
@@ -16,7 +17,7 @@ from ckpt.core.records import ClassUse, Environment, Event, Model, Proof, Versio
 from ckpt.core.references import Reference, parse_reference
 from ckpt.registry.bodies import decompress, read_json
 from ckpt.registry.engine import Database, Transaction, batches
-from ckpt.registry.search import Comparison, search
+from ckpt.registry.search import search
 from ckpt.registry.tables import (
     aliases,
     class_uses,
@@ -34,8 +35,13 @@ from ckpt.registry.tables import (
     versions,
 )
 
+# All of a version but the facts, which only its document needs.
 _VERSIONS = (
-    select(versions, models.c.name.label("model_name"), runs.c.name.label("run_name"))
+    select(
+        *(one for one in versions.c if one is not versions.c.facts),
+        models.c.name.label("model_name"),
+        runs.c.name.label("run_name"),
+    )
     .join(models, models.c.id == versions.c.model)
     .join(runs, runs.c.id == versions.c.run)
 )
@@ -97,9 +103,9 @@ class Queries:
         begins after the name of the one before."""
         mine = versions.c.model == models.c.id
         newest = select(versions.c.id).where(mine).order_by(versions.c.number.desc()).limit(1)
-        total = select(func.count()).select_from(versions).where(mine)
-        query = select(models.c.name, total.scalar_subquery().label("total"))
-        query = query.add_columns(newest.scalar_subquery().label("newest"))
+        query = select(
+            models.c.name, models.c.version_count, newest.scalar_subquery().label("newest")
+        )
         query = query.where(models.c.folded > after.lower()).order_by(models.c.folded).limit(limit)
         by_name: dict[str, Version] = {}
         with self._database.read() as transaction:
@@ -108,7 +114,8 @@ class Queries:
                 rows = transaction.rows(_VERSIONS.where(versions.c.id.in_(some)))
                 by_name |= {version.model: version for version in _records(transaction, rows)}
         return [
-            Model(name=row.name, versions=row.total, newest=by_name.get(row.name)) for row in listed
+            Model(name=row.name, versions=row.version_count, newest=by_name.get(row.name))
+            for row in listed
         ]
 
     def proven(self, structure: str) -> Version | None:
@@ -328,24 +335,28 @@ def _records(transaction: Transaction, rows: Sequence[Row[Any]]) -> list[Version
     named: dict[int, list[str]] = {}
     labelled: dict[int, dict[str, str]] = {}
     measured: dict[int, dict[str, float]] = {}
+    # By position: of many rows, looking each value up by its name would be most of the time.
     for some in batches(ids):
-        for row in transaction.rows(
-            select(aliases).where(aliases.c.version.in_(some)).order_by(aliases.c.name)
-        ):
-            named.setdefault(row.version, []).append(row.name)
-        for row in transaction.rows(
-            select(labels).where(labels.c.version.in_(some)).order_by(labels.c.name)
-        ):
-            labelled.setdefault(row.version, {})[row.name] = row.value
-        for row in transaction.rows(
-            select(metrics).where(metrics.c.version.in_(some)).order_by(metrics.c.name)
-        ):
-            value = row.value if row.special is None else _special(row.special)
-            measured.setdefault(row.version, {})[row.name] = value
+        for version, name in _about(transaction, aliases, some):
+            named.setdefault(version, []).append(name)
+        for version, name, text in _about(transaction, labels, some, labels.c.value):
+            labelled.setdefault(version, {})[name] = text
+        values = metrics.c.value, metrics.c.special
+        for version, name, value, special in _about(transaction, metrics, some, *values):
+            number = value if special is None else _special(special)
+            measured.setdefault(version, {})[name] = number
     return [
         _record(row, measured.get(row.id, {}), labelled.get(row.id, {}), named.get(row.id, []))
         for row in rows
     ]
+
+
+def _about(
+    transaction: Transaction, table: Table, some: Sequence[int], *columns: ColumnElement[Any]
+) -> Sequence[Any]:
+    """``(version, name, *columns)`` of what is said of some versions, by name."""
+    query = select(table.c.version, table.c.name, *columns)
+    return transaction.rows(query.where(table.c.version.in_(some)).order_by(table.c.name))
 
 
 def _record(

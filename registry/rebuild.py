@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import insert, update
+from sqlalchemy import func, insert, select, update
 
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import Document, canonical, structure_bytes
@@ -105,6 +105,8 @@ class _Rebuild:
         self._make_packs()
         kept = [one for one in self.contents.versions if one.facts["push"] not in removed]
         ids = {one.facts["push"]: self._make_version(one) for one in kept}
+        mine = select(func.count()).select_from(versions).where(versions.c.model == models.c.id)
+        self.transaction.run(update(models).values(version_count=mine.scalar_subquery()))
         for name in self.models:
             self._replay(name, {one.facts["push"]: one for one in kept}, ids)
         return sorted(self.damaged)

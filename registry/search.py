@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import ColumnElement, Row, Select, func, literal, select
 
+from ckpt.core.comparisons import STEP, Comparison
 from ckpt.registry.engine import Transaction
 from ckpt.registry.tables import metrics, versions
 
 # So many versions are sorted at once. A comparison that more match meets one soon in any order.
 FEW = 500
-
-STEP = "step"
 
 _COMPARED: Mapping[str, Callable[[Any, Any], Any]] = {
     "<": operator.lt,
@@ -31,16 +29,6 @@ _COMPARED: Mapping[str, Callable[[Any, Any], Any]] = {
     ">=": operator.ge,
     ">": operator.gt,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """A metric, or ``step``, beside a number; what a version lacks, or is not finite, never
-    matches. ``operator`` is one of ``< <= = != >= >``."""
-
-    name: str
-    operator: str
-    value: float
 
 
 def search(

@@ -19,6 +19,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     false,
+    text,
 )
 
 metadata = MetaData(
@@ -48,7 +49,8 @@ meta = Table(
     CheckConstraint("id = 1", name="one_row"),
 )
 
-# ``folded`` is the ASCII-lowercase name: names are unique ignoring case. The counters only go up.
+# ``folded`` is the ASCII-lowercase name: names are unique ignoring case. ``next_number`` and
+# ``next_event`` only go up; ``version_count`` is kept, since counting reads every version.
 models = Table(
     "models",
     metadata,
@@ -57,6 +59,7 @@ models = Table(
     Column("folded", String(255), nullable=False, unique=True),
     Column("next_number", BigInteger, nullable=False),
     Column("next_event", BigInteger, nullable=False),
+    Column("version_count", BigInteger, nullable=False, server_default=text("0")),
 )
 
 # ``holder`` is the job that saves under this name now, until its lease ends.

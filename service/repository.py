@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from ckpt.core.comparisons import check_order, parse_comparisons
 from ckpt.core.errors import NotFoundError, UsageError
 from ckpt.core.names import (
     check_alias,
@@ -362,6 +363,30 @@ class Repository(Exchange, Upkeep):
     def log(self, model: str, *, before: int | None = None, limit: int = 100) -> list[Version]:
         """Versions of a model, newest first; ``before`` a number for the next page."""
         return self._registry.queries.log(check_model(model), before, limit)
+
+    def find(
+        self,
+        model: str,
+        where: str = "",
+        *,
+        order_by: str | None = None,
+        limit: int = 100,
+    ) -> list[Version]:
+        """Versions of a model that match, such as ``where="val_loss < 0.3 and step >= 1000"``.
+
+        Args:
+            where: comparisons of metrics, or ``step``, with numbers, joined by ``and``; what a
+                version lacks, or is not finite, never matches.
+            order_by: a metric or ``step``, descending after a ``-`` (``"-accuracy"``), versions
+                that lack it left out; by default the newest come first.
+
+        Raises:
+            UsageError: ``where-invalid``, ``name-invalid``.
+            NotFoundError: ``model-missing``.
+        """
+        order = None if order_by is None else check_order(order_by)
+        comparisons = parse_comparisons(where)
+        return self._registry.queries.find(check_model(model), comparisons, order, limit)
 
     def models(self) -> list[Model]:
         """All models by name, each with its newest version."""

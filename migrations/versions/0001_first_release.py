@@ -44,6 +44,7 @@ def upgrade() -> None:
         sa.Column("folded", sa.String(length=255), nullable=False),
         sa.Column("next_number", sa.BigInteger(), nullable=False),
         sa.Column("next_event", sa.BigInteger(), nullable=False),
+        sa.Column("version_count", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_models")),
         sa.UniqueConstraint("folded", name=op.f("uq_models_folded")),
         sa.UniqueConstraint("name", name=op.f("uq_models_name")),
