@@ -90,9 +90,13 @@ _MADE = (
             " 4 * i, :facts, true"
         ),
     ),
-    ("metrics", "version, name, value", "i, 'loss', CAST(h AS DOUBLE PRECISION) / 100000000"),
-    ("metrics", "version, name, value", "i, 'accuracy', k / 1000000.0"),
-    ("metrics", "version, name, value", "i, 'rate', 0.1"),
+    (
+        "metrics",
+        "version, model, name, value",
+        "i, m, 'loss', CAST(h AS DOUBLE PRECISION) / 100000000",
+    ),
+    ("metrics", "version, model, name, value", "i, m, 'accuracy', k / 1000000.0"),
+    ("metrics", "version, model, name, value", "i, m, 'rate', 0.1"),
     ("labels", "version, name, value", "i, 'data', 'set-'||(i % 7)"),
     ("labels", "version, name, value", "i, 'owner', 'team-'||(i % 100)"),
     ("aliases", "model, name, version", "m, 'best-'||k, i WHERE k % 100 = 1"),

@@ -102,7 +102,7 @@ class Changes:
             for table in (labels, metrics):
                 gone = table.c.name.in_(removed) & (table.c.version == row.id)
                 transaction.run(delete(table).where(gone))
-            set_metrics(transaction, row.id, metric_values)
+            set_metrics(transaction, model.id, row.id, metric_values)
             set_labels(transaction, row.id, label_values)
             said = {
                 "labels": dict(label_values),

@@ -112,7 +112,7 @@ def commit_push(
     if needed:
         transaction.run(insert(refs), [{"version": version, "pack": p} for p in sorted(needed)])
     note_classes(transaction, version, document)
-    set_metrics(transaction, version, facts.metrics)
+    set_metrics(transaction, model.id, version, facts.metrics)
     set_labels(transaction, version, facts.labels)
     for alias in facts.aliases:
         set_alias(transaction, model.id, alias, version)
@@ -160,7 +160,7 @@ def next_counter(transaction: Transaction) -> tuple[int, int]:
     return row.epoch, row.next_counter - 1
 
 
-def set_metrics(transaction: Transaction, version: int, values: Any) -> None:
+def set_metrics(transaction: Transaction, model: int, version: int, values: Any) -> None:
     """Set metrics of a version; one that is not finite has no value, so it never compares."""
     if not values:
         return
@@ -169,6 +169,7 @@ def set_metrics(transaction: Transaction, version: int, values: Any) -> None:
     rows = [
         {
             "version": version,
+            "model": model,
             "name": name,
             # SQLite has no negative zero, and both databases must answer the same.
             "value": value + 0.0 if math.isfinite(value) else None,

@@ -265,7 +265,7 @@ class _Rebuild:
         for push in there:
             if there[push].facts["model"] == model:
                 set_labels(self.transaction, ids[push], labelled.get(push))
-                set_metrics(self.transaction, ids[push], measured.get(push))
+                set_metrics(self.transaction, self.models[model], ids[push], measured.get(push))
         for alias, push in named.items():
             if push in ids:
                 row = {"model": self.models[model], "name": alias, "version": ids[push]}

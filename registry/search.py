@@ -47,12 +47,12 @@ def search(
     name = None if order_by is None else order_by.removeprefix("-")
     small = model.next_number <= FEW
     leading = None if small else _leading(transaction, model, where, name)
-    led_by_metric = leading not in (None, STEP)
-    mine = versions.c.model + 0 if led_by_metric else versions.c.model
-    query = query.where(mine == model.id)
-    if led_by_metric:
+    if leading in (None, STEP):
+        query = query.where(versions.c.model == model.id)
+    else:
         query = query.join(metrics, metrics.c.version == versions.c.id)
-        query = query.where(metrics.c.name == leading, metrics.c.value.is_not(None))
+        query = query.where(metrics.c.model == model.id, metrics.c.name == leading)
+        query = query.where(metrics.c.value.is_not(None))
     for one in where:
         value = _value(one.name, leads=one.name == leading)
         query = query.where(_COMPARED[one.operator](value, one.value))
@@ -75,8 +75,8 @@ def _leading(
             query = select(literal(1)).where(versions.c.model == model.id)
             column: ColumnElement[Any] = versions.c.step
         else:
-            query = select(literal(1)).where(metrics.c.name == one.name)
-            column = metrics.c.value
+            mine = (metrics.c.model == model.id) & (metrics.c.name == one.name)
+            query, column = select(literal(1)).where(mine), metrics.c.value
         found = query.where(_COMPARED[one.operator](column, one.value)).limit(FEW + 1).subquery()
         if transaction.run(select(func.count()).select_from(found)).scalar_one() <= FEW:
             return one.name

@@ -158,7 +158,8 @@ class_uses = Table(
     Index(None, "model_class"),
 )
 
-# ``value`` is NULL for a metric that is not finite; ``special`` then says which.
+# ``value`` is NULL for a metric that is not finite; ``special`` then says which. ``model`` is the
+# version's, so that an index has the values of one model side by side.
 metrics = Table(
     "metrics",
     metadata,
@@ -166,8 +167,9 @@ metrics = Table(
     Column("name", String(128), nullable=False),
     Column("value", Float(53)),
     Column("special", String(4)),
+    Column("model", ForeignKey("models.id"), nullable=False),
     PrimaryKeyConstraint("version", "name"),
-    Index(None, "name", "value", "version"),
+    Index(None, "model", "name", "value", "version"),
 )
 
 labels = Table(

@@ -267,12 +267,18 @@ def upgrade() -> None:
         sa.Column("name", sa.String(length=128), nullable=False),
         sa.Column("value", sa.Float(precision=53), nullable=True),
         sa.Column("special", sa.String(length=4), nullable=True),
+        sa.Column("model", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.ForeignKeyConstraint(["model"], ["models.id"], name=op.f("fk_metrics_model")),
         sa.ForeignKeyConstraint(
             ["version"], ["versions.id"], name=op.f("fk_metrics_version"), ondelete="CASCADE"
         ),
         sa.PrimaryKeyConstraint("version", "name", name=op.f("pk_metrics")),
     )
-    op.create_index(op.f("ix_metrics_name_value_version"), "metrics", ["name", "value", "version"])
+    op.create_index(
+        op.f("ix_metrics_model_name_value_version"),
+        "metrics",
+        ["model", "name", "value", "version"],
+    )
     op.create_table(
         "refs",
         sa.Column("version", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
