@@ -146,6 +146,20 @@ class Version:
         return self.reference
 
 
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What became of the bytes of one push: ``new`` are those of its packs, headers included.
+
+    Of its tensors' bytes ``shared`` were in the store already, or came twice; those that were
+    written are smaller by ``by_differences`` to earlier chunks, and ``by_coding`` alone.
+    """
+
+    new: int
+    shared: int
+    by_differences: int = 0
+    by_coding: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """A named line of versions, with its newest."""
