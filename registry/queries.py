@@ -101,6 +101,14 @@ class Queries:
                 query = query.where(versions.c.number < before)
             return _records(transaction, transaction.rows(query))
 
+    def since(self, model: str, number: int, limit: int = 100) -> list[Version]:
+        """Versions of a model above ``number``, oldest first; at most ``limit``."""
+        with self._database.read() as transaction:
+            mine = versions.c.model == _required(transaction, model).id
+            query = _VERSIONS.where(mine, versions.c.number > number)
+            rows = transaction.rows(query.order_by(versions.c.number).limit(limit))
+            return _records(transaction, rows)
+
     def find(
         self,
         model: str,
@@ -384,7 +392,7 @@ def _records(transaction: Transaction, rows: Sequence[Row[Any]]) -> list[Version
         for row in transaction.rows(
             select(metrics).where(metrics.c.version.in_(some)).order_by(metrics.c.name)
         ):
-            value = row.value if row.special is None else _special(row.special)
+            value = row.value if row.special is None else special(row.special)
             measured.setdefault(row.version, {})[row.name] = value
     return [
         _record(row, measured.get(row.id, {}), labelled.get(row.id, {}), named.get(row.id, []))
@@ -421,7 +429,7 @@ def _record(
     )
 
 
-def _special(text: str) -> float:
+def special(text: str) -> float:
     """A metric that is no finite number."""
     if text not in ("nan", "inf", "-inf"):
         raise IntegrityError(

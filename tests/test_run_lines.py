@@ -11,6 +11,7 @@ import torch
 
 import ckpt
 from ckpt.core.records import Added
+from ckpt.service.bases import COMPRESS, Compress
 
 KEPT, TRAINED = 600_000, 200_000  # elements
 
@@ -111,8 +112,10 @@ def test_a_quiet_run_prints_nothing(
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("compress", ["none", "auto", "max"])
-def test_the_parts_of_a_push_add_up_to_its_tensors(repo: ckpt.Repository, compress: str) -> None:
+@pytest.mark.parametrize("compress", COMPRESS)
+def test_the_parts_of_a_push_add_up_to_its_tensors(
+    repo: ckpt.Repository, compress: Compress
+) -> None:
     from ckpt.service.describe import describe_state
     from ckpt.service.push import push_described
 
