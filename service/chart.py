@@ -60,7 +60,6 @@ class Chart:
     """
 
     title: str
-    metric: str
     across: str
     x: Axis | None
     y: Axis | None
@@ -89,7 +88,6 @@ def lay_out(curve: Curve, columns: int, x_ticks: int, y_ticks: int) -> Chart:
         y = _axis_of_values([point.value for point in drawn], y_ticks)
     return Chart(
         title=f"{curve.model}: {curve.metric} over {across}s",
-        metric=curve.metric,
         across=across,
         x=x,
         y=y,
@@ -225,7 +223,7 @@ def _axis_of_steps(values: Sequence[float], ticks: int) -> Axis:
 
 def _axis_of_values(values: Sequence[float], ticks: int) -> Axis:
     """From the label below the lowest to the one above the highest."""
-    low, high = max(min(values), -_LARGEST), min(max(values), _LARGEST)
+    low, high = (min(max(end, -_LARGEST), _LARGEST) for end in (min(values), max(values)))
     size = max(abs(low), abs(high))
     if high - low <= max(_FLAT * size, 1e-300):
         room = 0.1 * size if size > 1e-290 else 1.0
@@ -253,7 +251,7 @@ def _label(value: float, step: float, largest: float) -> str:
         return "0"
     power = math.floor(math.log10(step) + _FLAT)
     digits = -power + (0 if step / 10.0**power < 2.4 or step / 10.0**power > 2.6 else 1)
-    if 1e4 <= largest < 1e15 and step / largest >= 1e-5:
+    if 1e4 <= largest < 1e15 and step / largest >= 1e-3:
         for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
             if abs(value) >= unit:
                 return f"{value / unit:.7g}{letter}"
