@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -26,7 +26,7 @@ def curve(
     steps: Sequence[int | None] | None = None,
     runs: str | None = None,
     rules: tuple[str, ...] = (),
-    aliases: dict[int, tuple[str, ...]] | None = None,
+    aliases: Mapping[int, tuple[str, ...]] | None = None,
 ) -> Curve:
     """The values of versions 1, 2, 3 ... at these steps, by default 0, 10, 20 ..."""
     chosen = range(0, 10 * len(values), 10) if steps is None else steps
