@@ -38,14 +38,15 @@ def diff(settings: Settings, before: str, after: str, stats: bool, output: str |
     read. With --stats the tensors whose values changed are. Exits with 0 whether or not there
     are differences.
     """
-    from ckpt.service.diff_picture import check_output, write_picture
+    from ckpt.service.diff_picture import bars, draw
+    from ckpt.service.pictures import check_output, write_picture
 
     if output is not None:
         check_output(Path(output))
     with settings.open() as repository, progress(settings, "diff") as meter:
         found = repository.diff(before, after, stats=stats, progress=meter)
     if output is not None:
-        write_picture(found, Path(output))
+        write_picture(draw(bars(found)), Path(output))
     if settings.as_json:
         print_json(_as_json(found))
     else:

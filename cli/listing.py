@@ -1,4 +1,4 @@
-"""``ckpt ls`` and ``ckpt log``: models, and the versions of one."""
+"""``ckpt ls``: models, or the classes that their modules name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ckpt.cli.command import Settings, command
-from ckpt.cli.render import age, metrics, print_json, size, table, version_json
+from ckpt.cli.render import age, print_json, size, table, version_json
 
 if TYPE_CHECKING:
     from ckpt.core.records import ClassUse
@@ -89,35 +89,4 @@ def _spans(references: Iterable[str]) -> str:
     )
 
 
-@command("log")
-@click.argument("model")
-@click.option("-n", "--number", "limit", default=20, show_default=True, help="How many.")
-@click.option("--before", type=int, metavar="N", help="Only versions below number N.")
-def log(settings: Settings, model: str, limit: int, before: int | None) -> None:
-    """List the versions of MODEL, newest first."""
-    for option, value in (("--number", limit), ("--before", before)):
-        if value is not None and not 1 <= value < 2**63:
-            raise click.BadParameter("must be at least 1 and fit 64 bits", param_hint=option)
-    with settings.open() as repository:
-        versions = repository.log(model, before=before, limit=limit)
-    if settings.as_json:
-        print_json([version_json(version) for version in versions])
-        return
-    rows = [
-        [
-            version.reference,
-            "" if version.step is None else str(version.step),
-            size(version.nbytes),
-            size(version.new_bytes),
-            age(version.created_at),
-            " ".join(version.aliases),
-            metrics(version.metrics),
-            version.message or "",
-        ]
-        for version in versions
-    ]
-    head = ["VERSION", "STEP", "SIZE", "NEW", "CREATED", "ALIASES", "METRICS", "MESSAGE"]
-    click.echo(table(head, rows, right=["STEP", "SIZE", "NEW"]))
-
-
-COMMANDS = {"ls": ls, "log": log}
+COMMANDS = {"ls": ls}

@@ -22,7 +22,7 @@ COMMANDS = {
     "push": "push",
     "pull": "pull",
     "ls": "listing",
-    "log": "listing",
+    "log": "log",
     "show": "show",
     "inspect": "show",
     "diff": "diff",

@@ -17,7 +17,7 @@ import click
 
 from ckpt.cli.command import Settings
 from ckpt.core.printable import escape
-from ckpt.core.records import Version
+from ckpt.core.records import Curve, Point, Version
 
 _PROGRESS_BYTES = 64 << 20
 _LINE_SECONDS = 5.0
@@ -77,10 +77,7 @@ def version_json(version: Version) -> dict[str, Any]:
         "step": version.step,
         "run": version.run,
         "parent": version.parent,
-        "metrics": {
-            name: value if math.isfinite(value) else str(value)
-            for name, value in version.metrics.items()
-        },
+        "metrics": {name: _number_json(value) for name, value in version.metrics.items()},
         "labels": dict(version.labels),
         "aliases": list(version.aliases),
         "message": version.message,
@@ -93,9 +90,24 @@ def version_json(version: Version) -> dict[str, Any]:
     }
 
 
-def print_json(value: Any) -> None:
+def point_json(curve: Curve, point: Point) -> dict[str, Any]:
+    """The stable JSON of one version's metric."""
+    return {
+        "version": f"{curve.model}@{point.number}",
+        "step": point.step,
+        "run": point.run,
+        "value": _number_json(point.value),
+    }
+
+
+def _number_json(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def print_json(value: Any, *, on_one_line: bool = False) -> None:
     """Print one JSON document."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False))
+    indent = None if on_one_line else 2
+    click.echo(json.dumps(value, indent=indent, ensure_ascii=True, allow_nan=False))
 
 
 @contextmanager

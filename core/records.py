@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class PackState(StrEnum):
@@ -146,6 +146,20 @@ class Version:
         return self.reference
 
 
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What became of the bytes of one push: ``new`` are those of its packs, headers included.
+
+    Of its tensors' bytes ``shared`` were in the store already, or came twice; those that were
+    written are smaller by ``by_differences`` to earlier chunks, and ``by_coding`` alone.
+    """
+
+    new: int
+    shared: int
+    by_differences: int = 0
+    by_coding: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """A named line of versions, with its newest."""
@@ -181,6 +195,27 @@ class Event:
     def text(self) -> str:
         """``said`` in one line."""
         return " ".join(f"{name}={value}" for name, value in self.said.items())
+
+
+class Point(NamedTuple):
+    """A metric of one version; ``value`` may be NaN or infinite."""
+
+    number: int
+    step: int | None
+    run: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A metric of a model's versions, oldest first. ``aliases`` are those of any of its versions, by
+    number; ``rules`` are the saved ones for pruning the model."""
+
+    model: str
+    metric: str
+    points: tuple[Point, ...]
+    aliases: Mapping[int, tuple[str, ...]]
+    rules: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

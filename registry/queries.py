@@ -84,6 +84,14 @@ class Queries:
                 query = query.where(versions.c.number < before)
             return _records(transaction, transaction.rows(query))
 
+    def since(self, model: str, number: int, limit: int = 100) -> list[Version]:
+        """Versions of a model above ``number``, oldest first; at most ``limit``."""
+        with self._database.read() as transaction:
+            mine = versions.c.model == _required(transaction, model).id
+            query = _VERSIONS.where(mine, versions.c.number > number)
+            rows = transaction.rows(query.order_by(versions.c.number).limit(limit))
+            return _records(transaction, rows)
+
     def find(
         self,
         model: str,
@@ -342,8 +350,8 @@ def _records(transaction: Transaction, rows: Sequence[Row[Any]]) -> list[Version
         for version, name, text in _about(transaction, labels, some, labels.c.value):
             labelled.setdefault(version, {})[name] = text
         values = metrics.c.value, metrics.c.special
-        for version, name, value, special in _about(transaction, metrics, some, *values):
-            number = value if special is None else _special(special)
+        for version, name, value, kind in _about(transaction, metrics, some, *values):
+            number = value if kind is None else special(kind)
             measured.setdefault(version, {})[name] = number
     return [
         _record(row, measured.get(row.id, {}), labelled.get(row.id, {}), named.get(row.id, []))
@@ -388,7 +396,7 @@ def _record(
     )
 
 
-def _special(text: str) -> float:
+def special(text: str) -> float:
     """A metric that is no finite number."""
     if text not in ("nan", "inf", "-inf"):
         raise IntegrityError(

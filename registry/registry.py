@@ -14,6 +14,7 @@ from ckpt.registry.changes import Changes
 from ckpt.registry.collect import Collector
 from ckpt.registry.commit import commit_push
 from ckpt.registry.copies import Copies
+from ckpt.registry.curves import Curves
 from ckpt.registry.engine import Database
 from ckpt.registry.postgres import open_postgres
 from ckpt.registry.queries import Queries
@@ -35,6 +36,7 @@ class Registry:
         self.copies = Copies(database)
         self.books = Books(database, before_write=self.copies.flush)
         self.queries = Queries(database)
+        self.curves = Curves(database)
         self.changes = Changes(database)
         self.collector = Collector(database)
         self.usages = Usages(database)

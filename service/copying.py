@@ -83,7 +83,7 @@ def copy_version(
     described = _described(
         document, version, stored(document.tensors), stored(document.probe_tensors)
     )
-    return push_described(*target, described, said, environment.body, progress)
+    return push_described(*target, described, said, environment.body, progress)[0]
 
 
 def _described(

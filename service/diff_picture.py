@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from xml.sax.saxutils import escape as as_xml
 
-from ckpt.core.errors import UsageError
 from ckpt.core.printable import escape
 from ckpt.service.diff import Diff
-from ckpt.service.export import new_file, write_at
+from ckpt.service.pictures import document, text
 
 # More bars than this are no picture; then layers are taken together by shorter prefixes.
 _LIMIT = 40
@@ -19,21 +17,8 @@ _NAME_LIMIT = 44
 # In pixels.
 _LEFT, _WIDTH, _RIGHT, _TOP, _ROW = 330, 480, 110, 76, 22
 
-_STYLE = """
-  text { font: 13px system-ui, sans-serif; fill: #24292f }
-  .title { font-size: 16px; font-weight: 600 }
-  .axis { fill: #57606a }
-  .ground { fill: #ffffff }
-  .grid { stroke: #d0d7de }
-  .bar { fill: #0969da }
-  @media (prefers-color-scheme: dark) {
-    text { fill: #e6edf3 }
-    .axis { fill: #9198a1 }
-    .ground { fill: #0d1117 }
-    .grid { stroke: #3d444d }
-    .bar { fill: #4493f8 }
-  }
-"""
+_LIGHT = "  .bar { fill: #0969da }\n"
+_DARK = "  .bar { fill: #4493f8 }\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,51 +77,18 @@ def percent(share: float) -> str:
     return f"{value:.0f} %" if value >= 10 or value == 0 else f"{value:.1f} %"
 
 
-def check_output(destination: Path) -> None:
-    """Refuse to write a picture over what is none.
-
-    Raises:
-        UsageError: ``output-invalid`` unless the name ends in ``.svg``.
-    """
-    if destination.suffix.lower() != ".svg":
-        raise UsageError(
-            "output-invalid",
-            f"{escape(str(destination))} is no .svg file",
-            hint="a picture is written as SVG: --output diff.svg",
-        )
-
-
-def write_picture(diff: Diff, destination: Path) -> None:
-    """Write the bars as an SVG file, in place of one that is there."""
-    check_output(destination)
-    picture = draw(bars(diff)).encode()
-    with new_file(destination, len(picture), force=True) as handle:
-        write_at(handle, 0, picture)
-
-
 def draw(shown: Bars) -> str:
     """The bars as an SVG document, in the colours of a light or a dark page."""
     width, bottom = _LEFT + _WIDTH + _RIGHT, _TOP + _ROW * len(shown.rows)
     height = bottom + 56
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" role="img">',
-        f"<title>{as_xml(shown.title)}</title>",
-        f"<style>{_STYLE}</style>",
-        f'<rect class="ground" width="{width}" height="{height}"/>',
-        _text(20, 32, shown.title, "title"),
-        _text(_LEFT - 12, _TOP - 14, "layer", "axis", "end"),
-        _text(_LEFT + _WIDTH / 2, bottom + 44, shown.axis, "axis", "middle"),
+    shapes = [
+        text(_LEFT - 12, _TOP - 14, "layer", "axis", "end"),
+        text(_LEFT + _WIDTH / 2, bottom + 44, shown.axis, "axis", "middle"),
         *_scale(shown, bottom),
     ]
     for number, row in enumerate(shown.rows):
-        lines += _bar(row, _TOP + _ROW * number, shown.top)
-    return "\n".join([*lines, "</svg>\n"])
-
-
-def _text(x: float, y: float, text: str, name: str = "name", anchor: str = "start") -> str:
-    return (
-        f'<text class="{name}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{as_xml(text)}</text>'
-    )
+        shapes += _bar(row, _TOP + _ROW * number, shown.top)
+    return document(shown.title, width, height, _LIGHT, _DARK, shapes)
 
 
 def _scale(shown: Bars, bottom: int) -> Iterator[str]:
@@ -149,15 +101,15 @@ def _scale(shown: Bars, bottom: int) -> Iterator[str]:
         x = _LEFT + _WIDTH * value / shown.top
         yield f'<line class="grid" x1="{x:.1f}" y1="{_TOP - 4}" x2="{x:.1f}" y2="{bottom + 4}"/>'
         said = f"{100 * value:.0f} %" if shown.in_percent else f"{value:.3g}"
-        yield _text(x, bottom + 22, said, "axis", "middle")
+        yield text(x, bottom + 22, said, "axis", "middle")
 
 
 def _bar(row: Bar, y: int, top: float) -> Iterator[str]:
     length = max(_WIDTH * row.value / top, 1.0) if row.value else 0.0
     name = row.name if len(row.name) <= _NAME_LIMIT else f"…{row.name[1 - _NAME_LIMIT :]}"
-    yield _text(_LEFT - 12, y + 16, name, anchor="end")
+    yield text(_LEFT - 12, y + 16, name, anchor="end")
     yield (
         f'<rect class="bar" x="{_LEFT}" y="{y + 4}" width="{length:.1f}" height="{_ROW - 8}">'
         f"<title>{as_xml(row.name)}: {as_xml(row.text)}</title></rect>"
     )
-    yield _text(_LEFT + length + 8, y + 16, row.text)
+    yield text(_LEFT + length + 8, y + 16, row.text)

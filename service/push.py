@@ -24,6 +24,7 @@ from ckpt.core.documents import (
 )
 from ckpt.core.errors import CkptError, StorageError
 from ckpt.core.records import (
+    Added,
     Environment,
     FinishedPack,
     PackState,
@@ -91,8 +92,9 @@ def push_described(
     environment: Mapping[str, Any],
     progress: Progress | None = None,
     compress: Compress = "auto",
-) -> Version:
-    """Make a version of a described state; durable and acknowledged when this returns.
+) -> tuple[Version, Added]:
+    """Make a version of a described state, and say what it took; durable and acknowledged when
+    this returns.
 
     The newest version of the model is answered instead when it has the same content, step,
     metrics and labels.
@@ -121,7 +123,7 @@ def push_described(
             same = None if upload.opened else same_version(store, registry, said, document, digest)
             if same is not None:
                 described.check()
-                return same
+                return same, upload.added
             upload.finish()
             described.check()
             nbytes = sum(source.nbytes for source in sources)
@@ -145,7 +147,7 @@ def push_described(
     acknowledge_push(store, registry, upload.push)
     version = registry.queries.by_push(upload.push)
     assert version is not None
-    return version
+    return version, upload.added
 
 
 def _document(

@@ -186,7 +186,7 @@ class Repository(Exchange, Upkeep):
             describe_environment(),
             progress,
             check_compress(compress),
-        )
+        )[0]
 
     def _said(
         self,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Self
 
 from ckpt.core.digests import digest_of
 from ckpt.core.dtypes import ITEM_SIZES
-from ckpt.core.records import Chunk, FinishedPack, Pack
+from ckpt.core.records import Added, Chunk, FinishedPack, Pack
 from ckpt.core.tensors import CHUNK_BYTES, TensorBytes, chunk_spans
 from ckpt.registry.books import LEASE_SECONDS, Books
 from ckpt.service.bases import Bases, Compress
@@ -68,6 +68,8 @@ class Upload:
         self.push = secrets.token_hex(16) if push is None else push
         self.opened = push is not None
         self.new_bytes = 0
+        self._raw_bytes = 0  # of the tensors' bytes, those that are written
+        self._by_differences = self._by_coding = 0
         self.needed: set[str] = set()
         self.unregistered: list[FinishedPack] = []
         self.digests: list[tuple[str, ...]] = [()] * len(sources)
@@ -135,6 +137,12 @@ class Upload:
         if not self.opened:
             self._open(())
         self._meter.finish()
+
+    @property
+    def added(self) -> Added:
+        """What became of the bytes of the sources; of use once all is written."""
+        shared = sum(source.nbytes for source in self._sources) - self._raw_bytes
+        return Added(self.new_bytes, shared, self._by_differences, self._by_coding)
 
     def _hashed(self) -> Iterator[list[int]]:
         """Groups of sources, in writing order, whose digests are all taken."""
@@ -235,6 +243,7 @@ class Upload:
             source = self._sources[index]
             pack = self._pack_for(self._costs[index])
             place = pack.add_tensor(source, self.digests[index])
+            self._raw_bytes += source.nbytes
             for offset, length in chunk_spans(source.nbytes):
                 self._write(pack, place + offset, index, offset, length)
         self._empty = [index for index in self._empty if index not in group]
@@ -279,6 +288,7 @@ class Upload:
     def _write_chunk(self, index: int, number: int, task: Future[Encoded | None]) -> None:
         encoded, source = task.result(), self._sources[index]
         offset, length = chunk_spans(source.nbytes)[number]
+        self._raw_bytes += length
         pack = self._pack_for(chunk_cost(source.name))
         name, digest = f"{source.name}#{number}", self.digests[index][number]
         if encoded is None:
@@ -294,6 +304,9 @@ class Upload:
             relied_on = self._sharing.base_pack(base)
             assert relied_on is not None
             self.needed.add(relied_on)
+            self._by_differences += length - len(encoded.body)
+        else:
+            self._by_coding += length - len(encoded.body)
         place = pack.add_chunk(
             name, digest, len(encoded.body), raw_length=length, codec=encoded.codec, base=base
         )

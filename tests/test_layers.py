@@ -65,12 +65,13 @@ def folder(tmp_path: Path) -> Path:
 
     save_file({"w": numpy.ones((3, 4), numpy.float32)}, tmp_path / "w.safetensors")
     with ckpt.open(tmp_path) as repo:
-        repo.push_file(tmp_path / "w.safetensors", "net")
+        repo.push_file(tmp_path / "w.safetensors", "net", metrics={"loss": 0.5})
     return tmp_path
 
 
 def test_ls_loads_neither_torch_nor_boto3(folder: Path) -> None:
-    for arguments in (["ls"], ["log", "net"], ["show", "net"], ["diff", "net", "net"]):
+    plot = ["log", "net", "--plot", "loss", "--output", "loss.svg"]
+    for arguments in (["ls"], ["log", "net"], plot, ["show", "net"], ["diff", "net", "net"]):
         loaded = loaded_by(command(*arguments), folder)
         assert not loaded & {"torch", "boto3", "numpy", "rich", "alembic"}
 

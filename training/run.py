@@ -25,7 +25,7 @@ from ckpt.core.names import (
     check_run,
     check_step,
 )
-from ckpt.core.records import Version
+from ckpt.core.records import Added, Version
 from ckpt.core.rules import Rule
 from ckpt.loader.environment import describe_environment
 from ckpt.loader.restore import CkptWarning
@@ -325,8 +325,8 @@ class Run:
             return
         self._pending = None
         self._say(
-            f"{said['reference']} step {pending.step}: {said['new_bytes'] / 1e6:.1f} of "
-            f"{said['nbytes'] / 1e6:.1f} MB new, stalled {pending.stalled:.3f} s"
+            f"{said['reference']} step {pending.step}: "
+            f"{_told(Added(**said['added']), said['nbytes'])}, stalled {pending.stalled:.3f} s"
         )
 
     def _say(self, line: str) -> None:
@@ -336,6 +336,18 @@ class Run:
 
 def _number(value: Any) -> Any:
     return value.item() if isinstance(value, torch.Tensor) else value
+
+
+def _told(added: Added, nbytes: int) -> str:
+    """Where the bytes of a save are, in megabytes."""
+    new, shared, differences, coding = (
+        f"{part / 1e6:.1f}"
+        for part in (added.new, added.shared, added.by_differences, added.by_coding)
+    )
+    told = (
+        f"{new} of {nbytes / 1e6:.1f} MB new, {shared} shared, {differences} saved by differences"
+    )
+    return f"{told}, {coding} by coding" if added.by_coding else told
 
 
 def _nothing() -> Future[dict[str, Any]]:

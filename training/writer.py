@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -80,7 +81,7 @@ class Writer:
             aliases=tuple(head["aliases"]),
             run=self._run,
         )
-        version = push_described(
+        version, added = push_described(
             repository._store,
             repository._registry,
             described,
@@ -93,7 +94,7 @@ class Writer:
             "push": version.push,
             "reference": version.reference,
             "nbytes": version.nbytes,
-            "new_bytes": version.new_bytes,
+            "added": asdict(added),
             "pruned": pruned,
         }
 

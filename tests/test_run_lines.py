@@ -1,0 +1,139 @@
+"""A run prints one line per save: what is new, and what was saved by what."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import ckpt
+from ckpt.core.records import Added
+from ckpt.service.bases import COMPRESS, Compress
+
+KEPT, TRAINED = 600_000, 200_000  # elements
+
+
+class Weights:
+    """Some that are trained, beside three times as many that are not."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.kept = torch.randn(KEPT, generator=generator)
+        self.trained = torch.randn(TRAINED, generator=generator)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"kept": self.kept, "trained": self.trained}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.kept, self.trained = state["kept"], state["trained"]
+
+
+@pytest.fixture
+def save(
+    repo: ckpt.Repository, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[str, ckpt.Version]]:
+    """Saves once in a run of its own; gives the line without its stall, and the version."""
+
+    def act(weights: Weights, step: int, **options: Any) -> tuple[str, ckpt.Version]:
+        with ckpt.Run(repo, "gpt", **options) as saving:
+            saving.track(weights=weights).save(step)
+        (line,) = capsys.readouterr().err.splitlines()
+        told, stalled = line.rsplit(", stalled ", 1)
+        assert re.fullmatch(r"\d+\.\d{3} s", stalled)
+        return told, repo.get("gpt")
+
+    return act
+
+
+def test_a_line_says_what_is_new_shared_and_saved(
+    repo: ckpt.Repository, save: Callable[..., tuple[str, ckpt.Version]]
+) -> None:
+    weights = Weights()
+    told, first = save(weights, 0)
+    total = first.nbytes / 1e6
+    assert told == (
+        f"ckpt: gpt@1 step 0: {first.new_bytes / 1e6:.1f} of {total:.1f} MB new, "
+        "0.0 shared, 0.0 saved by differences"
+    )
+    assert first.nbytes < first.new_bytes < first.nbytes + 20_000
+
+    weights.trained[:100] += 1
+    told, second = save(weights, 1)
+    (trained,) = (row for row in chunks_of(repo, second) if row.base is not None)
+    assert trained.raw_length == 4 * TRAINED
+    saved = (trained.raw_length - trained.length) / 1e6
+    assert saved > 0.7
+    shared = 4 * KEPT / 1e6
+    assert told == (
+        f"ckpt: gpt@2 step 1: {second.new_bytes / 1e6:.1f} of {total:.1f} MB new, "
+        f"{shared:.1f} shared, {saved:.1f} saved by differences"
+    )
+
+
+def chunks_of(repo: ckpt.Repository, version: ckpt.Version) -> list[Any]:
+    """Where the chunks of a version lie."""
+    _, rows = repo._registry.books.read_plan(version.push)
+    return [row for places in rows.values() for row in places]
+
+
+def test_of_the_same_content_nothing_is_new_and_all_is_shared(
+    save: Callable[..., tuple[str, ckpt.Version]],
+) -> None:
+    weights = Weights()
+    _, first = save(weights, 0)
+    total = f"{first.nbytes / 1e6:.1f}"
+    for step, reference in ((1, "gpt@2"), (1, "gpt@2")):  # a new version, and the same again
+        told, _ = save(weights, step)
+        assert told == (
+            f"ckpt: {reference} step {step}: 0.0 of {total} MB new, "
+            f"{total} shared, 0.0 saved by differences"
+        )
+
+
+def test_what_coding_alone_saves_is_not_told_as_differences(
+    save: Callable[..., tuple[str, ckpt.Version]],
+) -> None:
+    weights = Weights()
+    weights.kept.zero_()
+    told, _ = save(weights, 0, compress="max")
+    found = re.search(r"0\.0 saved by differences, (\d+\.\d) by coding$", told)
+    assert found is not None
+    assert float(found[1]) >= 2.3
+
+
+def test_a_quiet_run_prints_nothing(
+    repo: ckpt.Repository, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ckpt.Run(repo, "gpt", quiet=True) as saving:
+        saving.track(weights=Weights()).save(0)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("compress", COMPRESS)
+def test_the_parts_of_a_push_add_up_to_its_tensors(
+    repo: ckpt.Repository, compress: Compress
+) -> None:
+    from ckpt.service.describe import describe_state
+    from ckpt.service.push import push_described
+
+    generator = torch.Generator().manual_seed(2)
+    big, small = torch.randn(300_000, generator=generator), torch.ones(100)
+    state = {"big": big, "again": big.clone(), "small": small, "empty": torch.ones(0)}
+    nbytes = 4 * (2 * 300_000 + 100)
+    for change in range(3):
+        big[change] += change  # equal to the other one at first
+        state["small"] = torch.full((100,), float(change))
+        described = describe_state(repo._registry, state, None, [])
+        said = repo._said("m", None, None, None, (), None, None, None)
+        version, added = push_described(
+            repo._store, repo._registry, described, said, {}, compress=compress
+        )
+        written = [row for row in chunks_of(repo, version) if row.pack.startswith(version.push)]
+        raw = sum(row.raw_length for row in written)
+        by_differences = sum(row.raw_length - row.length for row in written if row.base)
+        by_coding = sum(row.raw_length - row.length for row in written if not row.base)
+        assert added == Added(version.new_bytes, nbytes - raw, by_differences, by_coding)
+        assert added.shared >= 4 * 300_000  # one of the two equal tensors, at least
