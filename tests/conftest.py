@@ -17,6 +17,16 @@ settings.register_profile(
 settings.load_profile("ckpt")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--compress", choices=["max", "none"], help="of pushes that do not say")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    chosen = config.getoption("--compress")
+    for act in (ckpt.Repository.push, ckpt.Repository.push_file) if chosen else ():
+        act.__kwdefaults__["compress"] = chosen
+
+
 @pytest.fixture
 def repo(tmp_path: Path) -> Iterator[ckpt.Repository]:
     """An empty repository in a folder of its own."""

@@ -57,7 +57,7 @@ def packs(repo: ckpt.Repository) -> list[Path]:
 
 
 def test_a_successor_is_stored_as_differences(repo: ckpt.Repository) -> None:
-    first, second = (repo.push(state(step), "m", step=step) for step in (0, 1))
+    first, second = (repo.push(state(n), "m", step=n, compress="auto") for n in (0, 1))
     assert second.new_bytes < 0.75 * first.new_bytes
     stored = rows(repo)
     assert all(row.codec is None for row in stored[first.push])
@@ -68,7 +68,7 @@ def test_a_successor_is_stored_as_differences(repo: ckpt.Repository) -> None:
 
 
 def test_the_first_version_opens_in_any_reader(repo: ckpt.Repository) -> None:
-    repo.push(state(0), "m")
+    repo.push(state(0), "m", compress="auto")
     (pack,) = packs(repo)
     assert equal(load_file(pack), state(0))
 

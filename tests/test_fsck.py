@@ -46,7 +46,7 @@ def flip(path: Path) -> None:
 
 def flip_header(path: Path) -> None:
     body = path.read_bytes()
-    path.write_bytes(body.replace(b'"shape":[40,30]', b'"shape":[30,40]', 1))
+    path.write_bytes(body.replace(b'"dtype":', b'"dtypE":', 1))
 
 
 def cut(path: Path) -> None:

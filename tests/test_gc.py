@@ -250,8 +250,8 @@ def test_what_removing_frees_is_told_exactly(repo: ckpt.Repository) -> None:
 
 
 def test_the_command_line_tells_what_it_frees(repo: ckpt.Repository) -> None:
-    repo.push(state(1), "a")
-    repo.rm(repo.push(state(2), "b"))
+    repo.push(state(1), "a", compress="auto")
+    repo.rm(repo.push(state(2), "b", compress="auto"))
     program = str(Path(sys.executable).with_name("ckpt"))
 
     def run(*arguments: str) -> str:

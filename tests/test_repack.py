@@ -38,7 +38,7 @@ def sizes(repo: ckpt.Repository) -> dict[str, int]:
 
 def sparse_repository(repo: ckpt.Repository) -> tuple[ckpt.Version, ckpt.Version, ckpt.Version]:
     """Three versions; the first is gone, and the others share one tensor each of its ten."""
-    first = repo.push(state(*range(10)), "a")
+    first = repo.push(state(*range(10)), "a", compress="auto")
     second = repo.push(state(3, 20), "a")
     third = repo.push(state(4, 30), "b")
     repo.rm(first)
