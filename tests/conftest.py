@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     chosen = config.getoption("--compress")
     for act in (ckpt.Repository.push, ckpt.Repository.push_file) if chosen else ():
-        act.__kwdefaults__["compress"] = chosen
+        act.__kwdefaults__ = {**(act.__kwdefaults__ or {}), "compress": chosen}
 
 
 @pytest.fixture
