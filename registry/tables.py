@@ -255,7 +255,7 @@ chunks = Table(
     Column("offset", BigInteger, nullable=False),
     Column("length", BigInteger, nullable=False),
     Column("raw_length", BigInteger, nullable=False),
-    Column("codec", String(16)),
+    Column("codec", String(32)),
     Column("base", String(64)),
     PrimaryKeyConstraint("digest", "pack"),
     Index(None, "pack"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ckpt.core.errors import IntegrityError, NotFoundError, UsageError
 from ckpt.core.printable import escape
-from ckpt.core.records import Chunk
+from ckpt.core.records import Chunk, Version
 from ckpt.core.tensors import TensorBytes, chunk_spans
 from ckpt.registry.registry import Registry
 from ckpt.storage.chunks import Places, read_chunk
@@ -21,6 +21,8 @@ COMPRESS: tuple[Compress, ...] = ("auto", "max", "none")
 
 # Of the source with this number, the digest of the base of each chunk.
 Bases = Mapping[int, Sequence[str | None]]
+# Chunks in this process's memory, by digest: bases that no store has to be asked for.
+Kept = Mapping[str, memoryview]
 
 
 def check_compress(value: str) -> Compress:
@@ -41,13 +43,15 @@ def find_bases(
     model: str,
     sources: Sequence[TensorBytes],
     compress: Compress,
+    kept: Kept,
 ) -> Bases:
     """The chunks at the same places of the model's newest version, where that has a tensor of the
-    same name, dtype and size. With ``auto`` only where reading them is cheap.
+    same name, dtype and size. With ``auto`` only where reading them is cheap: on this machine.
 
     A base is never itself a difference: of a chunk that is one, its own base is the base.
     """
-    newest = registry.queries.newest(model) if compress == "max" or store.is_near else None
+    reads = compress == "max" or store.is_near
+    newest = registry.queries.newest(model) if reads or kept else None
     if compress == "none" or newest is None:
         return {}
     try:
@@ -62,17 +66,42 @@ def find_bases(
             wanted[index] = entry.chunks
     rows = registry.books.find_chunks({one for digests in wanted.values() for one in digests})
     return {
-        index: [_base(rows.get(digest, ()), digest) for digest in digests]
+        index: [_base(rows.get(digest, ()), digest, None if reads else kept) for digest in digests]
         for index, digests in wanted.items()
     }
 
 
-def _base(rows: Iterable[Chunk], digest: str) -> str | None:
-    """The chunk itself where some pack has it as it is, else what it is a difference to."""
+def keep_bases(
+    registry: Registry, version: Version, sources: Sequence[TensorBytes | None], kept: Kept
+) -> Kept:
+    """Copies of what the next version may be differences to, after this one was pushed from
+    ``sources``, one for each of its entries; at most as many bytes as it has."""
+    try:
+        entries = registry.queries.document(version).tensors
+    except NotFoundError:  # removed meanwhile
+        return {}
+    rows = registry.books.find_chunks({digest for entry in entries for digest in entry.chunks})
+    found: dict[str, memoryview] = {}
+    for entry, source in zip(entries, sources, strict=True):
+        if source is None:
+            continue
+        for digest, span in zip(entry.chunks, chunk_spans(source.nbytes), strict=True):
+            base = _base(rows.get(digest, ()), digest, None)
+            if base == digest:
+                found[digest] = kept.get(digest) or memoryview(bytes(source.read(*span)))
+            elif base is not None and base in kept:
+                found[base] = kept[base]
+    return found
+
+
+def _base(rows: Iterable[Chunk], digest: str, among: Kept | None) -> str | None:
+    """The chunk itself where some pack has it as it is, else what it is a difference to; with
+    ``among``, only if it is one of these."""
     bases = [row.base for row in rows]
     if not bases:
         return None
-    return digest if None in bases else bases[0]
+    found = digest if None in bases else bases[0]
+    return found if among is None or found in among else None
 
 
 def encode_chunk(
@@ -82,13 +111,16 @@ def encode_chunk(
     dtype: str,
     base: str | None,
     compress: Compress,
+    kept: Kept,
 ) -> Encoded | None:
     """A chunk in its shortest form that pays, None where that is as it is. A base that cannot be
     read whole is not relied on."""
     from ckpt.storage.codecs import encode
 
     reference = None
-    if base is not None and _length(places, base) == len(raw):
+    if base is not None and base in kept:
+        reference = kept[base] if len(kept[base]) == len(raw) else None
+    elif base is not None and _length(places, base) == len(raw):
         reference = memoryview(bytearray(len(raw)))
         try:
             read_chunk(store, places, base, reference)

@@ -38,7 +38,7 @@ from ckpt.registry.commit import name_clash
 from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import acknowledge_event, acknowledge_push
 from ckpt.service.author import author
-from ckpt.service.bases import Compress, find_bases
+from ckpt.service.bases import Compress, Kept, find_bases
 from ckpt.service.tripwire import check_newest
 from ckpt.service.upload import Progress, Upload
 from ckpt.storage.store import Store
@@ -92,6 +92,7 @@ def push_described(
     environment: Mapping[str, Any],
     progress: Progress | None = None,
     compress: Compress = "auto",
+    kept: Kept | None = None,
 ) -> tuple[Version, Added]:
     """Make a version of a described state, and say what it took; durable and acknowledged when
     this returns.
@@ -114,7 +115,8 @@ def push_described(
         progress,
         apart=len(sources),
         compress=compress,
-        bases=find_bases(store, registry, said.model, sources, compress),
+        bases=find_bases(store, registry, said.model, sources, compress, kept or {}),
+        kept=kept,
     ) as upload:
         try:
             upload.hash()

@@ -22,7 +22,7 @@ from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.records import Added, Chunk, FinishedPack, Pack
 from ckpt.core.tensors import CHUNK_BYTES, TensorBytes, chunk_spans
 from ckpt.registry.books import LEASE_SECONDS, Books
-from ckpt.service.bases import Bases, Compress
+from ckpt.service.bases import Bases, Compress, Kept
 from ckpt.service.sharing import Sharing
 from ckpt.storage.packs import PackWriter, chunk_cost, header_cost
 from ckpt.storage.store import Store
@@ -62,6 +62,7 @@ class Upload:
         *,
         compress: Compress = "none",
         bases: Bases | None = None,
+        kept: Kept | None = None,
         push: str | None = None,
         first_pack: int = 0,
     ) -> None:
@@ -79,6 +80,7 @@ class Upload:
         self._apart = len(sources) if apart is None else apart
         self._compress = compress
         self._bases = bases or {}
+        self._kept = kept or {}
         sizes = [ITEM_SIZES[source.dtype] for source in sources]
         self._order = sorted(
             range(len(sources)), key=lambda index: (index >= self._apart, -sizes[index])
@@ -283,7 +285,9 @@ class Upload:
             return None
         raw = source.read(*chunk_spans(source.nbytes)[number])
         places = self._sharing.base_places()
-        return encode_chunk(self._store, places, raw, source.dtype, base, self._compress)
+        return encode_chunk(
+            self._store, places, raw, source.dtype, base, self._compress, self._kept
+        )
 
     def _write_chunk(self, index: int, number: int, task: Future[Encoded | None]) -> None:
         encoded, source = task.result(), self._sources[index]

@@ -24,7 +24,8 @@ from ckpt.registry.postgres import open_postgres
 from ckpt.registry.registry import Registry
 from ckpt.registry.schema import SCHEMA
 from ckpt.registry.sqlite import open_sqlite, wal_is_safe
-from ckpt.registry.tables import metadata, models, versions
+from ckpt.registry.tables import chunks, metadata, models, versions
+from ckpt.storage.codecs import NAMES
 
 pytest_plugins = ("postgres_server",)
 
@@ -328,3 +329,8 @@ def test_a_repeated_rm_says_gone_only_when_its_event_is_in_the_store(
         another.rm("m@1")
     (event,) = repo.location.store.glob("events/1/*")
     assert json.loads(event.read_bytes())["kind"] == "rm"
+
+
+def test_every_codec_has_a_name_that_the_registry_can_hold() -> None:
+    """SQLite does not mind; PostgreSQL does."""
+    assert max(map(len, NAMES)) <= chunks.c.codec.type.length

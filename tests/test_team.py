@@ -185,3 +185,32 @@ def test_a_registry_on_a_server_is_rebuilt_from_the_bucket(
         assert repo.push({"w": torch.rand(3)}, "m").number == 3
         repo.gc(grace=0)
         assert repo.fsck(read_data=1).is_clean
+
+
+def test_a_runs_successors_are_differences_to_what_it_has_in_memory(join: Open) -> None:
+    """The store is far: its packs are not read for it."""
+    model = torch.nn.Linear(300, 300)
+    with join() as repo:
+        with ckpt.Run(repo, "net", quiet=True) as run:
+            run.track(model=model)
+            saved = []
+            for step in range(4):
+                saved.append(run.save(step))
+                run.wait()
+                with torch.no_grad():
+                    model.weight += 1e-5 * torch.randn(300, 300)
+        versions = [version for one in saved if (version := one.version())]
+        assert len(versions) == 4
+        for number, version in enumerate(versions[1:], 1):
+            assert version.new_bytes < 0.8 * versions[0].new_bytes
+            described = repo._registry.books.read_plan(version.push)[1]
+            assert any(row.base for rows in described.values() for row in rows), number
+        assert repo.fsck(read_data=1).is_clean
+        for version in versions:
+            repo.pull(version)
+        # By itself, a push does not fetch what it would be a difference to.
+        plain = repo.push(repo.pull("net"), "net", step=9)
+        assert plain.new_bytes == 0
+        state = repo.pull("net")
+        state["model"]["weight"] = state["model"]["weight"] + 1e-5
+        assert repo.push(state, "net").new_bytes > 300 * 300 * 4

@@ -144,7 +144,7 @@ def upgrade() -> None:
         sa.Column("offset", sa.BigInteger(), nullable=False),
         sa.Column("length", sa.BigInteger(), nullable=False),
         sa.Column("raw_length", sa.BigInteger(), nullable=False),
-        sa.Column("codec", sa.String(length=16), nullable=True),
+        sa.Column("codec", sa.String(length=32), nullable=True),
         sa.Column("base", sa.String(length=64), nullable=True),
         sa.ForeignKeyConstraint(
             ["pack"], ["packs.id"], name=op.f("fk_chunks_pack"), ondelete="CASCADE"
