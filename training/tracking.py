@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ckpt.core.errors import IntegrityError, UsageError
 from ckpt.core.printable import escape
@@ -82,6 +83,8 @@ def _restore(part: Any, state: Any, names: Mapping[int, str]) -> None:
         fill_module(part, state)
     else:
         part.load_state_dict(state)
+        if isinstance(part, DataLoader):  # torchdata's
+            _state(part, {})  # begins to iterate: that draws a number, before they are restored
 
 
 def parameter_names(parts: Mapping[str, Any]) -> dict[int, str]:
