@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -288,6 +291,8 @@ def test_another_optimizer_and_another_state_are_refused(repo: ckpt.Repository) 
     trained(CkptCheckpoint(repo, "gpt", quiet=True), seeded(), max_epochs=1)
     with pytest.raises(IntegrityError, match=r"model\.net\.0\.weight"):
         trained(CkptCheckpoint(repo, "gpt", quiet=True), seeded(turned=True), "gpt")
+    with pytest.raises(IntegrityError, match="states of 0 loaders; 1 have one here"):
+        trained(CkptCheckpoint(repo, "gpt", quiet=True), seeded(), "gpt", loader=StatefulDataLoader)
     repo.push({"w": torch.ones(2)}, "plain")
     with pytest.raises(UsageError, match="plain@1 is no checkpoint of Lightning"):
         trained(CkptCheckpoint(repo, "gpt", quiet=True), seeded(), "plain")
@@ -302,3 +307,24 @@ def test_a_save_that_fails_at_the_end_is_told(repo: ckpt.Repository) -> None:
     (repo.location.store / "packs").write_text("in the way")
     with pytest.raises(CkptError):
         trained(CkptCheckpoint(repo, "gpt", quiet=True), seeded(), max_epochs=1)
+
+
+def ddp(*arguments: object) -> dict[str, str]:
+    """What each rank of the program prints."""
+    program = str(Path(__file__).with_name("lightning_ddp.py"))
+    command = [sys.executable, program, *map(str, arguments)]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [line.partition(" ") for line in done.stdout.splitlines() if line[:2] in ("0 ", "1 ")]
+    return {rank: said for rank, _, said in lines}
+
+
+def test_two_processes_go_on_with_the_random_numbers_of_each(tmp_path: Path) -> None:
+    whole = ddp(tmp_path, "main", 10)
+    assert whole["0"] != whole["1"]
+    assert ddp(tmp_path, "again", 20, "gpt@1") == whole
+    with ckpt.open(tmp_path) as repo:
+        assert steps(repo) == [4, 8]  # what the second one saved was there already, bit for bit
+        with pytest.raises(IntegrityError, match="saved by 2 processes, resumed by 1"):
+            trained(CkptCheckpoint(repo, "gpt", quiet=True), seeded(), "gpt")

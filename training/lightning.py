@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.distributed.checkpoint.stateful import Stateful
 
-from ckpt.core.errors import UsageError
+from ckpt.core.errors import IntegrityError, UsageError
 from ckpt.core.names import check_model, check_run
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
@@ -122,7 +122,7 @@ class CkptCheckpoint(Checkpoint):
             )
         strategy.checkpoint_io = _References(strategy.checkpoint_io, self)
         if stage == "fit" and not getattr(trainer, "fast_dev_run", False):
-            self._due = self._validated = False
+            self._due, self._validated, self._loaded = False, False, {}
             self._run = Run(self._repo, self._model, **self._options)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -200,6 +200,7 @@ class CkptCheckpoint(Checkpoint):
         }
         taken: dict[str, Any] = {}
         trainer.save_checkpoint(self._model, storage_options=_Taken(taken))
+        self._run._parts.clear()  # one that an earlier checkpoint had may be absent from this one
         self._run.track(**{key: _Value(value) for key, value in taken.items()})
         self._run.save(
             trainer.global_step,
@@ -274,7 +275,14 @@ class CkptCheckpoint(Checkpoint):
         assert combined is not None
         assert fetcher is not None
         loaders = [loader for loader in combined.flattened if isinstance(loader, Stateful)]
-        for loader, state in zip(loaders, loaded["loaders"], strict=True):
+        states = loaded["loaders"]
+        if len(states) != len(loaders):
+            raise IntegrityError(
+                "parts-differ",
+                f"saved were the states of {len(states)} loaders; {len(loaders)} have one here",
+                hint="train with the same loaders",
+            )
+        for loader, state in zip(loaders, states, strict=True):
             loader.load_state_dict(state)
             iter(loader)  # type: ignore[call-overload]
         restore_random_states(loaded["random"])

@@ -16,8 +16,8 @@ def random_states() -> dict[str, Any]:
         import numpy
 
         name, keys, *rest = numpy.random.get_state(legacy=True)
-        # As a tensor: `ckpt export` carries no arrays, which weights_only=True does not read.
-        states["numpy"] = (name, torch.from_numpy(keys), *rest)
+        # Not as an array, which weights_only=True does not read after `ckpt export`.
+        states["numpy"] = (name, torch.from_numpy(numpy.asarray(keys).astype(numpy.int64)), *rest)
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state_all()
     return states
@@ -31,7 +31,7 @@ def restore_random_states(states: dict[str, Any]) -> None:
         import numpy
 
         name, keys, *rest = states["numpy"]
-        numpy.random.set_state((name, numpy.asarray(keys), *rest))
+        numpy.random.set_state((name, numpy.asarray(keys).astype(numpy.uint32), *rest))
     if "cuda" in states and torch.cuda.is_available():
         for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state.cpu(), device)
