@@ -270,6 +270,9 @@ _CONTAINERS = frozenset(
 
 
 def _way_out(value: Any) -> str:
+    if isinstance(value, type):
+        name = f"{value.__module__}.{value.__qualname__}"
+        return f"cannot store the class {name}, which is code; leave it out"
     name = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
     if isinstance(value, torch.nn.Module) or hasattr(value, "state_dict"):
         return f"cannot store {name}; use its state_dict()"

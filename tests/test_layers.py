@@ -53,6 +53,15 @@ def test_importing_ckpt_loads_nothing_heavy(tmp_path: Path) -> None:
     assert not loaded & {"torch", "boto3", "sqlalchemy", "numpy", "click", "msgspec"}
 
 
+def test_the_frameworks_are_imported_by_their_own_callbacks_alone(tmp_path: Path) -> None:
+    names = [path.stem for path in (ROOT / "training").glob("*.py")]
+    others = {name for name in names if name not in ("__init__", "lightning", "huggingface")}
+    frameworks = {"lightning", "pytorch_lightning", "transformers", "accelerate", "torchdata"}
+    code = "import ckpt\nfor name in ckpt.__all__:\n    getattr(ckpt, name)\n"
+    code += "".join(f"import ckpt.training.{name}\n" for name in sorted(others))
+    assert not loaded_by(code, tmp_path) & frameworks
+
+
 def test_help_loads_neither_torch_nor_boto3_nor_the_database(tmp_path: Path) -> None:
     loaded = loaded_by(command("--help"), tmp_path)
     assert not loaded & {"torch", "boto3", "sqlalchemy", "numpy", "rich", "alembic"}

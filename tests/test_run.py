@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,20 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 import ckpt
 from ckpt.core.errors import CkptError, ConflictError, IntegrityError, UsageError
 from ckpt.loader.restore import CkptWarning
 
+# StatefulDataLoader calls it.
+pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
+
 
 class Job:
     """A small training job that draws from every generator there is."""
 
-    def __init__(self, *, scheduler: str = "", amp: bool = False, shuffled: bool = False) -> None:
+    def __init__(self, scheduler: str = "", amp: bool = False, loader: str = "") -> None:
         torch.manual_seed(1)
         random.seed(2)
         numpy.random.seed(3)
@@ -38,16 +41,32 @@ class Job:
         self.scaler = torch.amp.GradScaler("cpu") if amp else None
         if self.scaler is not None:
             self.parts["scaler"] = self.scaler
-        self.loader = None
-        if shuffled:
-            self.generator = torch.Generator().manual_seed(4)
-            data = TensorDataset(torch.rand(12, 8, generator=torch.Generator().manual_seed(5)))
-            self.loader = DataLoader(data, batch_size=4, shuffle=True, generator=self.generator)
-            self.parts["order"] = self.generator
+        self.loader: Any = None
+        self.batches: Any = None
+        data = TensorDataset(torch.rand(12, 8, generator=torch.Generator().manual_seed(5)))
+        generator = torch.Generator().manual_seed(4)
+        if loader == "shuffled":
+            self.loader = DataLoader(data, batch_size=4, shuffle=True, generator=generator)
+            self.parts["order"] = generator
+        elif loader:
+            of_its_own = generator if loader == "stateful, of its own" else None
+            self.loader = StatefulDataLoader(data, 4, shuffle=True, generator=of_its_own)
+            self.parts["loader"] = self.loader
+
+    def next_batches(self) -> list[torch.Tensor]:
+        """An epoch of a loader without a state, a batch of one with a state, or a random batch."""
+        if self.loader is None:
+            return [torch.rand(4, 8)]
+        if not isinstance(self.loader, StatefulDataLoader):
+            return [batch for (batch,) in self.loader]
+        while True:
+            self.batches = self.batches or iter(self.loader)
+            for (batch,) in self.batches:
+                return [batch]
+            self.batches = None
 
     def step(self) -> float:
-        """One pass: an epoch of the loader, or one random batch."""
-        batches = [b for (b,) in self.loader] if self.loader is not None else [torch.rand(4, 8)]
+        batches = self.next_batches()
         for batch in batches:
             noise = random.random() + float(numpy.random.rand())
             loss = (self.model(batch) - noise).square().mean()
@@ -74,6 +93,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "CosineAnnealingLR": {"T_max": 7},
     "OneCycleLR": {"max_lr": 0.1, "total_steps": 30},
 }
+LOADERS = ["", "shuffled", "stateful", "stateful, of its own"]
 
 
 def run(repo: ckpt.Repository, **options: Any) -> ckpt.Run:
@@ -85,22 +105,17 @@ def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("scheduler", "amp", "loader"),
     [
-        {},
-        {"scheduler": "StepLR"},
-        {"scheduler": "CosineAnnealingLR"},
-        {"scheduler": "OneCycleLR"},
-        {"amp": True},
-        {"shuffled": True},
-        {"scheduler": "OneCycleLR", "amp": True, "shuffled": True},
+        *itertools.product(["", "OneCycleLR"], [False, True], LOADERS),
+        ("StepLR", False, ""),
+        ("CosineAnnealingLR", False, ""),
     ],
-    ids=str,
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(
-    repo: ckpt.Repository, options: dict[str, Any]
+    repo: ckpt.Repository, scheduler: str, amp: bool, loader: str
 ) -> None:
-    job = Job(**options)
+    job = Job(scheduler, amp, loader)
     with run(repo) as saving:
         assert saving.track(**job.parts).resume() == 0
         for step in range(6):
@@ -109,10 +124,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
                 saving.save(step, {"loss": loss})
     expected = job.fingerprint()
 
-    again = Job(**options)
+    again = Job(scheduler, amp, loader)
     again.step()
     with run(repo) as resumed:
         assert resumed.track(**again.parts).resume() == 4
+        again.batches = None
         for _ in range(4, 6):
             again.step()
     assert equal(again.fingerprint(), expected)
@@ -305,14 +321,10 @@ def test_a_writer_that_was_killed_is_replaced(repo: ckpt.Repository) -> None:
     assert version.step == 1
 
 
-def test_the_example_is_run_twice_and_goes_on(tmp_path: Path) -> None:
-    program = Path(__file__).parent.parent / "examples" / "training_loop.py"
-
-    def train(steps: int) -> str:
-        command = [sys.executable, str(program), str(tmp_path / "repo"), str(steps)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    assert train(41).startswith("steps 0 to 40")
-    assert train(61).startswith("steps 41 to 60")
-    with ckpt.open(tmp_path / "repo") as repo:
-        assert {0, 40, 60} <= {version.step for version in repo.log("adder")}
+def test_a_version_of_a_run_can_be_exported(repo: ckpt.Repository, tmp_path: Path) -> None:
+    job = Job("OneCycleLR", amp=True, loader="stateful")
+    with run(repo) as saving:
+        saving.track(**job.parts).save(0)
+    repo.export_file("gpt", tmp_path / "out.pt")
+    exported = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert set(exported) == {*job.parts, "random", "step"}

@@ -15,7 +15,9 @@ def random_states() -> dict[str, Any]:
     if "numpy" in sys.modules:
         import numpy
 
-        states["numpy"] = numpy.random.get_state(legacy=True)
+        name, keys, *rest = numpy.random.get_state(legacy=True)
+        # Not as an array, which weights_only=True does not read after `ckpt export`.
+        states["numpy"] = (name, torch.from_numpy(numpy.asarray(keys).astype(numpy.int64)), *rest)
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state_all()
     return states
@@ -28,7 +30,8 @@ def restore_random_states(states: dict[str, Any]) -> None:
     if "numpy" in states:
         import numpy
 
-        numpy.random.set_state(states["numpy"])
+        name, keys, *rest = states["numpy"]
+        numpy.random.set_state((name, numpy.asarray(keys).astype(numpy.uint32), *rest))
     if "cuda" in states and torch.cuda.is_available():
         for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state.cpu(), device)

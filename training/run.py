@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, Self
 import torch
 
 from ckpt.core.documents import FORMAT, Document
-from ckpt.core.errors import CkptError, IntegrityError, NotFoundError, UsageError
+from ckpt.core.errors import CkptError, NotFoundError, UsageError
 from ckpt.core.names import (
     check_aliases,
     check_labels,
@@ -34,6 +34,7 @@ from ckpt.service.bases import check_compress
 from ckpt.service.repository import Repository
 from ckpt.service.retention import parse_rule
 from ckpt.training.background import Background, location_of
+from ckpt.training.newest import newest_whole
 from ckpt.training.ranks import Ranks
 from ckpt.training.tracking import check_part, restore, state_of
 
@@ -168,46 +169,18 @@ class Run:
         if version is None or state is None:
             return 0
         restore(self._parts, self._ranks.own(state))
-        self._spared = [version.push]
-        if self._writer is not None:
-            self._writer.spare(self._spared)
+        self.spare(version)
         self._say(f"resumed from {version.reference}")
         return int(state["step"]) + 1
 
+    def spare(self, version: Version) -> None:
+        """Let no rule remove a version that the job goes on from."""
+        self._spared = [version.push]
+        if self._writer is not None:
+            self._writer.spare(self._spared)
+
     def _newest_whole(self) -> tuple[Version, Any] | None:
-        failed: IntegrityError | None = None
-        for version in self._versions():
-            try:
-                return version, self._pull(version)
-            except IntegrityError as error:
-                failed = error
-                warnings.warn(
-                    f"{version.reference} is not whole and the one before is taken: {error}",
-                    CkptWarning,
-                    stacklevel=4,
-                )
-            except NotFoundError:  # a rule removed it meanwhile
-                continue
-        if failed is not None:
-            raise IntegrityError(
-                "none-whole",
-                f"no version of the run {self._name} of {self._model} is whole",
-                hint="run `ckpt fsck --repair`, or begin a run of another name",
-            ) from failed
-        return None
-
-    def _versions(self) -> Iterable[Version]:
-        """The run's versions, newest first; the order of saves, whatever their steps."""
-        before: int | None = None
-        while page := self._page(before):
-            yield from (version for version in page if version.run == self._name)
-            before = page[-1].number
-
-    def _page(self, before: int | None) -> list[Version]:
-        try:
-            return self._repo.log(self._model, before=before, limit=100)
-        except NotFoundError:
-            return []
+        return newest_whole(self._repo, self._model, self._name, self._pull)
 
     def _pull(self, version: Version) -> Any:
         return self._repo.pull(version, device="cpu")

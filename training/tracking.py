@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ckpt.core.errors import IntegrityError, UsageError
 from ckpt.core.printable import escape
@@ -33,7 +34,7 @@ def check_part(name: str, part: Any) -> None:
 
 def state_of(parts: Mapping[str, Any]) -> dict[str, Any]:
     """The states of all parts by name, and of the random number generators."""
-    names = _parameter_names(parts)
+    names = parameter_names(parts)
     state = {name: _state(part, names) for name, part in parts.items()}
     return {**state, "random": random_states()}
 
@@ -43,7 +44,7 @@ def _state(part: Any, names: Mapping[int, str]) -> Any:
         return part.get_state()
     state = part.state_dict()
     if isinstance(part, torch.optim.Optimizer):
-        return {**state, _PARAMETERS: _parameters(part, names)}
+        return {**state, _PARAMETERS: described_parameters(part, names)}
     return state
 
 
@@ -61,7 +62,7 @@ def restore(parts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
             f"saved were {_shown(saved)}; tracked are {_shown(parts)}",
             hint="track the same objects under the same names",
         )
-    names = _parameter_names(parts)
+    names = parameter_names(parts)
     for name, part in sorted(parts.items(), key=lambda item: not isinstance(item[1], nn.Module)):
         try:
             _restore(part, state[name], names)
@@ -74,7 +75,7 @@ def _restore(part: Any, state: Any, names: Mapping[int, str]) -> None:
     if isinstance(part, torch.Generator):
         part.set_state(state.cpu())
     elif isinstance(part, torch.optim.Optimizer):
-        _check_parameters(state[_PARAMETERS], _parameters(part, names))
+        check_parameters(state[_PARAMETERS], described_parameters(part, names))
         part.load_state_dict({key: state[key] for key in state if key != _PARAMETERS})
     elif isinstance(part, nn.Module) and all(
         isinstance(value, torch.Tensor) for value in state.values()
@@ -82,9 +83,11 @@ def _restore(part: Any, state: Any, names: Mapping[int, str]) -> None:
         fill_module(part, state)
     else:
         part.load_state_dict(state)
+        if isinstance(part, DataLoader):  # torchdata's
+            _state(part, {})  # begins to iterate: that draws a number, before they are restored
 
 
-def _parameter_names(parts: Mapping[str, Any]) -> dict[int, str]:
+def parameter_names(parts: Mapping[str, Any]) -> dict[int, str]:
     """Names of the parameters of all tracked modules, by identity."""
     return {
         id(parameter): f"{name}.{path}"
@@ -94,7 +97,9 @@ def _parameter_names(parts: Mapping[str, Any]) -> dict[int, str]:
     }
 
 
-def _parameters(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> list[list[str]]:
+def described_parameters(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str]
+) -> list[list[str]]:
     """``[name, dtype, shape]`` of an optimizer's parameters in its order; torch knows them by
     their number alone."""
     every = [one for group in optimizer.param_groups for one in group["params"]]
@@ -104,7 +109,7 @@ def _parameters(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> l
     ]
 
 
-def _check_parameters(saved: list[list[str]], now: list[list[str]]) -> None:
+def check_parameters(saved: list[list[str]], now: list[list[str]]) -> None:
     for one, other in _pairs(saved, now):
         if one != other:
             raise IntegrityError(

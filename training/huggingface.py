@@ -1,0 +1,197 @@
+"""A callback for the ``Trainer`` of Hugging Face: its checkpoints as versions, and back again."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import distributed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ckpt.core.errors import CkptError, UsageError
+from ckpt.core.names import check_model, check_run
+from ckpt.core.records import Version
+from ckpt.core.rules import Rule
+from ckpt.loader.restore import CkptWarning
+from ckpt.service.bases import check_compress
+from ckpt.service.repository import Repository, VersionLike
+from ckpt.service.retention import parse_rule, prune_model
+from ckpt.training.newest import newest_whole
+
+
+class CkptCallback(TrainerCallback):
+    """Pushes every checkpoint that a ``Trainer`` saves, whole: weights, optimizer, scheduler,
+    random states, and the trainer's own::
+
+        checkpoint = CkptCallback(repo, "bert", keep=[ckpt.Latest(3)])
+        trainer = Trainer(model, arguments, callbacks=[checkpoint], …)
+        trainer.train(resume_from_checkpoint=checkpoint.resume())
+
+    A version is the checkpoint's folder, byte for byte, and durable when the trainer goes on. It
+    has the trainer's step, what was logged at that step as metrics, and the alias ``best`` when
+    it is the best by ``metric_for_best_model``. ``save_total_limit=1`` keeps the trainer's own
+    folders few. Under ``torch.distributed`` rank 0 pushes for all.
+
+    Args:
+        repo: an open repository.
+        model: the model that the versions are of.
+        name: of the run, ``main`` by default.
+        keep: rules such as ``ckpt.Latest(3)``, as in :class:`ckpt.Run`.
+        compress: as in :meth:`Repository.push`.
+        on_error: ``"warn"`` lets training go on when a push fails; its folder is still there.
+    """
+
+    def __init__(
+        self,
+        repo: Repository,
+        model: str,
+        *,
+        name: str = "main",
+        keep: Sequence[Rule | str] = (),
+        compress: str = "auto",
+        on_error: Literal["raise", "warn"] = "raise",
+    ) -> None:
+        for rule in keep:
+            parse_rule(str(rule))
+        if on_error not in ("raise", "warn"):
+            raise UsageError("usage", f"on_error is {on_error!r}", hint="write raise or warn")
+        self._repo = repo
+        self._model = check_model(model)
+        self._name = check_run(name)
+        self._keep = list(keep)
+        self._compress = check_compress(compress)
+        self._warns = on_error == "warn"
+        self._outputs: Path | None = None
+        self._folder: Path | None = None  # that training is resumed from, until it has been read
+        self._spared: list[str] = []
+
+    def resume(self, ref: VersionLike | None = None) -> str | None:
+        """What to give to ``trainer.train(resume_from_checkpoint=…)``: the version that ``ref``
+        means, by default the run's newest that is whole, as a folder below the trainer's
+        ``output_dir`` that goes after the first step; None when there is none yet.
+
+        Raises:
+            UsageError: ``no-trainer`` before a ``Trainer`` has this callback; ``not-trainer`` when
+                the version is no checkpoint of one.
+            NotFoundError: ``model-missing``, ``version-missing``.
+            IntegrityError: ``none-whole``; ``object-corrupt`` and others of a ``ref``.
+        """
+        if self._outputs is None:
+            raise UsageError(
+                "no-trainer",
+                "no trainer has this callback yet",
+                hint="make Trainer(callbacks=[…]) first, then resume",
+            )
+        self._clear()
+        if ref is None:
+            found = newest_whole(self._repo, self._model, self._name, self._pull)
+        else:
+            version = self._repo.get(ref)
+            found = version, self._pull(version)
+        if found is None:
+            return None
+        self._spared = [found[0].push]
+        return str(found[1])
+
+    def _pull(self, version: Version) -> Path:
+        if "trainer_state.json" not in self._repo.document(version).files:
+            raise UsageError(
+                "not-trainer",
+                f"{version.reference} is no checkpoint of a Trainer",
+                hint="resume one that CkptCallback pushed; `ckpt show` says what a version is",
+            )
+        assert self._outputs is not None
+        self._outputs.mkdir(parents=True, exist_ok=True)
+        self._folder = Path(tempfile.mkdtemp(prefix=".ckpt-", dir=self._outputs))
+        try:
+            self._repo.pull_file(version, self._folder / "checkpoint")
+        except BaseException:
+            self._clear()
+            raise
+        return self._folder / "checkpoint"
+
+    def _clear(self) -> None:
+        folder, self._folder = self._folder, None
+        if folder is not None:
+            shutil.rmtree(folder)
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **more: Any,
+    ) -> None:
+        self._outputs = _outputs(args)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **more: Any,
+    ) -> None:
+        self._clear()
+
+    on_train_end = on_step_end  # where no step was left to make
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **more: Any,
+    ) -> None:
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.barrier()  # each rank writes a file of its own into the folder
+        if not state.is_world_process_zero:
+            return
+        try:
+            self._push(_outputs(args) / f"checkpoint-{state.global_step}", state)
+        except CkptError as error:
+            if not self._warns:
+                raise
+            said = f"step {state.global_step} was not pushed: {error}"
+            warnings.warn(said, CkptWarning, stacklevel=2)
+
+    def _push(self, folder: Path, state: TrainerState) -> None:
+        self._repo.push_file(
+            folder,
+            self._model,
+            step=state.global_step,
+            metrics=_metrics(state),
+            labels={} if state.epoch is None else {"epoch": f"{state.epoch:g}"},
+            alias="best" if state.best_global_step == state.global_step else (),
+            run=self._name,
+            compress=self._compress,
+        )
+        if self._keep:
+            prune_model(
+                self._repo._store,
+                self._repo._registry,
+                self._model,
+                self._keep,
+                save=True,
+                run=self._name,
+                spared=self._spared,
+            )
+
+
+def _outputs(args: TrainingArguments) -> Path:
+    assert args.output_dir is not None  # TrainingArguments gives a default
+    return Path(args.output_dir)
+
+
+def _metrics(state: TrainerState) -> dict[str, float]:
+    """The numbers that were logged at this step."""
+    return {
+        name: float(value)
+        for entry in state.log_history
+        if entry["step"] == state.global_step
+        for name, value in entry.items()
+        if name not in ("step", "epoch") and isinstance(value, (int, float))
+    }
