@@ -97,7 +97,7 @@ def push_described(
     """Make a version of a described state, and say what it took; durable and acknowledged when
     this returns.
 
-    The newest version of the model is answered instead when it has the same content, step,
+    The newest version of the model is answered instead when it has the same run, content, step,
     metrics and labels.
     """
     check_newest(store, registry)
@@ -195,6 +195,8 @@ def same_version(
     """The model's newest version when a push of this would only repeat it, acknowledged anew."""
     newest = registry.queries.newest(said.model)
     if newest is None or newest.digest != digest or newest.step != said.step:
+        return None
+    if newest.run != said.run:  # whose line of versions would miss this one
         return None
     if newest.labels != said.labels or repr(newest.metrics) != repr(dict(said.metrics)):
         return None

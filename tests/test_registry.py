@@ -15,7 +15,7 @@ import torch
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from postgres_server import repository_over
-from sqlalchemy import func, insert, text, update
+from sqlalchemy import String, func, insert, text, update
 
 import ckpt
 from ckpt.core.errors import ConflictError, IntegrityError, NotFoundError, StorageError, UsageError
@@ -333,4 +333,7 @@ def test_a_repeated_rm_says_gone_only_when_its_event_is_in_the_store(
 
 def test_every_codec_has_a_name_that_the_registry_can_hold() -> None:
     """SQLite does not mind; PostgreSQL does."""
-    assert max(map(len, NAMES)) <= chunks.c.codec.type.length
+    kind = chunks.c.codec.type
+    assert isinstance(kind, String)
+    assert kind.length is not None
+    assert max(map(len, NAMES)) <= kind.length

@@ -192,6 +192,17 @@ def test_versions_of_other_runs_are_left_alone(repo: ckpt.Repository) -> None:
     assert [(version.run, version.step) for version in repo.log("gpt")] == [("b", 2), ("a", 2)]
 
 
+def test_a_run_that_saves_what_another_saved_has_a_version_of_its_own(
+    repo: ckpt.Repository,
+) -> None:
+    model = nn.Linear(4, 4)
+    state = {"model": model.state_dict()}
+    first = repo.push(state, "net", step=1, run="one")
+    assert repo.push(state, "net", step=1, run="one").push == first.push
+    second = repo.push(state, "net", step=1, run="two")
+    assert (second.number, second.run, second.new_bytes) == (2, "two", 0)
+
+
 def test_a_second_live_run_of_the_same_name_is_a_conflict(repo: ckpt.Repository) -> None:
     with run(repo) as first:
         with pytest.raises(ConflictError, match="live in another job"):
