@@ -11,7 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from ckpt.core.comparisons import check_order, parse_comparisons
 from ckpt.core.errors import NotFoundError, UsageError
 from ckpt.core.names import (
     check_alias,
@@ -22,7 +21,7 @@ from ckpt.core.names import (
     check_run,
     check_step,
 )
-from ckpt.core.records import ClassUse, Environment, Model, Version
+from ckpt.core.records import Version
 from ckpt.core.references import parse_reference
 from ckpt.registry.changes import Changes
 from ckpt.registry.registry import Registry
@@ -30,6 +29,7 @@ from ckpt.service.acknowledge import acknowledge_event, copy_pending
 from ckpt.service.author import author
 from ckpt.service.config import Location
 from ckpt.service.exchange import Exchange
+from ckpt.service.lookup import Lookup, VersionLike
 from ckpt.service.places import open_store
 from ckpt.service.tripwire import check_newest
 from ckpt.service.upkeep import Upkeep
@@ -37,20 +37,16 @@ from ckpt.service.upkeep import Upkeep
 if TYPE_CHECKING:
     from torch import nn
 
-    from ckpt.core.documents import Document
     from ckpt.loader.restore import DeviceMap
     from ckpt.loader.trust import TrustLike
     from ckpt.loader.verify import Report
-    from ckpt.service.diff import Diff
-    from ckpt.service.inspect import ModuleDescription
     from ckpt.service.push import Described, Said
     from ckpt.service.upload import Progress
 
 PathLike = str | os.PathLike[str]
-VersionLike = str | Version
 
 
-class Repository(Exchange, Upkeep):
+class Repository(Lookup, Exchange, Upkeep):
     """An open repository; also a context manager that closes it.
 
     Methods may be called from several threads. A version is named by a reference such as
@@ -351,105 +347,10 @@ class Repository(Exchange, Upkeep):
             pull_tensors_file(*ours, version, path, tensors, force=force, progress=progress)
         return version
 
-    def get(self, ref: VersionLike) -> Version:
-        """The version that a reference means; NotFoundError when there is none."""
-        if isinstance(ref, Version):
-            found = self._registry.queries.by_push(ref.push)
-            if found is None:
-                raise NotFoundError("version-missing", f"{ref.reference} was removed")
-            return found
-        return self._registry.queries.get(parse_reference(ref))
-
-    def log(self, model: str, *, before: int | None = None, limit: int = 100) -> list[Version]:
-        """Versions of a model, newest first; ``before`` a number for the next page."""
-        return self._registry.queries.log(check_model(model), before, limit)
-
-    def find(
-        self,
-        model: str,
-        where: str = "",
-        *,
-        order_by: str | None = None,
-        limit: int = 100,
-    ) -> list[Version]:
-        """Versions of a model that match, such as ``where="val_loss < 0.3 and step >= 1000"``.
-
-        Args:
-            where: comparisons of metrics, or ``step``, with numbers, joined by ``and``; what a
-                version lacks, or is not finite, never matches.
-            order_by: a metric or ``step``, descending after a ``-`` (``"-accuracy"``), versions
-                that lack it left out; by default the newest come first.
-
-        Raises:
-            UsageError: ``where-invalid``, ``name-invalid``.
-            NotFoundError: ``model-missing``.
-        """
-        order = None if order_by is None else check_order(order_by)
-        comparisons = parse_comparisons(where)
-        return self._registry.queries.find(check_model(model), comparisons, order, limit)
-
-    def models(self) -> list[Model]:
-        """All models by name, each with its newest version."""
-        return self._registry.queries.models()
-
-    def document(self, ref: VersionLike) -> Document:
-        """The document of a version, which describes all of it but the bytes."""
-        return self._registry.queries.document(self.get(ref))
-
-    def describe(self, ref: VersionLike) -> ModuleDescription:
-        """The module tree of a version and the classes that it names, importing none of them.
-
-        Raises:
-            UsageError: ``no-module`` when the version is no module.
-        """
-        from ckpt.service.inspect import describe_module
-        from ckpt.service.load import module_document
-
-        return describe_module(module_document(self._registry, self.get(ref)))
-
-    def classes(self, model: str | None = None) -> list[ClassUse]:
-        """Every class that versions name, of one model or of all, and which versions do."""
-        return self._registry.queries.classes(None if model is None else check_model(model))
-
-    def environment(self, ref: VersionLike) -> Environment:
-        """What a version was pushed on: devices, library versions, flags, host."""
-        return self._registry.queries.environment(self.get(ref))
-
-    def diff(
-        self,
-        before: VersionLike,
-        after: VersionLike,
-        *,
-        stats: bool = False,
-        progress: Progress | None = None,
-    ) -> Diff:
-        """What differs between two versions, also of different models: tensors, ties, modules,
-        plain values, metrics and labels. The registry alone says so; no tensor is read.
-
-        Args:
-            stats: read the tensors whose values changed, a few chunks at a time, and say how far
-                they lie apart.
-
-        Raises:
-            UsageError: ``no-weights`` when one is a folder of files.
-            IntegrityError: ``document-damaged``; with ``stats`` also ``object-missing``,
-                ``object-corrupt``.
-        """
-        from ckpt.service.diff import compare
-
-        pair = self.get(before), self.get(after)
-        return compare(self._store, self._registry, *pair, statistics=stats, progress=progress)
-
     @property
     def _changes(self) -> Changes:
         check_newest(self._store, self._registry)
         return self._registry.changes
-
-    def unnamed_values(self, ref: VersionLike) -> int:
-        """How many plain values of a version a ``.safetensors`` file would not carry."""
-        from ckpt.service.pull import unnamed_values
-
-        return unnamed_values(self.document(ref))
 
     def tag(self, ref: VersionLike, alias: str, expect: str | None = None) -> Version:
         """Make ``alias`` name a version.

@@ -15,7 +15,8 @@ from torch.futures import Future
 from ckpt.core.errors import UsageError
 from ckpt.core.records import Version
 from ckpt.loader.environment import describe_environment
-from ckpt.service.repository import Repository, VersionLike
+from ckpt.service.lookup import VersionLike
+from ckpt.service.repository import Repository
 from ckpt.service.sharded import JointPush, environment_digest, joint_push
 from ckpt.training.dcp_plan import RankState, Report, assemble
 

@@ -32,7 +32,8 @@ from ckpt.loader.restore import BoxSpace, Restorer, dtype_of, stored_nbytes
 from ckpt.loader.values import Decoder
 from ckpt.loader.verify import state_dict_names
 from ckpt.service.fetch import Wanted
-from ckpt.service.repository import Repository, VersionLike
+from ckpt.service.lookup import VersionLike
+from ckpt.service.repository import Repository
 from ckpt.service.sharded import read_wanted, restorer_of
 
 _Target = tuple[ReadItem, torch.Tensor]

@@ -18,7 +18,8 @@ from ckpt.core.records import Version
 from ckpt.core.rules import Rule
 from ckpt.loader.restore import CkptWarning
 from ckpt.service.bases import check_compress
-from ckpt.service.repository import Repository, VersionLike
+from ckpt.service.lookup import VersionLike
+from ckpt.service.repository import Repository
 from ckpt.service.retention import parse_rule, prune_model
 from ckpt.training.newest import newest_whole
 

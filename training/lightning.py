@@ -17,7 +17,8 @@ from ckpt.core.errors import IntegrityError, UsageError
 from ckpt.core.names import check_model, check_run
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
-from ckpt.service.repository import Repository, VersionLike
+from ckpt.service.lookup import VersionLike
+from ckpt.service.repository import Repository
 from ckpt.training.newest import newest_whole
 from ckpt.training.randomness import restore_random_states
 from ckpt.training.ranks import Ranks
