@@ -70,8 +70,12 @@ class World:
     def prepare(self, act: str, seed: str) -> dict[str, Any]:
         """The order for an act; what it works on is made first."""
         chance = random.Random(seed)
-        order = {"folder": str(self.folder), "act": act.split()[-1], "file": str(self.file)}
-        order |= {"pack_bytes": chance.choice([SMALL_PACK, LARGE_PACK])}
+        order: dict[str, Any] = {
+            "folder": str(self.folder),
+            "act": act.split()[-1],
+            "file": str(self.file),
+        }
+        order["pack_bytes"] = chance.choice([SMALL_PACK, LARGE_PACK])
         self.file.unlink(missing_ok=True)
         if act == "push":
             self.file.write_bytes(file_of("a", f"{seed}-0", chance.choice("bcde"), f"{seed}-1"))
