@@ -30,7 +30,7 @@ _PR_SET_PTRACER, _ANYBODY = 0x59616D61, -1
 
 def act(order: dict[str, Any]) -> object:
     """Open the repository and do what the order says."""
-    with ckpt.open(order["folder"]) as repo:
+    with ckpt.open(**order["where"]) as repo:
         verb = order["act"]
         if verb == "push":
             return repo.push_file(order["file"], MODEL, step=order["step"])
@@ -68,7 +68,7 @@ def import_all() -> None:
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "pushed.safetensors"
         file.write_bytes(file_of("a", "b"))
-        order = {"folder": name, "file": str(file), "step": 0, "reference": f"{MODEL}@1"}
+        order = {"where": {"repo": name}, "file": str(file), "step": 0, "reference": f"{MODEL}@1"}
         for verb in ("push", "pull", "rm"):
             act(order | {"act": verb})
         with ckpt.open(name) as repo:
