@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from sqlalchemy.exc import OperationalError
 import ckpt
 import ckpt.migrations
 from ckpt.core.errors import NotFoundError, StorageError
+from ckpt.registry.engine import Transaction
 from ckpt.registry.schema import SCHEMA
 from ckpt.service.config import locate
 from ckpt.service.opening import upgrade_registry
@@ -305,6 +308,7 @@ def rebuild(world: World, _: object) -> None:
 
 
 LATER = "0002"
+YEAR = 365 * 86400
 _LATER_MIGRATION = f"""
 import sqlalchemy as sa
 from alembic import op
@@ -334,6 +338,14 @@ def add_migration(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("ckpt.registry.schema.SCHEMA", LATER)
     monkeypatch.setattr("ckpt.registry.schema._upgrade", upgrade)
+
+
+def set_wrong_clocks(patch: pytest.MonkeyPatch) -> None:
+    """This machine's and the database's jump by ten years, back and forth, at every question."""
+    jumps = itertools.cycle([0, 10, -10, 10, 0, -10])
+    seconds, now = time.time, Transaction.now
+    patch.setattr("time.time", lambda: seconds() + next(jumps) * YEAR)
+    patch.setattr(Transaction, "now", lambda self: now(self) + next(jumps) * YEAR * 10**6)
 
 
 OPERATIONS = {

@@ -7,7 +7,6 @@ import itertools
 import random
 import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,17 +24,16 @@ from crash_world import (
     Stopped,
     World,
     add_migration,
+    set_wrong_clocks,
 )
 from sqlalchemy import Engine, create_engine
 
 import ckpt
 from ckpt.core.effects import observed
 from ckpt.core.errors import CkptError
-from ckpt.registry.engine import Transaction
 
 SMALL_PACK = 4096
 KILLS, KILLS_PER_REPOSITORY = 20, 10
-YEAR = 365 * 86400
 
 
 @pytest.fixture(scope="module")
@@ -191,14 +189,6 @@ def test_a_failure_at_any_effect_leaves_all_or_nothing_and_it_can_be_repeated(
     before = {id(TWO): template, id(SPARSE): sparse}.get(id(OPERATIONS[name].before))
     audit = Audit(name, stop, before, World(tmp_path / "world"))
     record_property("effects, points, outcomes", audit.strike_everywhere())
-
-
-def set_wrong_clocks(patch: pytest.MonkeyPatch) -> None:
-    """This machine's and the database's jump by ten years, back and forth, at every question."""
-    jumps = itertools.cycle([0, 10, -10, 10, 0, -10])
-    seconds, now = time.time, Transaction.now
-    patch.setattr("time.time", lambda: seconds() + next(jumps) * YEAR)
-    patch.setattr(Transaction, "now", lambda self: now(self) + next(jumps) * YEAR * 10**6)
 
 
 @pytest.mark.parametrize("name", ["push of some new content", "repack"])
