@@ -31,7 +31,7 @@ from ckpt.storage.identity import read_identity
 
 pytest_plugins = ("servers", "postgres_server", "combinations")
 
-POINTS_PER_REPOSITORY = 8
+USUAL, TORTURE = 8, 40  # acts that are stopped, of one repository
 LARGE = 6 << 20  # bytes of a tensor; a pack of two is sent in parts, which servers take from 5 MiB
 MOST_EFFECTS = 100  # of an act, about, until it is known
 KEPT = 3  # by a prune
@@ -177,9 +177,9 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ckpt.storage.s3_upload.PART_BYTES", 5 << 20)
 
 
-def acts(chance: random.Random) -> Iterator[str]:
+def acts(chance: random.Random, count: int) -> Iterator[str]:
     """Those of a repository that is there, and last a migration."""
-    for _ in range(POINTS_PER_REPOSITORY):
+    for _ in range(count):
         yield chance.choice((*ACTS, "large push", "prune", "repair", "rebuild"))
     yield "migrate"
 
@@ -189,6 +189,7 @@ def acts(chance: random.Random) -> Iterator[str]:
 def test_an_act_that_stops_anywhere_leaves_all_or_nothing_and_can_be_repeated(
     make: Make, trials: Trials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    count = USUAL if trials.seconds is None else TORTURE
     for seed in trials.seeds(1):
         strikes = Strikes(seed, trials.count)
         with make() as place, monkeypatch.context() as patch:
@@ -198,7 +199,7 @@ def test_an_act_that_stops_anywhere_leaves_all_or_nothing_and_can_be_repeated(
             order = first | {"pack_bytes": 512 << 20}
             world.settle_first(strikes.strike(world, "first push", order))
             world.begin()
-            for number, act in enumerate(acts(strikes.chance)):
+            for number, act in enumerate(acts(strikes.chance, count)):
                 order = world.prepare(act, f"{seed}-{number}")
                 if act == "migrate":
                     add_migration(tmp_path, patch)
@@ -209,4 +210,4 @@ def test_an_act_that_stops_anywhere_leaves_all_or_nothing_and_can_be_repeated(
                     wrong.add_note(f"act {number}, {act}, of seed {seed}")
                     raise
             world.check_nothing_is_left()
-        assert strikes.points > POINTS_PER_REPOSITORY / 3
+        assert strikes.points > count / 3
