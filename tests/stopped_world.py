@@ -25,7 +25,7 @@ class World:
     pull to; ``check_books`` looks at it behind its back."""
 
     folder: Path
-    where: dict[str, str]
+    where: dict[str, Any]
     check_books: Callable[[ckpt.Repository], None]
     kept: dict[str, bytes] = field(default_factory=dict)
     steps: int = 0
