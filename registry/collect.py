@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import partial
 
-from sqlalchemy import ColumnElement, delete, exists, insert, select, update
+from sqlalchemy import ColumnElement, delete, exists, insert, select, true, update
 
 from ckpt.core.records import DeadKey, Pack, PackState, PushState, Unneeded
 from ckpt.registry.bodies import read_json
@@ -103,7 +103,8 @@ class Collector:
     def remove(self, grace: int, author: str) -> list[Pack]:
         """Remove the rows of packs that were condemned ``grace`` microseconds ago, or are broken,
         and that nobody needs (e); returns them. Their keys are dead then."""
-        ripe = packs.c.condemned_at <= self.now() - grace
+        # Without a grace no time counts: the clock may have run ahead when it was condemned.
+        ripe = packs.c.condemned_at <= self.now() - grace if grace else true()
         doomed = (packs.c.state == PackState.CONDEMNED.value) & ripe
         broken = packs.c.state == PackState.BROKEN.value
         with self._database.read() as transaction:

@@ -75,7 +75,11 @@ class Registry:
     @classmethod
     def fence(cls, where: Path | str, store: str) -> None:
         """Cut off an old registry, if it can be read at all: nothing is acknowledged or deleted
-        from it any more."""
+        from it any more.
+
+        Raises:
+            StorageError: it may be used by others still, and could not be closed.
+        """
         try:
             database = _database(where, create=False)
         except (StorageError, AccessError):
@@ -84,6 +88,9 @@ class Registry:
             check_schema(database, store)
             fence(database)
         except (StorageError, IntegrityError) as error:
+            if error.code == "registry":  # a disk that fails now may serve others, or later
+                more = "; if it stays so, move it away and run `ckpt registry rebuild`"
+                raise StorageError(error.code, error.message, hint=f"run again{more}") from error
             if error.code in ("registry-busy", "registry-unreachable"):
                 raise
             # too damaged to do any harm

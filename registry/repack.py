@@ -34,7 +34,8 @@ class Repacks:
                 needed = set().union(*_needs_of(transaction, pack.id).values())
                 places = places_in(transaction, [pack.id])
                 size = sum(one.length for one in places if one.digest in needed)
-                if needed and size < share * pack.size:
+                # Not of its size: a small one is mostly header, also when it is written again.
+                if needed and size < share * sum(one.length for one in places):
                     found.append((pack, needed))
         return found
 

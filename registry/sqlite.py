@@ -97,8 +97,12 @@ def copy_database(path: Path, destination: Path) -> None:
             perform("sql.backup", one.backup, other)
     except sqlite3.DatabaseError as error:
         destination.unlink(missing_ok=True)
+        # A disk that fails or is full, or a lock, says nothing of what is in the file.
+        passing = isinstance(error, sqlite3.OperationalError)
         raise StorageError(
-            "registry-corrupt", f"the registry {path} cannot be copied ({error})"
+            "registry" if passing else "registry-corrupt",
+            f"the registry {path} cannot be copied ({error})",
+            hint="run again" if passing else None,
         ) from error
 
 

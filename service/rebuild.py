@@ -13,7 +13,7 @@ import msgspec
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import canonical, decode_document
 from ckpt.core.effects import perform
-from ckpt.core.errors import CkptError, IntegrityError, StorageError, from_os_error
+from ckpt.core.errors import IntegrityError, StorageError, from_os_error
 from ckpt.core.records import FinishedPack, Pack
 from ckpt.registry.rebuild import StoreContents, StoredVersion
 from ckpt.registry.registry import Registry
@@ -136,9 +136,11 @@ def _counted(store: Store, place: str, epoch: int, named: set[str]) -> Iterator[
 
 
 def _tried(info: ObjectInfo, read: Callable[[ObjectInfo], Any], unreadable: list[str]) -> Any:
+    """What it says; of a disk or server that fails nothing follows, so that the rebuild ends: what
+    it leaves out is out for ever."""
     try:
         return read(info)
-    except (CkptError, msgspec.MsgspecError, KeyError, TypeError, ValueError) as error:
+    except (IntegrityError, msgspec.MsgspecError, KeyError, TypeError, ValueError) as error:
         unreadable.append(f"{info.key}: {error}")
         return None
 

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 
 from ckpt.core.durations import seconds_of
 from ckpt.core.errors import ConflictError, NotFoundError, UsageError
@@ -19,6 +18,9 @@ from ckpt.service.acknowledge import acknowledge_event
 from ckpt.service.author import author
 from ckpt.service.tripwire import check_newest
 from ckpt.storage.store import Store
+
+# What a rule keeps, as pushes, of versions that are given newest first, at a time of the registry.
+Keep = Callable[[Sequence[Version], int], Collection[str]]
 
 _HINT = "write last:3, best:val_loss:min:2, every:1000 or within:7d"
 
@@ -76,7 +78,7 @@ def prune_model(
     if save and not dry_run:
         event = registry.changes.save_policy(model, chosen, author())
         acknowledge_event(store, registry, event)
-    kept = _kept(versions, keepers)
+    kept = _kept(versions, keepers, registry.collector.now())
     staying = {*kept, *spared}
     victims = [version for version in reversed(versions) if version.push not in staying]
     freed = registry.usages.freed_by({version.push for version in victims})
@@ -88,7 +90,8 @@ def prune_model(
 
 def _kept(
     versions: Sequence[Version],
-    keepers: dict[str, Callable[[Sequence[Version]], Collection[str]]],
+    keepers: dict[str, Keep],
+    now: int,
 ) -> dict[str, tuple[str, ...]]:
     """Pushes of the versions that stay, with the reasons."""
     reasons: dict[str, list[str]] = {}
@@ -98,7 +101,7 @@ def _kept(
     if versions:
         reasons.setdefault(versions[0].push, []).append("newest")
     for rule, keep in keepers.items():
-        for push in keep(versions):
+        for push in keep(versions, now):
             reasons.setdefault(push, []).append(rule)
     return {push: tuple(words) for push, words in reasons.items()}
 
@@ -113,8 +116,9 @@ def _remove(store: Store, registry: Registry, version: Version) -> bool:
     return True
 
 
-def parse_rule(rule: str) -> Callable[[Sequence[Version]], Collection[str]]:
-    """The function that picks what a rule keeps; it is given versions newest first.
+def parse_rule(rule: str) -> Keep:
+    """The function that picks what a rule keeps; it is given versions newest first, and the time
+    by the clock that dated them, the registry's, in microseconds since 1970.
 
     Raises:
         UsageError: ``rule-invalid``.
@@ -122,26 +126,26 @@ def parse_rule(rule: str) -> Callable[[Sequence[Version]], Collection[str]]:
     word, _, rest = rule.partition(":")
     number = int(rest) if re.fullmatch(r"[1-9]\d{0,8}", rest) else None
     if word == "last" and number is not None:
-        return lambda versions: [version.push for version in versions[:number]]
+        return lambda versions, now: [version.push for version in versions[:number]]
     if word == "every" and number is not None:
-        return lambda versions: [
+        return lambda versions, now: [
             version.push
             for version in versions
             if version.step is not None and version.step % number == 0
         ]
     seconds = seconds_of(rest)
     if word == "within" and seconds is not None:
-        return lambda versions: _recent(versions, seconds)
+        return lambda versions, now: _recent(versions, now, seconds)
     best = re.fullmatch(r"(.+):(min|max):([1-9]\d{0,8})", rest)
     if word == "best" and best is not None:
         metric, sign, count = best[1], 1 if best[2] == "min" else -1, int(best[3])
-        return lambda versions: _best(versions, metric, sign, count)
+        return lambda versions, now: _best(versions, metric, sign, count)
     raise UsageError("rule-invalid", f'"{escape(rule, 80)}" is no rule', hint=_HINT)
 
 
-def _recent(versions: Sequence[Version], seconds: int) -> list[str]:
-    since = datetime.now(UTC) - timedelta(seconds=seconds)
-    return [version.push for version in versions if version.created_at >= since]
+def _recent(versions: Sequence[Version], now: int, seconds: int) -> list[str]:
+    since = now / 1e6 - seconds
+    return [version.push for version in versions if version.created_at.timestamp() >= since]
 
 
 def _best(versions: Sequence[Version], metric: str, sign: int, count: int) -> list[str]:

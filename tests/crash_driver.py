@@ -1,8 +1,7 @@
 """Pushes that are killed, and what must hold of a repository after a crash.
 
 Run as a program it forks a child for each order on its standard input, one JSON object in a line.
-The child pushes until it dies: by its own SIGKILL at effect ``kill_at``, or by that of the test.
-It never imports torch. What is written: ``child <pid>``, ``pushing <step> <sha256>``,
+The child pushes until the test kills it. It never imports torch. What is written: ``child <pid>``, ``pushing <step> <sha256>``,
 ``pushed <step> <reference>``, ``ended <signal>``.
 """
 
@@ -18,9 +17,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -32,7 +29,6 @@ import ckpt
 import ckpt.service.fetch
 import ckpt.service.push
 import ckpt.storage.packs
-from ckpt.core.effects import observed
 
 MODEL = "m"
 
@@ -89,8 +85,7 @@ class Driver:
                 deadline = None
             elif word == b"child":
                 child = int(values[0])
-                if order["kill_at"] is None:
-                    deadline = time.monotonic() + order["after_seconds"]
+                deadline = time.monotonic() + order["after_seconds"]
             elif word == b"pushing":
                 announced[int(values[0])] = values[1].decode()
             elif word == b"pushed":
@@ -131,25 +126,12 @@ def content(seed: str) -> bytes:
 
 
 def push_until_killed(order: dict[str, Any]) -> None:
-    """What a child does; ``kill_at`` null leaves the kill to the test."""
-    seed, kill_at = order["seed"], order["kill_at"]
+    """What a child does."""
+    seed = order["seed"]
     ckpt.storage.packs.PACK_BYTES = order["pack_bytes"]
-    lock, counter = threading.Lock(), itertools.count()
-
-    def hook(kind: str, act: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        with lock:
-            number = next(counter)
-        if number != kill_at:
-            return act(*args)
-        if kind == "write":  # in its middle: the file is left with half of it
-            handle, data, offset = args
-            act(handle, data[: len(data) // 2], offset)
-        os.kill(os.getpid(), signal.SIGKILL)
-        raise AssertionError("unreachable")
-
     folder = Path(order["folder"])
     file = folder / "pushed.safetensors"
-    with observed(hook), ckpt.open(folder) as repo:
+    with ckpt.open(folder) as repo:
         for number in itertools.count(order["first_step"]):
             data = content(f"{seed}-{number}")
             file.write_bytes(data)

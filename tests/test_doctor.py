@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import secrets
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from servers import BUCKET, Server
 
 import ckpt
+from ckpt.core.effects import observed
+from ckpt.storage.s3_probe import Capabilities
+
+pytest_plugins = ("servers",)
 
 
 def told(repo: ckpt.Repository) -> dict[str, bool]:
@@ -41,6 +49,35 @@ def test_a_clock_that_is_wrong_is_told(
 ) -> None:
     monkeypatch.setattr(repo._registry.collector, "now", lambda: 0)
     assert not told(repo)["clock"]
+
+
+def test_a_store_that_may_not_be_written_is_told(repo: ckpt.Repository) -> None:
+    def refuse(kind: str, act: Any, given: Any) -> Any:
+        if kind == "create":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return act(*given)
+
+    with observed(refuse):
+        found = {one.name: one for one in repo.doctor()}
+    assert not found["store"].fine
+    assert found["store"].todo
+    assert [name for name, one in found.items() if not one.fine] == ["store"]
+
+
+def test_what_an_s3_server_lacks_is_told(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.endpoint)
+    place = f"s3://{BUCKET}/doctor/{secrets.token_hex(8)}"
+    with ckpt.open(registry=str(tmp_path / "registry.db"), store=place) as repo:
+        assert all(told(repo).values())
+        lacking = Capabilities.named({"range_reads", "start_after"})
+        monkeypatch.setattr(repo._store, "probe_capabilities", lambda: lacking)
+        (s3,) = (one for one in repo.doctor() if one.name == "s3")
+        assert not s3.fine
+        assert "multipart" in s3.seen
+        assert "conditional_writes" in s3.seen
+        assert s3.todo == "use another server"
 
 
 def test_the_command_line_ends_with_1_when_something_is_wrong(repo: ckpt.Repository) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,32 @@ def test_what_was_removed_is_freed_after_the_grace(repo: ckpt.Repository) -> Non
     assert not list(repo.location.store.glob(f"documents/*/*{first.push}*"))
     assert torch.equal(repo.pull("a")["w0"], state(2)["w0"])
     assert repo.gc(grace=0).freed == ()
+
+
+@pytest.mark.parametrize("ahead", [-(10**15), 10**15])
+def test_without_a_grace_no_clock_keeps_what_nobody_needs(
+    repo: ckpt.Repository, ahead: int
+) -> None:
+    kept = repo.push(state(2), "a")
+    repo.rm(repo.push(state(1), "a"))
+    repo.gc()
+    write(repo, update(packs).values(condemned_at=packs.c.condemned_at + ahead))
+    foreseen = repo.gc(grace=0, dry_run=True).freed
+    assert repo.gc(grace=0).freed == foreseen != ()
+    assert stored(repo) == {f"{kept.push}-0.safetensors"}
+
+
+@pytest.mark.parametrize(("skew", "told"), [(0, False), (-3600, True), (3600, True)])
+def test_a_skewed_clock_is_a_warning_and_no_refusal(
+    repo: ckpt.Repository, skew: int, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo.push(state(2), "a")
+    repo.rm(repo.push(state(1), "a"))
+    real = time.time
+    monkeypatch.setattr("time.time", lambda: real() + skew)
+    collected = repo.gc(grace=0)
+    assert len(collected.freed) == 1
+    assert any("clock" in warning for warning in collected.warnings) == told
 
 
 def test_a_dry_run_tells_exactly_and_changes_nothing(repo: ckpt.Repository) -> None:

@@ -63,6 +63,17 @@ def test_what_a_rule_keeps_stays(
         assert torch.equal(trained.pull(version)["shared"], torch.ones(500))
 
 
+def test_within_is_measured_by_the_clock_that_dated_the_versions(
+    trained: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The registry's: a machine whose clock is years ahead must not remove everything."""
+    collector = trained._registry.collector
+    now = collector.now()
+    assert trained.prune("net", keep=["within:1h"], dry_run=True).victims == ()
+    monkeypatch.setattr(collector, "now", lambda: now + 2 * 3600 * 10**6)
+    assert len(trained.prune("net", keep=["within:1h"], dry_run=True).victims) == 8
+
+
 def test_saved_rules_are_used_the_next_time(trained: ckpt.Repository) -> None:
     with pytest.raises(UsageError, match="no rule says what to keep"):
         trained.prune("net")
@@ -93,7 +104,7 @@ def test_any_text_is_a_rule_or_refused(text: str) -> None:
     except UsageError:
         return
     versions: list[Version] = []
-    assert not keep(versions)
+    assert not keep(versions, 0)
 
 
 def test_the_command_line_asks_tells_and_keeps_a_history(trained: ckpt.Repository) -> None:
@@ -111,6 +122,10 @@ def test_the_command_line_asks_tells_and_keeps_a_history(trained: ckpt.Repositor
     assert "would remove 6 versions of net" in said
     assert "net@1" in said
     assert "kept by none of best:loss:min:1, last:2" in said
+    each = ("--keep-every", "300", "--keep-within", "0d", "--keep-best", "loss:max:1")
+    foreseen = json.loads(run("prune", "net", *each, "-n", "--json"))
+    # 1, 4, 7 and 10 stay by their steps, 2 by its alias.
+    assert [one["number"] for one in foreseen["victims"]] == [3, 5, 6, 8, 9]
     run("prune", "net", "--keep-last", "2", status=2)
     run("prune", "net", "--keep-last", "2", "--save-policy", "--yes")
     assert left(trained) == [2, 9, 10]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from chapter_models import MLP
+from sqlalchemy.exc import OperationalError
 from torch import nn
 
 import ckpt
-from ckpt.core.errors import CkptError, ConflictError
+from ckpt.core.effects import observed
+from ckpt.core.errors import CkptError, ConflictError, StorageError
 from ckpt.service import push
 from ckpt.service.config import locate
 from ckpt.service.rebuild import Rebuilt, rebuild_registry
@@ -77,6 +80,21 @@ def test_everything_that_was_acknowledged_comes_back(filled: Path) -> None:
         assert repo.verify("net@1", trust=[MLP]).verdict == "outputs-exact"
         assert repo.get("a").reference == "a@3"
         assert repo.push(state(5), "a").number == 5  # 4 was given once, and never again
+
+
+def test_a_registry_that_cannot_be_closed_now_is_not_replaced(filled: Path) -> None:
+    """Others may go on with it, and what they are told would be gone."""
+    before = told(filled)
+
+    def fail(kind: str, act: Any, given: Any) -> Any:
+        if kind == "sql.commit":
+            raise OperationalError(kind, None, sqlite3.OperationalError("disk I/O error"))
+        return act(*given)
+
+    with observed(fail), pytest.raises(StorageError, match="run again"):
+        rebuilt(filled)
+    assert not list((filled / ".ckpt" / "store").glob("epochs/*"))
+    assert told(filled) == before
 
 
 def test_a_second_rebuild_gives_the_same(filled: Path) -> None:

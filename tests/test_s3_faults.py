@@ -161,10 +161,12 @@ def test_what_was_acknowledged_is_there_however_often_the_server_fails(
         team, chance = Team(folder, seaweedfs, proxy), random.Random(seed)
         team.open(seaweedfs.endpoint).close()
         proxy.begin(seed, share)
+        asked, wrong = proxy.requests, proxy.counts.total()
         with team.join() as repo:
             for _ in range(CYCLES_PER_REPOSITORY):
                 team.cycle(repo, chance)
                 trials.count()
+        assert proxy.counts.total() - wrong > share / 2 * (proxy.requests - asked)
         proxy.begin(seed, 0)
         team.check()
         tried, failed = tried + team.tried, failed + team.failed
