@@ -75,7 +75,5 @@ def take_turns(
 
 def shown_reason(error: BaseException) -> str:
     """Why a peer could not be measured, in one line."""
-    said = getattr(error, "stderr", None) or str(error) or type(error).__name__
-    text = said.decode(errors="replace") if isinstance(said, bytes) else str(said)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:_REASON_LENGTH] if lines else type(error).__name__

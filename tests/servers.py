@@ -147,8 +147,9 @@ def credentials() -> Iterator[None]:
 
 
 @contextmanager
-def running_seaweedfs(folder: Path) -> Iterator[Server]:
-    """A SeaweedFS of one process, which knows the credentials of the tests only."""
+def running_seaweedfs(folder: Path, volumes: int = 100) -> Iterator[Server]:
+    """A SeaweedFS of one process, which knows the credentials of the tests only; it has room for
+    ``volumes`` of 64 MB, counting what was deleted."""
     keys = {"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}
     allowed = {"name": "tests", "credentials": [keys], "actions": ["Admin"]}
     (folder / "s3.json").write_text(json.dumps({"identities": [allowed]}))
@@ -164,7 +165,7 @@ def running_seaweedfs(folder: Path) -> Iterator[Server]:
             "ip.bind": "127.0.0.1",
             "master.telemetry": "false",
             "master.volumeSizeLimitMB": 64,
-            "volume.max": 100,
+            "volume.max": volumes,
             "filer.localSocket": data / "filer.sock",
             "s3.localSocket": data / "s3.sock",
             "s3.config": folder / "s3.json",
