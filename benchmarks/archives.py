@@ -81,21 +81,29 @@ class Moonclip:
 
 class Codec:
     """A codec of buffers, in memory: of each tensor the bytes that ``encode`` gives for it and the
-    one before it, None for the first."""
+    one before it, or the first one unless ``chained``; tensors whose names begin with ``alone`` are given
+    no other."""
 
     def __init__(
         self,
         encode: Callable[[torch.Tensor, torch.Tensor | None], bytes],
         decode: Callable[[bytes, torch.Tensor, torch.Tensor | None], Any],
+        alone: str | None = None,
+        chained: bool = True,
     ) -> None:
-        self._encode, self._decode = encode, decode
+        self._encode, self._decode, self._alone = encode, decode, alone
+        self._chained = chained
         self._base: State = {}
         self._newest: State = {}
         self._bodies: dict[str, bytes] = {}
         self._sum = 0
 
     def save(self, state: State) -> None:
-        self._base, self._newest = self._newest, state
+        if self._chained or not self._base:
+            self._base = self._newest
+        self._newest = state
+        if self._alone is not None:
+            self._base = {n: t for n, t in self._base.items() if not n.startswith(self._alone)}
         self._bodies = {
             name: self._encode(tensor, self._base.get(name)) for name, tensor in state.items()
         }
@@ -112,20 +120,24 @@ class Codec:
 
 
 def z4ai_delta() -> Codec:
-    """z4ai: a delta to the one before, or alone where that is shorter, as it decides itself."""
+    """z4ai: a delta to the one before; ``exp_avg`` alone, which is shorter."""
     z4ai: Any = importlib.import_module("z4ai")
 
     def encode(tensor: torch.Tensor, base: torch.Tensor | None) -> bytes:
         raw, dtype = bytes(as_bytes(tensor)), _Z4AI_NAMES[tensor.dtype]
-        alone = z4ai.compress(raw, dtype=dtype) if base is None else None
-        return alone or z4ai.compress_delta(raw, bytes(as_bytes(_of(base))), dtype=dtype)
+        body: bytes
+        if base is None:
+            body = z4ai.compress(raw, dtype=dtype)
+        else:
+            body = z4ai.compress_delta(raw, bytes(as_bytes(base)), dtype=dtype)
+        return body
 
     def decode(body: bytes, tensor: torch.Tensor, base: torch.Tensor | None) -> Any:
         if base is None:
             return z4ai.decompress(body)
         return z4ai.decompress_delta(body, bytes(as_bytes(base)))
 
-    return Codec(encode, decode)
+    return Codec(encode, decode, alone="exp_avg/")
 
 
 def zipnn() -> Codec:
@@ -145,8 +157,8 @@ def zipnn() -> Codec:
     return Codec(encode, decode)
 
 
-def xor_zstd() -> Codec:
-    """XOR with the one before, bytes of equal weight together, zstd, by two threads."""
+def xor_zstd(*, chained: bool) -> Codec:
+    """XOR with the one before or the first, bytes of equal weight together, zstd, two threads."""
 
     def encode(tensor: torch.Tensor, base: torch.Tensor | None) -> bytes:
         bits = numpy.frombuffer(as_bytes(tensor), numpy.uint8)
@@ -162,12 +174,7 @@ def xor_zstd() -> Codec:
             bits ^= numpy.frombuffer(as_bytes(base), numpy.uint8).reshape(bits.shape)
         return bits
 
-    return Codec(encode, decode)
-
-
-def _of(base: torch.Tensor | None) -> torch.Tensor:
-    assert base is not None
-    return base
+    return Codec(encode, decode, chained=chained)
 
 
 class Restic:
