@@ -40,7 +40,7 @@ def train_series(name: str) -> list[Path]:
     return files
 
 
-class _Gpt(nn.Module):
+class Gpt(nn.Module):
     """10.8 M parameters over bytes."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ def _sources() -> list[str]:
 
 def _train_gpt(folder: Path) -> None:
     text = torch.frombuffer(bytearray("".join(_sources()).encode()), dtype=torch.uint8)
-    net = _Gpt()
+    net = Gpt()
 
     def loss(_step: int) -> torch.Tensor:
         starts = torch.randint(len(text) - _CONTEXT - 1, (8,)).tolist()
