@@ -75,7 +75,9 @@ def _arguments() -> tuple[list[str], bool]:
 def _machine() -> str:
     """The processor, its cores and memory, the system and Python."""
     names = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in names if line.startswith("model name")), "")
+    model = next(
+        (line.split(":")[1].strip() for line in names if line.startswith("model name")), ""
+    )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return (
         f"{os.cpu_count()} cores ({model or platform.machine()}), {memory:.0f} GiB of memory,"

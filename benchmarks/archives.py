@@ -207,4 +207,3 @@ class Restic:
 
     def nbytes(self) -> int:
         return sum(path.stat().st_size for path in files_below(self._repository))
-

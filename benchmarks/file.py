@@ -74,7 +74,9 @@ def measure(folder: Path) -> Table:
         ),
         axis="MiB at the peak",
         bars=tuple(Bar(name, largest[name], _BOUND, True) for name in ours),
-        targets=tuple(Target(f"memory of {name}", largest[name], _BOUND, True, "MiB") for name in ours),
+        targets=tuple(
+            Target(f"memory of {name}", largest[name], _BOUND, True, "MiB") for name in ours
+        ),
         packages=("safetensors",),
     )
 

@@ -94,7 +94,12 @@ def _read(path: Path) -> None:
     target = memoryview(numpy.empty(size, numpy.uint8))
     piece = 16 << 20
     with path.open("rb", buffering=0) as file, ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda at: _read_at(file.fileno(), target[at : at + piece], at), range(0, size, piece)))
+        list(
+            pool.map(
+                lambda at: _read_at(file.fileno(), target[at : at + piece], at),
+                range(0, size, piece),
+            )
+        )
 
 
 def _read_at(handle: int, target: memoryview, at: int) -> None:

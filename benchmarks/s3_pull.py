@@ -94,7 +94,10 @@ def _compare(place: Bucket) -> tuple[Turns, str]:
     with repo:
         turns = take_turns(contestants, between=between)
     used = " ".join(of_s5cmd) or "its own settings"
-    return turns, f"s5cmd with {used}; boto3 with {of_boto[0]} threads and parts of {of_boto[1]} MiB; Run:ai with its own settings."
+    return (
+        turns,
+        f"s5cmd with {used}; boto3 with {of_boto[0]} threads and parts of {of_boto[1]} MiB; Run:ai with its own settings.",
+    )
 
 
 def _stream() -> dict[str, torch.Tensor]:

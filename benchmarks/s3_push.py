@@ -83,4 +83,7 @@ def _compare(place: Bucket) -> tuple[Turns, str]:
     with repo:
         turns = take_turns(contestants, between=between)
     used = " ".join(by_s5cmd) or "its own settings"
-    return turns, f"s5cmd with {used}; boto3 with {by_boto[0]} threads and parts of {by_boto[1]} MiB; aws with 16 requests and parts of 16 MB."
+    return (
+        turns,
+        f"s5cmd with {used}; boto3 with {by_boto[0]} threads and parts of {by_boto[1]} MiB; aws with 16 requests and parts of 16 MB.",
+    )

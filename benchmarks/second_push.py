@@ -159,9 +159,7 @@ def _locally(state: State, folder: Path, absent: dict[str, str]) -> dict[str, Co
     for each in (folder / "dvc", target, remote, artifacts):
         each.mkdir()
     found = {
-        _OURS: Contestant(
-            lambda: _push(repo, state, numbers), lambda: _bytes(repo.location.store)
-        )
+        _OURS: Contestant(lambda: _push(repo, state, numbers), lambda: _bytes(repo.location.store))
     }
     for name, make, where in (
         (_MLFLOW, lambda: _mlflow(state, folder, str(artifacts)), artifacts),

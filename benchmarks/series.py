@@ -79,7 +79,9 @@ def measure(folder: Path) -> Table:
             rows += _rows(name, found)
             bars += _bars(name, found, peers, bound)
             targets.append(
-                Target(f"{name}, bytes over the best peer's", found.bytes_over_best(peers), bound, True)
+                Target(
+                    f"{name}, bytes over the best peer's", found.bytes_over_best(peers), bound, True
+                )
             )
             if is_whole:
                 targets += _speed_targets(name, found)
@@ -87,7 +89,14 @@ def measure(folder: Path) -> Table:
     return Table(
         title="Ten checkpoints",
         compared="A small GPT trained from scratch (10.9 M parameters) and a fine-tuned MiniLM (22.7 M), ten checkpoints each, ten steps apart: weights, `exp_avg` and `exp_avg_sq` in fp32; then the weights alone in bfloat16. ckpt and moonclip save durably to the disk; z4ai, ZipNN and XOR + zstd work in memory and write nothing. z4ai and XOR take the checkpoint before as base, so that reading the tenth needs the nine before it; a base of ckpt is never itself a difference, and two reads are the most. Bytes are of everything in the store. Speeds are medians of ten; the archives take turns at each checkpoint, but z4ai, which takes ten minutes, was measured once.",
-        columns=("", "bytes of ckpt over this one's", "series", "bytes over raw", "save, MB/s", "load, MB/s"),
+        columns=(
+            "",
+            "bytes of ckpt over this one's",
+            "series",
+            "bytes over raw",
+            "save, MB/s",
+            "load, MB/s",
+        ),
         rows=tuple(rows),
         axis="bytes of ckpt over this one's",
         bars=tuple(bars),

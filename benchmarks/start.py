@@ -35,7 +35,9 @@ def measure(folder: Path) -> Table:
         ),
         axis="seconds",
         bars=tuple(Bar(name, turns[name], _BOUNDS.get(name), True) for name in turns.timings),
-        targets=tuple(Target(name, turns[name], bound, True, "s") for name, bound in _BOUNDS.items()),
+        targets=tuple(
+            Target(name, turns[name], bound, True, "s") for name, bound in _BOUNDS.items()
+        ),
         packages=("SQLAlchemy", "click"),
     )
 
