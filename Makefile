@@ -2,6 +2,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.installed-bench
 
 .PHONY: help demo demo-team test torture check docs bench clean
 help:  ## Show this list
@@ -32,14 +33,18 @@ check: $(STAMP)  ## Lint, types, layers, documents, tests
 docs: $(STAMP)  ## Write the generated pages
 	$(BIN)/python docs/generate.py
 
-bench: $(STAMP)  ## Measure against peers in the same run; writes docs/benchmarks.md
-	$(BIN)/python -m benchmarks
+bench: $(BENCH_STAMP)  ## Measure beside peers; writes docs/benchmarks.md; some tables: make bench T="push pull"
+	$(BIN)/python -m benchmarks $(T)
 
 clean:  ## Remove what the other targets made
-	rm -rf $(VENV) build *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-dvc build *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(STAMP): pyproject.toml constraints.txt
 	test -d $(VENV) || python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,check]'
+	touch $@
+
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,bench]'
 	touch $@

@@ -1,99 +1,88 @@
-"""Runs all measurements, prints their tables and writes ``docs/benchmarks.md``."""
+"""Runs the tables that are named, or all, and writes ``docs/benchmarks.md``."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import os
 import platform
+import sys
 import tempfile
+import time
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import modules, push, start
-from benchmarks.measure import ROUNDS, Timing
+from benchmarks import QUICK_VARIABLE
 
-PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-_GIB = push.TENSORS * push.TENSOR_BYTES / 2**30
+_ROOT = Path(__file__).parents[1]
+# In the order of the page; with the seconds that each may take, of 25 minutes in all.
+TABLES = {
+    "push": 300,
+    "file": 40,
+    "pull": 90,
+    "s3_push": 80,
+    "s3_pull": 80,
+    "second_push": 240,
+    "series": 240,
+    "components": 120,
+    "partial": 40,
+    "registry": 120,
+    "stall": 100,
+    "modules": 60,
+    "start": 20,
+}
 
 
 def main() -> None:
     """Measure, print and write."""
-    parts = [_head()]
-    with tempfile.TemporaryDirectory(prefix="ckpt-bench-", dir=Path.cwd()) as folder:
-        parts.append(_push_table(Path(folder)))
-        parts.append(_modules_table(Path(folder)))
-        parts.append(_start_table(Path(folder) / "start"))
-    text = "\n".join(parts)
-    PAGE.write_text(text, encoding="utf-8")
-    print(text)
+    chosen, quick = _arguments()
+    sys.path.insert(0, str(_ROOT / "tests"))  # which know how to start the servers
+    if quick:
+        os.environ[QUICK_VARIABLE] = "1"  # read by what is imported from here on
+    from benchmarks.page import read_results, render_table, write_results
+    from benchmarks.table import Measured, package_versions
+
+    docs = _ROOT / ("build/benchmarks" if quick else "docs")
+    results = read_results(docs)
+    began = time.monotonic()
+    for name in chosen:
+        measure = importlib.import_module(f"benchmarks.{name}").measure
+        start = time.monotonic()
+        # Not below /tmp, which may be memory.
+        with tempfile.TemporaryDirectory(prefix="ckpt-bench-", dir=_ROOT) as folder:
+            table = measure(Path(folder))
+        seconds = time.monotonic() - start
+        versions = package_versions(table.packages)
+        results[name] = Measured(table, str(date.today()), _machine(), versions, seconds)
+        print(render_table(name, results[name]), flush=True)
+        over = f", over its {TABLES[name]} s" if seconds > TABLES[name] else ""
+        print(f"{name} took {seconds:.0f} s{over}\n", flush=True)
+        write_results(docs, {one: results[one] for one in TABLES if one in results})
+    print(f"all of it took {time.monotonic() - began:.0f} s; {docs / 'benchmarks.md'}")
 
 
-def _head() -> str:
-    packages = ("torch", "safetensors", "blake3", "SQLAlchemy", "click")
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    return (
-        "# Benchmarks\n\n"
-        "<!-- Written by `make bench`; do not edit. -->\n\n"
-        "Contestants take turns in one run, after one round to warm up; medians count. Timings on shared machines are noisy: read the ratios.\n\n"
-        f"{date.today()}, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {versions}.\n"
+def _arguments() -> tuple[list[str], bool]:
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks")
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
+    parser.add_argument("--quick", action="store_true", help="small sizes; writes below build/")
+    given = parser.parse_args()
+    unknown = sorted(set(given.tables) - set(TABLES))
+    if unknown:
+        parser.error(f"there is no table {', '.join(unknown)}; choose from {', '.join(TABLES)}")
+    return given.tables or list(TABLES), given.quick
+
+
+def _machine() -> str:
+    """The processor, its cores and memory, the system and Python."""
+    names = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next(
+        (line.split(":")[1].strip() for line in names if line.startswith("model name")), ""
     )
-
-
-def _push_table(folder: Path) -> str:
-    timings = push.compare(folder)
-    peak = push.peak_memory(folder)
-    ours = timings["ckpt push"].median
-    rows = [
-        f"| {name} | {timing.median:.2f} | {_GIB / timing.median:.2f} | {timing.median / ours:.2f} |"
-        for name, timing in timings.items()
-    ]
-    ratio = timings["safetensors.save_file + fsync"].median / ours
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return (
-        "## Durable local push, 1 GiB fp32 in 64 tensors\n\n"
-        f"Median of {ROUNDS}. ckpt hashes every byte, looks it up, writes it, and commits; everything is on the disk when it returns.\n\n"
-        "| | s | GiB/s | speed of ckpt push over this |\n|---|---|---|---|\n"
-        + "\n".join(rows)
-        + f"\n\nckpt push is {ratio:.2f} times as fast as `save_file` + fsync (promised: at least 0.8 times). "
-        f"Its peak memory beside the state was {peak / 2**20:.0f} MiB (promised: at most 128 MiB).\n"
+        f"{os.cpu_count()} cores ({model or platform.machine()}), {memory:.0f} GiB of memory,"
+        f" {platform.system()} {platform.release()}, Python {platform.python_version()}"
     )
-
-
-def _modules_table(folder: Path) -> str:
-    rows, ratios = [], []
-    for cold in (False, True):
-        timings = modules.compare_loads(folder, cold=cold)
-        peer = timings["load_file + load_state_dict"].median
-        ratios.append(timings["repo.load"].median / peer)
-        where = "disk" if cold else "page cache"
-        rows += [
-            f"| {name} | {where} | {timing.median:.2f} | {timing.median / peer:.2f} |"
-            for name, timing in timings.items()
-        ]
-    pushes = modules.compare_pushes(folder)
-    module, state = (timing.median for timing in pushes.values())
-    return (
-        "## A module of 1 GiB in 64 layers\n\n"
-        "`repo.load` allocates, reads, hashes every byte, rebuilds and proves the structure; its peer fills a module that is ready.\n\n"
-        "| load | from | s | over the peer |\n|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
-        f"From the disk the load takes {ratios[1]:.2f} times its peer's time, from the page cache {ratios[0]:.2f} times (promised: at most 1.3 times). "
-        "In memory the peer is one copy; hashing alone takes longer than that copy on two cores.\n\n"
-        f"Pushing a module of a known structure took {module:.2f} s, pushing its state_dict {state:.2f} s: {module / state - 1:+.1%} (promised: at most +5 %).\n"
-    )
-
-
-def _start_table(folder: Path) -> str:
-    timings = start.compare(folder)
-    bounds = {"ckpt --help": "0.15", "ckpt ls": "0.5"}
-    rows = [_start_row(name, timing, bounds.get(name, "")) for name, timing in timings.items()]
-    return (
-        "## Start of the command line\n\n"
-        f"A fresh process each time, median of {start.ROUNDS}.\n\n"
-        "| | s | promised, at most |\n|---|---|---|\n" + "\n".join(rows) + "\n"
-    )
-
-
-def _start_row(name: str, timing: Timing, bound: str) -> str:
-    return f"| `{name}` | {timing.median:.3f} | {bound} |"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Real training states to measure codecs on: a small GPT from scratch, and a fine-tuned MiniLM.
 
 Each series is ten AdamW checkpoints, ten steps apart, after a warm-up. A checkpoint has three
-components, ``weights``, ``exp_avg`` and ``exp_avg_sq``. Training takes minutes, so they are kept.
+components, ``weights``, ``exp_avg`` and ``exp_avg_sq``. Training takes minutes, so they are kept in
+the user's cache.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
+import platformdirs
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
@@ -26,16 +27,20 @@ _WIDTH, _LAYERS, _HEADS, _CONTEXT = 384, 6, 6, 128
 Step = Callable[[int], torch.Tensor]
 
 
-def load_series(name: str, folder: Path) -> list[dict[str, np.ndarray]]:
-    """The checkpoints of ``gpt`` or ``minilm``; tensors are named ``<component>/<parameter>``."""
-    if not (folder / f"{name}-{CHECKPOINTS - 1}.safetensors").exists():
+def train_series(name: str) -> list[Path]:
+    """The files of the checkpoints of ``gpt`` or ``minilm``, trained when they are not there;
+    tensors are named ``<component>/<parameter>``."""
+    folder = platformdirs.user_cache_path("ckpt-benchmarks") / "series"
+    files = [folder / f"{name}-{number}.safetensors" for number in range(CHECKPOINTS)]
+    if not files[-1].exists():
         folder.mkdir(parents=True, exist_ok=True)
+        print(f"training {name}, which takes minutes and is done once", flush=True)
         torch.manual_seed(0)
         {"gpt": _train_gpt, "minilm": _tune_minilm}[name](folder)
-    return [load_file(folder / f"{name}-{n}.safetensors") for n in range(CHECKPOINTS)]
+    return files
 
 
-class _Gpt(nn.Module):
+class Gpt(nn.Module):
     """10.8 M parameters over bytes."""
 
     def __init__(self) -> None:
@@ -64,7 +69,7 @@ def _sources() -> list[str]:
 
 def _train_gpt(folder: Path) -> None:
     text = torch.frombuffer(bytearray("".join(_sources()).encode()), dtype=torch.uint8)
-    net = _Gpt()
+    net = Gpt()
 
     def loss(_step: int) -> torch.Tensor:
         starts = torch.randint(len(text) - _CONTEXT - 1, (8,)).tolist()

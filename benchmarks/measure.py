@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-ROUNDS = 5
+from benchmarks import QUICK_VARIABLE
+
+# Small sizes and two rounds, to see that everything works; such figures are never kept.
+QUICK = bool(os.environ.get(QUICK_VARIABLE))
+ROUNDS = 2 if QUICK else 5
+_REASON_LENGTH = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,19 +27,53 @@ class Timing:
         return statistics.median(self.rounds)
 
 
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """What a comparison gave: timings by contestant, and why some peers have none."""
+
+    timings: Mapping[str, Timing]
+    absent: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> float:
+        """The median of one contestant, in seconds."""
+        return self.timings[name].median
+
+    def best(self, *names: str) -> float:
+        """The median of the fastest of these that were measured; infinite when none was."""
+        return min((self[name] for name in names if name in self.timings), default=float("inf"))
+
+
 def take_turns(
-    contestants: Mapping[str, Callable[[], None]],
+    contestants: Mapping[str, Callable[[], object]],
     rounds: int = ROUNDS,
     between: Callable[[], None] = lambda: None,
-) -> dict[str, Timing]:
-    """Time every contestant once a round; ``between`` runs, untimed, before each one."""
+) -> Turns:
+    """Time every contestant once a round; ``between`` runs, untimed, before each one.
+
+    The first round only warms up. A peer that fails in it takes part no more, and is absent with
+    the reason; ckpt may not fail.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    absent: dict[str, str] = {}
     for turn in range(rounds + 1):
         for name, act in contestants.items():
+            if name in absent:
+                continue
             between()
             start = time.perf_counter()
-            act()
-            taken = time.perf_counter() - start
-            if turn:  # the first round warms up
-                seconds[name].append(taken)
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+            try:
+                act()
+            except Exception as error:
+                if turn or name.startswith("ckpt"):
+                    raise
+                absent[name] = shown_reason(error)
+            else:
+                seconds[name].append(time.perf_counter() - start)
+    timings = {name: Timing(tuple(values[1:])) for name, values in seconds.items() if values}
+    return Turns(timings, absent)
+
+
+def shown_reason(error: BaseException) -> str:
+    """Why a peer could not be measured, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:_REASON_LENGTH] if lines else type(error).__name__

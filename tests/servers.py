@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -146,10 +146,10 @@ def credentials() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def seaweedfs(credentials: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A SeaweedFS of one process, which knows the credentials of the tests only."""
-    folder = tmp_path_factory.mktemp("seaweedfs")
+@contextmanager
+def running_seaweedfs(folder: Path, volumes: int = 100) -> Iterator[Server]:
+    """A SeaweedFS of one process, which knows the credentials of the tests only; it has room for
+    ``volumes`` of 64 MB, counting what was deleted."""
     keys = {"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}
     allowed = {"name": "tests", "credentials": [keys], "actions": ["Admin"]}
     (folder / "s3.json").write_text(json.dumps({"identities": [allowed]}))
@@ -165,7 +165,7 @@ def seaweedfs(credentials: None, tmp_path_factory: pytest.TempPathFactory) -> It
             "ip.bind": "127.0.0.1",
             "master.telemetry": "false",
             "master.volumeSizeLimitMB": 64,
-            "volume.max": 100,
+            "volume.max": volumes,
             "filer.localSocket": data / "filer.sock",
             "s3.localSocket": data / "s3.sock",
             "s3.config": folder / "s3.json",
@@ -185,6 +185,13 @@ def seaweedfs(credentials: None, tmp_path_factory: pytest.TempPathFactory) -> It
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         yield _started(stack, folder, command, len(names), names.index("s3.port"))
+
+
+@pytest.fixture(scope="session")
+def seaweedfs(credentials: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A SeaweedFS for all tests."""
+    with running_seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
