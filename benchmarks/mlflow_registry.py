@@ -29,22 +29,32 @@ _TAGS = (("data", "'set-'||(i % 7)"), ("owner", "'team-'||(i % 100)"))
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
     (
         "runs",
-        "run_uuid, name, source_type, source_name, entry_point_name, user_id, status, start_time,"
-        " end_time, source_version, lifecycle_stage, artifact_uri, experiment_id",
-        f"{_RUN}, 'run', 'UNKNOWN', '', '', 'somebody', 'FINISHED', {_TIME}, {_TIME}, '',"
-        " 'active', '/nowhere/'||i, :experiment",
+        (
+            "run_uuid, name, source_type, source_name, entry_point_name, user_id, status, start_time,"
+            " end_time, source_version, lifecycle_stage, artifact_uri, experiment_id"
+        ),
+        (
+            f"{_RUN}, 'run', 'UNKNOWN', '', '', 'somebody', 'FINISHED', {_TIME}, {_TIME}, '',"
+            " 'active', '/nowhere/'||i, :experiment"
+        ),
     ),
     (
         "model_versions",
-        "name, version, creation_time, last_updated_time, user_id, current_stage, source, run_id,"
-        " status, storage_location, workspace",
-        f"'{MODEL}', i, {_TIME}, {_TIME}, 'somebody', 'None', '/nowhere/'||i, {_RUN}, 'READY',"
-        f" '/nowhere/'||i, '{_WORKSPACE}'",
+        (
+            "name, version, creation_time, last_updated_time, user_id, current_stage, source, run_id,"
+            " status, storage_location, workspace"
+        ),
+        (
+            f"'{MODEL}', i, {_TIME}, {_TIME}, 'somebody', 'None', '/nowhere/'||i, {_RUN}, 'READY',"
+            f" '/nowhere/'||i, '{_WORKSPACE}'"
+        ),
     ),
     (
         "logged_models",
-        "model_id, experiment_id, name, artifact_location, creation_timestamp_ms,"
-        " last_updated_timestamp_ms, status, lifecycle_stage, source_run_id",
+        (
+            "model_id, experiment_id, name, artifact_location, creation_timestamp_ms,"
+            " last_updated_timestamp_ms, status, lifecycle_stage, source_run_id"
+        ),
         f"{_LOGGED}, :experiment, 'net', '/nowhere/'||i, {_TIME}, {_TIME}, 2, 'active', {_RUN}",
     ),
     *(
@@ -63,8 +73,10 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
             ),
             (
                 "logged_model_metrics",
-                "model_id, metric_name, metric_timestamp_ms, metric_step, metric_value,"
-                " experiment_id, run_id",
+                (
+                    "model_id, metric_name, metric_timestamp_ms, metric_step, metric_value,"
+                    " experiment_id, run_id"
+                ),
                 f"{_LOGGED}, '{name}', {_TIME}, i, {value}, :experiment, {_RUN}",
             ),
         )

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy
 import torch
-import torch.distributed.checkpoint as dcp
 from blake3 import blake3
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict_loader import load as fill_by_dcp
+from torch.distributed.checkpoint.state_dict_saver import save as save_by_dcp
 
 import ckpt
 from benchmarks.measure import Turns, take_turns
@@ -33,7 +34,7 @@ def measure(folder: Path) -> Table:
         repo.push(state, "model")
         save_file(state, folder / "state.safetensors")
         torch.save(state, folder / "state.pt")
-        dcp.save(dict(state), checkpoint_id=folder / "dcp", no_dist=True)
+        save_by_dcp(dict(state), checkpoint_id=folder / "dcp", no_dist=True)
         for path in files_below(folder):
             sync(path)
         cold = _compare(repo, folder, state, cold=True)
@@ -72,7 +73,7 @@ def _compare(repo: ckpt.Repository, folder: Path, state: State, *, cold: bool) -
 
     def load_by_dcp() -> None:
         into = {name: torch.empty(count) for name in names}
-        dcp.load(into, checkpoint_id=folder / "dcp", no_dist=True)
+        fill_by_dcp(into, checkpoint_id=folder / "dcp", no_dist=True)
         touch(into)
 
     contestants: dict[str, Callable[[], object]] = {
@@ -91,7 +92,7 @@ def _compare(repo: ckpt.Repository, folder: Path, state: State, *, cold: bool) -
 def _read(path: Path) -> None:
     """Read a file by two threads in large pieces."""
     size = path.stat().st_size
-    target = memoryview(numpy.empty(size, numpy.uint8))
+    target = numpy.empty(size, numpy.uint8).data
     piece = 16 << 20
     with path.open("rb", buffering=0) as file, ThreadPoolExecutor(2) as pool:
         list(

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy
 import torch
-import torch.distributed.checkpoint as dcp
 from blake3 import blake3
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save as save_by_dcp
 
 import ckpt
 from benchmarks.measure import Turns, take_turns
@@ -111,8 +112,8 @@ def _best_threads(state: State, parts: Path, clean: Callable[[], None]) -> int:
 
 
 def _save_by_dcp(state: State, parts: Path, threads: int) -> None:
-    writer = dcp.FileSystemWriter(parts, thread_count=threads, sync_files=True)
-    dcp.save(dict(state), storage_writer=writer, no_dist=True)
+    writer = FileSystemWriter(parts, thread_count=threads, sync_files=True)
+    save_by_dcp(dict(state), storage_writer=writer, no_dist=True)
 
 
 def _saved(save: Callable[..., object], state: State, target: Path) -> None:

@@ -18,7 +18,6 @@ from benchmarks.mlflow_registry import MODEL, MlflowRegistry
 from benchmarks.registry_scale import Filling, fill
 from benchmarks.states import sync
 from benchmarks.table import Bar, Table, Target
-from ckpt.registry.queries import Comparison
 
 _SIZES = (100, 300, 1000) if QUICK else (1000, 10_000, 100_000)
 _CALLS = 20 if QUICK else 200
@@ -102,10 +101,9 @@ def _filled(folder: Path, server: PostgresServer | None, filling: Filling) -> ck
 
 def _ask_ckpt(folder: Path, server: PostgresServer | None, versions: int) -> Answers:
     with _filled(folder, server, Filling(versions)) as repo:
-        queries, low = repo._registry.queries, [Comparison("loss", "<", 0.01)]
         questions: dict[str, Question] = {
             "log": lambda n: repo.log(MODEL),
-            "find": lambda n: queries.find(MODEL, low, "loss", 10),
+            "find": lambda n: repo.find(MODEL, "loss < 0.01", order_by="loss", limit=10),
             "get": lambda n: repo.get(f"{MODEL}@{1 + n * 7919 % versions}"),
             "tag": lambda n: repo.tag(f"{MODEL}@{1 + n % versions}", "moving"),
         }

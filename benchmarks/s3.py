@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import os
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import numpy
@@ -29,6 +28,8 @@ _VOLUMES = 1000
 _THREADS = 8
 _PART = 16 << 20
 # s5cmd and boto3 are measured with the fastest of these: their own settings first.
+S = TypeVar("S")
+
 _S5CMD_SETTINGS = ((), ("-c", "16", "-p", "16"), ("-c", "8", "-p", "64"))
 _BOTO_SETTINGS = ((10, 8), (16, 16), (8, 64))
 _AWS_CONFIG = "[default]\ns3 =\n  max_concurrent_requests = 16\n  multipart_chunksize = 16MB\n"
@@ -92,7 +93,7 @@ def program(name: str) -> str:
 
 def run(*command: str | Path, cwd: Path | None = None) -> None:
     """Run a program; what it says is told when it fails."""
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, cwd=cwd, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{Path(command[0]).name} failed: {done.stderr or done.stdout}")
 
@@ -119,15 +120,15 @@ def transfer(settings: tuple[int, int]) -> TransferConfig:
 
 def fastest_s5cmd(act: Callable[[tuple[str, ...]], object]) -> tuple[str, ...]:
     """The settings of s5cmd with which ``act`` is fastest."""
-    return _fastest({settings: act for settings in _S5CMD_SETTINGS})
+    return _fastest(dict.fromkeys(_S5CMD_SETTINGS, act))
 
 
 def fastest_boto(act: Callable[[tuple[int, int]], object]) -> tuple[int, int]:
     """The threads and MiB a part with which ``act`` is fastest."""
-    return _fastest({settings: act for settings in _BOTO_SETTINGS})
+    return _fastest(dict.fromkeys(_BOTO_SETTINGS, act))
 
 
-def _fastest(acts: Mapping[Any, Callable[[Any], object]]) -> Any:
+def _fastest(acts: Mapping[S, Callable[[S], object]]) -> S:
     seconds = {}
     for settings, act in acts.items():
         start = time.perf_counter()
@@ -149,7 +150,7 @@ def put_all(server: Server, data: memoryview, prefix: str) -> None:
 
 def get_all(server: Server, key: str, size: int) -> None:
     """What the server gives: ranged GETs of 16 MiB by eight threads into one buffer."""
-    target = memoryview(numpy.empty(size, numpy.uint8))
+    target = numpy.empty(size, numpy.uint8).data
 
     def get(at: int) -> None:
         _request(server, "get_object", "GET", key, into=target[at : at + _PART], at=at)

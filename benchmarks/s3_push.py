@@ -56,7 +56,7 @@ def _compare(place: Bucket) -> tuple[Turns, str]:
     state = make_state(_BYTES)
     source = place.folder / "state.safetensors"
     save_file(state, source)
-    data = memoryview(numpy.fromfile(source, numpy.uint8))
+    data = numpy.fromfile(source, numpy.uint8).data
     client, key = place.server.client, address("copied/state")
     repo = place.repository("pushed")
     steps = count(1)

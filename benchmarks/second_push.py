@@ -33,6 +33,9 @@ _DVC_VENV = Path(__file__).parents[1] / ".venv-dvc"
 Size = Callable[[], int]
 
 
+Make = Callable[[], Callable[[], object]]
+
+
 @dataclass(frozen=True, slots=True)
 class Contestant:
     """A way to push, and the bytes of everything that it has stored."""
@@ -138,13 +141,14 @@ def _on_s3(state: State, place: Bucket, absent: dict[str, str]) -> dict[str, Con
             lambda: place.size("copied/"),
         ),
     }
-    for name, make in (
-        (_MLFLOW, lambda: _mlflow(state, place.folder, address("mlflow"))),
-        (_DVC, lambda: _dvc(file.parent, address("dvc"), place.server.endpoint)),
-    ):
+    peers: dict[str, Make] = {
+        _MLFLOW: lambda: _mlflow(state, place.folder, address("mlflow")),
+        _DVC: lambda: _dvc(file.parent, address("dvc"), place.server.endpoint),
+    }
+    for name, make in peers.items():
         try:
             found[name] = Contestant(make(), _sized(place, f"{name.split()[0].lower()}/"))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  a peer that fails is told
             absent[name] = shown_reason(error)
     return found
 
@@ -161,13 +165,14 @@ def _locally(state: State, folder: Path, absent: dict[str, str]) -> dict[str, Co
     found = {
         _OURS: Contestant(lambda: _push(repo, state, numbers), lambda: _bytes(repo.location.store))
     }
-    for name, make, where in (
-        (_MLFLOW, lambda: _mlflow(state, folder, str(artifacts)), artifacts),
-        (_DVC, lambda: _dvc(folder / "dvc", str(remote), None), remote),
-    ):
+    peers: dict[str, tuple[Make, Path]] = {
+        _MLFLOW: (lambda: _mlflow(state, folder, str(artifacts)), artifacts),
+        _DVC: (lambda: _dvc(folder / "dvc", str(remote), None), remote),
+    }
+    for name, (make, where) in peers.items():
         try:
             found[name] = Contestant(make(), _grown(where))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  a peer that fails is told
             absent[name] = shown_reason(error)
     found[_RAW] = Contestant(
         lambda: _write(state[_CHANGED], target / str(next(numbers))), _grown(target)

@@ -13,11 +13,12 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch._C._distributed_c10d import FileStore
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save
 
 import ckpt
 from benchmarks.codec_states import Gpt
@@ -91,9 +92,9 @@ class _Dcp:
     def save(self, step: int) -> None:
         self.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._under_way = dcp.async_save(
+        self._under_way = async_save(
             self._trainer.state(),
-            storage_writer=dcp.FileSystemWriter(self._folder, thread_count=2, sync_files=True),
+            storage_writer=FileSystemWriter(self._folder, thread_count=2, sync_files=True),
             planner=DefaultSavePlanner(enable_plan_caching=True),
             async_checkpointer_type=self._kind,
             async_stager=self._stager,
@@ -195,7 +196,7 @@ def _train(trainer: Trainer, saver: Saver | None, calls: list[float]) -> None:
 @contextmanager
 def _one_rank(folder: Path) -> Iterator[None]:
     """A process group of this process alone: DCP saves by another process only in one."""
-    store = dist.FileStore(str(folder / "ranks"), 1)
+    store = FileStore(str(folder / "ranks"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         yield
