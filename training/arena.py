@@ -13,7 +13,8 @@ import numpy
 from ckpt.core.tensors import TensorBytes, chunk_spans
 
 _PAGE = 4096
-_THREADS = 2
+
+_Task = tuple[TensorBytes, int, int, int]  # source, its place, and a span of it
 
 
 class Arena:
@@ -40,19 +41,23 @@ class Arena:
             places.append(end)
             end += -(-source.nbytes // _PAGE) * _PAGE
         room = numpy.frombuffer(self.room(end), numpy.uint8)
-
-        def copy(task: tuple[TensorBytes, int, int, int]) -> None:
-            source, place, offset, length = task
-            data = numpy.frombuffer(source.read(offset, length), numpy.uint8)
-            numpy.copyto(room[place + offset : place + offset + length], data)
-
         tasks = [
             (source, place, *span)
             for source, place in zip(sources, places, strict=True)
             for span in chunk_spans(source.nbytes)
         ]
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="ckpt-stage") as pool:
-            list(pool.map(copy, tasks))
+
+        def copy(mine: Sequence[_Task]) -> None:
+            for source, place, offset, length in mine:
+                data = numpy.frombuffer(source.read(offset, length), numpy.uint8)
+                numpy.copyto(room[place + offset : place + offset + length], data)
+
+        # One hand-over for half of the bytes: one for each tensor would take longer than its copy.
+        halves = _halved(tasks)
+        with ThreadPoolExecutor(1, thread_name_prefix="ckpt-stage") as pool:
+            other = pool.submit(copy, halves[1])
+            copy(halves[0])
+            other.result()
         return places
 
     def close(self) -> None:
@@ -73,6 +78,16 @@ class ArenaTensor:
 
     def read(self, offset: int, length: int) -> memoryview:
         return self._data[offset : offset + length]
+
+
+def _halved(tasks: Sequence[_Task]) -> tuple[list[_Task], list[_Task]]:
+    """The same tasks in two lists of about as many bytes."""
+    halves: tuple[list[_Task], list[_Task]] = ([], [])
+    ahead = 0  # bytes that the first has more
+    for task in sorted(tasks, key=lambda task: -task[3]):
+        halves[ahead > 0].append(task)
+        ahead += -task[3] if ahead > 0 else task[3]
+    return halves
 
 
 def _make() -> int:
