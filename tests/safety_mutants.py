@@ -216,7 +216,7 @@ OTHERS = (
     Mutant(
         "no look at the size after a claim",
         "a_damaged_pack_is_not_shared",
-        "ckpt.service.upload:Upload._claim",
+        "ckpt.service.sharing:Sharing._try",
         "if size == pack.size:",
         "if True:",
     ),
@@ -420,9 +420,9 @@ OTHERS = (
     Mutant(
         "bytes that are not hashed when they are read",
         "what_is_read_is_what_was_pushed",
-        "ckpt.service.fetch:_read_piece",
-        "if found == piece.digest:",
-        "if True:",
+        "ckpt.storage.chunks:read_place",
+        "if found != place.digest:",
+        "if False:",
     ),
     Mutant(
         "fsck that does not mark what is broken",

@@ -614,6 +614,14 @@ def test_every_step_of_safety_that_is_left_out_is_noticed(trials: Trials, tmp_pa
         tmp_path.mkdir()
 
 
+def test_every_mutant_leaves_out_what_is_there() -> None:
+    """Also those that only a longer run tries."""
+    for mutant in (*TELLING, *OTHERS):
+        assert mutant.promise in globals(), mutant.name
+        with mutant.applied():
+            pass
+
+
 def made(folder: Path) -> Path:
     folder.mkdir()
     return folder
