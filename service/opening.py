@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 from ckpt.core.errors import StorageError, UsageError
 from ckpt.registry.registry import Registry
@@ -14,8 +14,6 @@ from ckpt.service.places import Place, as_place, open_store, probe_store, shown
 from ckpt.service.repository import PathLike, Repository
 from ckpt.storage.identity import ensure_identity, read_identity
 from ckpt.storage.store import Store
-
-T = TypeVar("T")
 
 
 def open_repository(
@@ -59,14 +57,15 @@ def make_repository(location: Location) -> Repository:
     options = probe_store(location.store_place, location.options)
     location = replace(location, options=options)
     prepare(location)
-    identity = _with_store(location, ensure_identity)
-    opened = Registry.create(location.registry_place, identity)
-    try:
-        complete(location)
-        return Repository(replace(location, exists=True), opened)
-    except BaseException:
-        opened.close()
-        raise
+    with _store_of(location) as (store, keep):
+        opened = Registry.create(location.registry_place, ensure_identity(store))
+        try:
+            complete(location)
+        except BaseException:
+            opened.close()
+            raise
+        keep()
+        return Repository(replace(location, exists=True), opened, store)
 
 
 def reopen(location: Location) -> Repository:
@@ -75,22 +74,26 @@ def reopen(location: Location) -> Repository:
 
 
 def _open_existing(location: Location) -> Repository:
-    identity = _with_store(location, read_identity)
-    if identity is None:
-        raise StorageError(
-            "store-missing",
-            f"the store {shown(location.store_place)} is missing",
-            hint="put it back, or correct config.toml",
-        )
-    return Repository(location, Registry.open(location.registry_place, identity))
+    with _store_of(location) as (store, keep):
+        identity = read_identity(store)
+        if identity is None:
+            raise StorageError(
+                "store-missing",
+                f"the store {shown(location.store_place)} is missing",
+                hint="put it back, or correct config.toml",
+            )
+        opened = Registry.open(location.registry_place, identity)
+        keep()
+        return Repository(location, opened, store)
 
 
-def _with_store(location: Location, ask: Callable[[Store], T]) -> T:
-    store = open_store(location.store_place, location.options)
-    try:
-        return ask(store)
-    finally:
-        store.close()
+@contextmanager
+def _store_of(location: Location) -> Iterator[tuple[Store, Callable[[], object]]]:
+    """The store, closed afterwards unless it was said to keep it: to connect takes a while."""
+    with ExitStack() as stack:
+        store = open_store(location.store_place, location.options)
+        stack.callback(store.close)
+        yield store, stack.pop_all
 
 
 def _open_parts(registry: Place, store: Place, create: bool) -> Repository:
@@ -98,23 +101,31 @@ def _open_parts(registry: Place, store: Place, create: bool) -> Repository:
     exists = registry.exists() if isinstance(registry, Path) else True
     root = store if isinstance(store, Path) else registry if isinstance(registry, Path) else Path()
     location = Location(root, registry, store, exists=exists)
-    identity = _with_store(location, read_identity)
-    if identity is not None and exists:
-        try:
-            return Repository(location, Registry.open(registry, identity))
-        except StorageError as error:  # a database without tables is no repository yet
-            if isinstance(registry, Path) or not create or error.code != "schema-older":
-                raise
-    if not create:
-        raise no_repository(location)
-    opened = Registry.create(registry, _with_store(location, ensure_identity))
-    return Repository(replace(location, exists=True), opened)
+    with _store_of(location) as (opened, keep):
+        identity = read_identity(opened)
+        if identity is not None and exists:
+            try:
+                found = Registry.open(registry, identity)
+            except StorageError as error:  # a database without tables is no repository yet
+                if isinstance(registry, Path) or not create or error.code != "schema-older":
+                    raise
+            else:
+                keep()
+                return Repository(location, found, opened)
+        if not create:
+            raise no_repository(location)
+        made = Registry.create(registry, ensure_identity(opened))
+        keep()
+        return Repository(replace(location, exists=True), made, opened)
 
 
 def upgrade_registry(repo: PathLike | None = None) -> str:
     """Bring the schema of a repository's registry up to date; returns where it is."""
     location = locate(repo)
-    identity = _with_store(location, read_identity) if location.exists else None
+    if not location.exists:
+        raise no_repository(location)
+    with _store_of(location) as (store, _):
+        identity = read_identity(store)
     if identity is None:
         raise no_repository(location)
     Registry.upgrade(location.registry_place, identity)

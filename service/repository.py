@@ -30,9 +30,9 @@ from ckpt.service.author import author
 from ckpt.service.config import Location
 from ckpt.service.exchange import Exchange
 from ckpt.service.lookup import Lookup, VersionLike
-from ckpt.service.places import open_store
 from ckpt.service.tripwire import check_newest
 from ckpt.service.upkeep import Upkeep
+from ckpt.storage.store import Store
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,10 +54,10 @@ class Repository(Lookup, Exchange, Upkeep):
     a :class:`Version`.
     """
 
-    def __init__(self, location: Location, registry: Registry) -> None:
+    def __init__(self, location: Location, registry: Registry, store: Store) -> None:
         self.location = location
         self._registry = registry
-        self._store = open_store(location.store_place, location.options)
+        self._store = store
 
     def push(
         self,

@@ -38,7 +38,7 @@ _WRITES_AHEAD = 24
 _ENCODED_AHEAD = 3  # each may hold a chunk, its base and what is made of them
 # What a smaller tensor could save, its description in the pack would cost.
 _ENCODED_BYTES = 4096
-_FLUSH_BYTES = 64 << 20
+_FLUSH_BYTES = 16 << 20
 # Equal tensors up to this size are written under each name (docs/decisions/002).
 _REPEATED_BYTES = 1 << 20
 

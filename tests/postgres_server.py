@@ -127,4 +127,5 @@ def repository_over(where: Path | str, root: Path) -> Repository:
     """A repository with its registry there, and its store in ``root``."""
     store = root / "store"
     location = Location(root, root / "registry.db", store, exists=True)
-    return Repository(location, Registry.create(where, ensure_identity(LocalStore(store))))
+    near = LocalStore(store)
+    return Repository(location, Registry.create(where, ensure_identity(near)), near)
