@@ -211,7 +211,9 @@ def _mlflow(state: State, folder: Path, artifacts: str) -> Callable[[], object]:
 
     def push() -> None:
         with mlflow.start_run(experiment_id=experiment):
-            flavor.log_model(module, name="model", pip_requirements=["torch"])
+            flavor.log_model(
+                module, name="model", pip_requirements=["torch"], serialization_format="pickle"
+            )
 
     return push
 
