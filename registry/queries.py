@@ -76,6 +76,14 @@ class Queries:
             row = found and transaction.row(_newest_first(found.id).limit(1))
             return None if row is None else _records(transaction, [row])[0]
 
+    def newest_digest(self, model: str) -> str | None:
+        """The digest of a model's newest version, or None when it has none."""
+        with self._database.read() as transaction:
+            found = _model(transaction, model)
+            query = select(versions.c.digest).order_by(versions.c.number.desc()).limit(1)
+            row = found and transaction.row(query.where(versions.c.model == found.id))
+            return None if row is None else str(row.digest)
+
     def log(self, model: str, before: int | None = None, limit: int = 100) -> list[Version]:
         """Versions of a model, newest first, from below number ``before``; at most ``limit``."""
         with self._database.read() as transaction:

@@ -4,6 +4,7 @@ again, still has it."""
 from __future__ import annotations
 
 from ckpt.core.errors import ConflictError
+from ckpt.core.records import Version
 from ckpt.registry.registry import Registry
 from ckpt.storage.store import Store
 
@@ -15,15 +16,17 @@ def copy_pending(store: Store, registry: Registry) -> None:
         registry.copies.note(copy)
 
 
-def acknowledge_push(store: Store, registry: Registry, push: str) -> None:
-    """Return only when the version of ``push`` may be told to somebody.
+def acknowledge_push(store: Store, registry: Registry, push: str) -> Version:
+    """The version of ``push``, returned only when it may be told to somebody.
 
     Raises:
         ConflictError: ``registry-changed`` when the registry was lost or rebuilt meanwhile.
     """
     copy_pending(store, registry)
-    if not registry.books.is_acknowledgeable(push) or registry.queries.by_push(push) is None:
+    version = registry.queries.by_push(push) if registry.books.is_acknowledgeable(push) else None
+    if version is None:
         raise _changed()
+    return version
 
 
 def acknowledge_event(store: Store, registry: Registry, event: str) -> None:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 Compress = Literal["auto", "max", "none"]
 COMPRESS: tuple[Compress, ...] = ("auto", "max", "none")
 
+# What a smaller tensor could save, its description in the pack would cost.
+ENCODED_BYTES = 4096
+
 # Of the source with this number, the digest of the base of each chunk.
 Bases = Mapping[int, Sequence[str | None]]
 # Chunks in this process's memory, by digest: bases that no store has to be asked for.
@@ -50,6 +53,8 @@ def find_bases(
 
     A base is never itself a difference: of a chunk that is one, its own base is the base.
     """
+    if all(source.nbytes < ENCODED_BYTES for source in sources):
+        return {}
     reads = compress == "max" or store.is_near
     newest = registry.queries.newest(model) if reads or kept else None
     if compress == "none" or newest is None:

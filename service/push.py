@@ -146,10 +146,7 @@ def push_described(
             if upload.opened:
                 abort(registry, upload.push, error)
             raise
-    acknowledge_push(store, registry, upload.push)
-    version = registry.queries.by_push(upload.push)
-    assert version is not None
-    return version, upload.added
+    return acknowledge_push(store, registry, upload.push), upload.added
 
 
 def _document(
@@ -193,6 +190,8 @@ def same_version(
     store: Store, registry: Registry, said: Said, document: Document, digest: str
 ) -> Version | None:
     """The model's newest version when a push of this would only repeat it, acknowledged anew."""
+    if registry.queries.newest_digest(said.model) != digest:
+        return None
     newest = registry.queries.newest(said.model)
     if newest is None or newest.digest != digest or newest.step != said.step:
         return None

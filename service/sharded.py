@@ -152,10 +152,7 @@ class JointPush:
         facts = describe_push(self.said, document, digest, nbytes)
         new_bytes = sum(one.new_bytes for one in everything)
         commit(registry, push, facts, document, recorded, (), needed, new_bytes)
-        acknowledge_push(store, registry, push)
-        version = registry.queries.by_push(push)
-        assert version is not None
-        return version
+        return acknowledge_push(store, registry, push)
 
     def abort(self, push: str, error: BaseException) -> None:
         """End the push for all of its processes; what they wrote is there for the next one."""

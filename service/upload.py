@@ -22,7 +22,7 @@ from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.records import Added, Chunk, FinishedPack, Pack
 from ckpt.core.tensors import CHUNK_BYTES, TensorBytes, chunk_spans
 from ckpt.registry.books import LEASE_SECONDS, Books
-from ckpt.service.bases import Bases, Compress, Kept
+from ckpt.service.bases import ENCODED_BYTES, Bases, Compress, Kept
 from ckpt.service.sharing import Sharing
 from ckpt.storage.packs import PackWriter, chunk_cost, header_cost
 from ckpt.storage.store import Store
@@ -36,8 +36,6 @@ _THREADS = 2
 _HASHED_AHEAD = 12
 _WRITES_AHEAD = 24
 _ENCODED_AHEAD = 3  # each may hold a chunk, its base and what is made of them
-# What a smaller tensor could save, its description in the pack would cost.
-_ENCODED_BYTES = 4096
 _FLUSH_BYTES = 16 << 20
 # Equal tensors up to this size are written under each name (docs/decisions/002).
 _REPEATED_BYTES = 1 << 20
@@ -207,7 +205,7 @@ class Upload:
 
     def _may_encode(self, index: int) -> bool:
         """Whether the chunks of a tensor are worth the try to make them smaller."""
-        if index >= self._apart or self._sources[index].nbytes < _ENCODED_BYTES:
+        if index >= self._apart or self._sources[index].nbytes < ENCODED_BYTES:
             return False
         return self._compress == "max" or any(self._bases.get(index, ()))
 
