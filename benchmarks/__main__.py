@@ -17,19 +17,19 @@ from benchmarks import QUICK_VARIABLE
 _ROOT = Path(__file__).parents[1]
 # In the order of the page; with the seconds that each may take, of 25 minutes in all.
 TABLES = {
-    "push": 300,
-    "file": 40,
-    "pull": 90,
-    "s3_push": 80,
-    "s3_pull": 80,
-    "second_push": 240,
-    "series": 240,
-    "components": 120,
+    "push": 200,
+    "file": 70,
+    "pull": 95,
+    "s3_push": 135,
+    "s3_pull": 100,
+    "second_push": 130,
+    "series": 260,
+    "components": 40,
     "partial": 40,
-    "registry": 120,
-    "stall": 100,
+    "registry": 200,
+    "stall": 170,
     "modules": 60,
-    "start": 20,
+    "start": 15,
 }
 
 

@@ -106,7 +106,7 @@ def measure(folder: Path) -> Table:
     )
 
 
-_WHOLE_PEERS = ("moonclip", "moonclip, level 9", _Z4AI, "ZipNN", "restic")
+_WHOLE_PEERS = ("moonclip", _Z4AI, "ZipNN", "restic")
 _WEIGHT_PEERS = ("XOR + zstd", "XOR + zstd, to the first", _Z4AI)
 
 
@@ -115,7 +115,6 @@ def _whole(place: Path) -> Makers:
         _OURS: lambda: Ckpt(place / "max", "max"),
         "ckpt auto": lambda: Ckpt(place / "auto", "auto"),
         "moonclip": lambda: Moonclip(place / "moonclip"),
-        "moonclip, level 9": lambda: Moonclip(place / "moonclip-9", 9),
         "ZipNN": zipnn,
         "restic": lambda: Restic(place / "restic"),
     }
