@@ -90,7 +90,7 @@ def torture_page() -> str:
 _TORTURE = """\
 `make torture MINUTES=60` runs the tests of safety for longer, each trial from a fresh seed. Every run
 adds its lines to `torture.jsonl`, with the first seed, so that `--first-seed` repeats it; this page adds
-them up. Lines with violations are of bugs that were found so; they stay.
+them up. Lines with violations are of bugs that were found so, in ckpt or in a test; they stay.
 """
 
 PAGES: dict[str, Callable[[], str]] = {

@@ -89,7 +89,8 @@ class Kept:
 
     def is_repeated_by(self, facts: Facts) -> bool:
         """Whether a push of this, if it is the newest, is answered with it."""
-        same = (self.content, self.step, self.labels) == (facts.content, facts.step, facts.labels)
+        mine = self.content, self.step, self.run, self.labels
+        same = mine == (facts.content, facts.step, facts.run, facts.labels)
         return same and repr(self.metrics) == repr(facts.metrics)  # a NaN equals itself here
 
 

@@ -161,7 +161,7 @@ class Machine(VersionsMachine):
         place, actor, kept = self.choose(who, pick)
         repo, shelf = place.actor(actor), place.shelf
         line = shelf.lines[kept.model]
-        log = repo.log(kept.model)
+        log = repo.log(kept.model, limit=1000)  # more than a page by then
         assert [one.number for one in log] == sorted(line.versions, reverse=True)
         for one in log:
             place.check_record(one, line.versions[one.number])
