@@ -11,7 +11,6 @@ from ckpt.core.names import check_key
 from ckpt.core.printable import escape
 
 STEP = "step"
-OPERATORS = ("<", "<=", "=", "!=", ">=", ">")
 
 _AND = re.compile(r"\s+and\s+", re.IGNORECASE)
 _COMPARISON = re.compile(r"\s*([^\s<>=!]+)\s*(<=|>=|!=|==|=|<|>)\s*(\S+)\s*\Z")
@@ -20,7 +19,7 @@ _COMPARISON = re.compile(r"\s*([^\s<>=!]+)\s*(<=|>=|!=|==|=|<|>)\s*(\S+)\s*\Z")
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """A metric, or ``step``, beside a finite number; what a version lacks, or is not finite, never
-    matches. ``operator`` is one of :data:`OPERATORS`."""
+    matches. ``operator`` is one of ``< <= = != >= >``."""
 
     name: str
     operator: str

@@ -36,31 +36,7 @@ class Curves:
             name = require_model(transaction, model)
             known = select(models.c.id).where(models.c.name == name).scalar_subquery()
             mine = versions.c.model == known
-            named = metrics.c.name == metric
-            below = [] if before is None else [versions.c.number < before]
-            query = (
-                select(
-                    versions.c.number,
-                    versions.c.step,
-                    runs.c.name,
-                    metrics.c.value,
-                    metrics.c.special,
-                )
-                .join(metrics, (metrics.c.version == versions.c.id) & named)
-                .join(runs, runs.c.id == versions.c.run)
-                .where(mine, *below)
-                .order_by(versions.c.number.desc())
-                .limit(limit)
-            )
-            points = [
-                Point(
-                    row.number,
-                    row.step,
-                    row.name,
-                    row.value if row.special is None else special(row.special),
-                )
-                for row in transaction.rows(query)
-            ]
+            points = _points(transaction, mine, metric, before, limit)
             if not points:
                 raise _metric_missing(transaction, name, metric, mine)
             held = _aliases(transaction, mine)
@@ -69,6 +45,34 @@ class Curves:
             )
         kept = () if rules is None else tuple(read_json(rules.body.encode()))
         return Curve(name, metric, tuple(reversed(points)), held, kept)
+
+
+def _points(
+    transaction: Transaction,
+    mine: ColumnElement[bool],
+    metric: str,
+    before: int | None,
+    limit: int | None,
+) -> list[Point]:
+    """Newest first."""
+    below = [] if before is None else [versions.c.number < before]
+    query = (
+        select(versions.c.number, versions.c.step, runs.c.name, metrics.c.value, metrics.c.special)
+        .join(metrics, (metrics.c.version == versions.c.id) & (metrics.c.name == metric))
+        .join(runs, runs.c.id == versions.c.run)
+        .where(mine, *below)
+        .order_by(versions.c.number.desc())
+        .limit(limit)
+    )
+    return [
+        Point(
+            row.number,
+            row.step,
+            row.name,
+            row.value if row.special is None else special(row.special),
+        )
+        for row in transaction.rows(query)
+    ]
 
 
 def _aliases(transaction: Transaction, mine: ColumnElement[bool]) -> dict[int, tuple[str, ...]]:

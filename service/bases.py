@@ -77,26 +77,33 @@ def find_bases(
 
 
 def keep_bases(
-    registry: Registry, version: Version, sources: Sequence[TensorBytes | None], kept: Kept
-) -> Kept:
-    """Copies of what the next version may be differences to, after this one was pushed from
-    ``sources``, one for each of its entries; at most as many bytes as it has."""
-    try:
-        entries = registry.queries.document(version).tensors
-    except NotFoundError:  # removed meanwhile
-        return {}
+    registry: Registry,
+    version: Version,
+    sources: Sequence[TensorBytes | None],
+    kept: dict[str, memoryview],
+) -> None:
+    """Bring ``kept`` to what the next version may be differences to, after this one was pushed
+    from ``sources``, one for each of its entries; never more than one state's bytes.
+
+    Raises:
+        NotFoundError: the version was removed meanwhile.
+    """
+    entries = registry.queries.document(version).tensors
     rows = registry.books.find_chunks({digest for entry in entries for digest in entry.chunks})
-    found: dict[str, memoryview] = {}
+    wanted: dict[str, tuple[TensorBytes, tuple[int, int]] | None] = {}
     for entry, source in zip(entries, sources, strict=True):
         if source is None:
             continue
         for digest, span in zip(entry.chunks, chunk_spans(source.nbytes), strict=True):
             base = _base(rows.get(digest, ()), digest, None)
-            if base == digest:
-                found[digest] = kept.get(digest) or memoryview(bytes(source.read(*span)))
-            elif base is not None and base in kept:
-                found[base] = kept[base]
-    return found
+            if base is not None:
+                wanted[base] = (source, span) if base == digest else wanted.get(base)
+    for digest in kept.keys() - wanted.keys():
+        del kept[digest]  # first, so that two states never lie side by side
+    for digest, place in wanted.items():
+        if place is not None and digest not in kept:
+            source, span = place
+            kept[digest] = memoryview(bytes(source.read(*span)))
 
 
 def _base(rows: Iterable[Chunk], digest: str, among: Kept | None) -> str | None:

@@ -78,7 +78,7 @@ class Repository(Lookup, Exchange, Upkeep):
     ) -> Version:
         """Store a state as a new version of ``model``; durable when this returns.
 
-        The newest version is answered instead when its content, step, metrics and labels are
+        The newest version is answered instead when its run, content, step, metrics and labels are
         the same. Every tensor is stored once, however often it is pushed.
 
         Args:

@@ -116,6 +116,14 @@ def _remove(store: Store, registry: Registry, version: Version) -> bool:
     return True
 
 
+def check_rules(rules: Sequence[Rule | str]) -> list[str]:
+    """The rules as text; UsageError ``rule-invalid`` for what is none."""
+    said = [str(rule) for rule in rules]
+    for rule in said:
+        parse_rule(rule)
+    return said
+
+
 def parse_rule(rule: str) -> Keep:
     """The function that picks what a rule keeps; it is given versions newest first, and the time
     by the clock that dated them, the registry's, in microseconds since 1970.

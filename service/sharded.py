@@ -132,7 +132,7 @@ class JointPush:
         written: Iterable[Written],
     ) -> Version:
         """Make the version of what all processes wrote; durable and acknowledged when this
-        returns. The newest version is answered instead when it has the same content, step,
+        returns. The newest version is answered instead when it has the same run, content, step,
         metrics and labels.
         """
         store, registry = self._store, self._registry

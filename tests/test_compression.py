@@ -11,8 +11,11 @@ from safetensors.torch import load_file, save_file
 from sqlalchemy import select
 
 import ckpt
+from ckpt.core.digests import digest_of
 from ckpt.core.errors import IntegrityError, UsageError
+from ckpt.loader.sources import MemoryTensor
 from ckpt.registry.tables import chunks
+from ckpt.service.bases import keep_bases
 from ckpt.service.rebuild import rebuild_registry
 from ckpt.storage.local import LocalStore
 
@@ -214,3 +217,25 @@ def test_every_dtype_and_shape_comes_back(repo: ckpt.Repository, compress: str) 
         pulled = repo.pull(version)
         for name, tensor in pushed.items():
             assert torch.equal(bits(pulled[name]), bits(tensor)), name
+
+
+def test_of_what_successors_need_one_state_is_kept_in_memory(repo: ckpt.Repository) -> None:
+    kept: dict[str, memoryview] = {}
+
+    def keep(pushed: State) -> set[str]:
+        version = repo.push(pushed, "m", step=len(kept))
+        entries = repo.document(version).tensors
+        sources = [MemoryTensor(one.name, one.dtype, pushed[one.name]) for one in entries]
+        keep_bases(repo._registry, version, sources, kept)
+        for digest, chunk in kept.items():
+            assert digest_of(chunk) == digest
+        assert sum(map(len, kept.values())) <= sum(one.nbytes for one in pushed.values())
+        return {digest for one in entries for digest in one.chunks}
+
+    first = keep(state(0))
+    assert kept.keys() == first
+    second = keep(state(1))
+    assert any(len(kept[digest]) > 1_000_000 for digest in kept.keys() & first)  # still its base
+    assert kept.keys() != second
+    other = {name: torch.randn(one.shape).to(one.dtype) for name, one in state(0).items()}
+    assert keep(other) == kept.keys()

@@ -20,8 +20,9 @@ from ckpt.loader.restore import CkptWarning
 from ckpt.service.bases import check_compress
 from ckpt.service.lookup import VersionLike
 from ckpt.service.repository import Repository
-from ckpt.service.retention import parse_rule, prune_model
+from ckpt.service.retention import check_rules, prune_model
 from ckpt.training.newest import newest_whole
+from ckpt.training.run import warns
 
 
 class CkptCallback(TrainerCallback):
@@ -56,16 +57,12 @@ class CkptCallback(TrainerCallback):
         compress: str = "auto",
         on_error: Literal["raise", "warn"] = "raise",
     ) -> None:
-        for rule in keep:
-            parse_rule(str(rule))
-        if on_error not in ("raise", "warn"):
-            raise UsageError("usage", f"on_error is {on_error!r}", hint="write raise or warn")
         self._repo = repo
         self._model = check_model(model)
         self._name = check_run(name)
-        self._keep = list(keep)
+        self._keep = check_rules(keep)
         self._compress = check_compress(compress)
-        self._warns = on_error == "warn"
+        self._warns = warns(on_error)
         self._outputs: Path | None = None
         self._folder: Path | None = None  # that training is resumed from, until it has been read
         self._spared: list[str] = []

@@ -32,7 +32,7 @@ from ckpt.loader.restore import CkptWarning
 from ckpt.loader.snapshot import capture_state
 from ckpt.service.bases import check_compress
 from ckpt.service.repository import Repository
-from ckpt.service.retention import parse_rule
+from ckpt.service.retention import check_rules
 from ckpt.training.background import Background, location_of
 from ckpt.training.newest import newest_whole
 from ckpt.training.ranks import Ranks
@@ -94,16 +94,12 @@ class Run:
         drain_seconds: float = 30.0,
         quiet: bool = False,
     ) -> None:
-        for rule in keep:
-            parse_rule(str(rule))
-        if on_error not in ("raise", "warn"):
-            raise UsageError("usage", f"on_error is {on_error!r}", hint="write raise or warn")
         self._repo = repo
         self._model = check_model(model)
         self._name = check_run(name)
-        self._keep = [str(rule) for rule in keep]
+        self._keep = check_rules(keep)
         self._compress = check_compress(compress)
-        self._warns = on_error == "warn"
+        self._warns = warns(on_error)
         self._drain_seconds = drain_seconds
         self._quiet = quiet
         self._parts: dict[str, Any] = {}
@@ -305,6 +301,13 @@ class Run:
     def _say(self, line: str) -> None:
         if not self._quiet and self._ranks.is_first:
             print(f"ckpt: {line}", file=sys.stderr)
+
+
+def warns(on_error: str) -> bool:
+    """Whether a failed save only warns; UsageError unless ``on_error`` is ``raise`` or ``warn``."""
+    if on_error not in ("raise", "warn"):
+        raise UsageError("usage", f"on_error is {on_error!r}", hint="write raise or warn")
+    return on_error == "warn"
 
 
 def _number(value: Any) -> Any:

@@ -23,7 +23,7 @@ import msgspec
 
 from ckpt.core.documents import Document, decode_document
 from ckpt.core.errors import CkptError
-from ckpt.service.bases import Kept, check_compress, keep_bases
+from ckpt.service.bases import check_compress, keep_bases
 from ckpt.service.config import Location
 from ckpt.service.opening import reopen
 from ckpt.service.places import S3Options
@@ -46,7 +46,7 @@ class Writer:
         self._compress = check_compress(setup["compress"])
         self._spared: list[str] = []
         self._saved_rules = False
-        self._kept: Kept = {}
+        self._kept: dict[str, memoryview] = {}
         self._arena = Arena(setup["arena"])
         self._repository = reopen(location_of(setup["location"]))
         self._hold()
@@ -93,7 +93,8 @@ class Writer:
         )
         # A store on this machine has them at hand, and "max" fetches them.
         if self._compress == "auto" and not repository._store.is_near:
-            self._kept = keep_bases(repository._registry, version, sources, self._kept)
+            with contextlib.suppress(CkptError):  # it is saved; the next one is stored whole
+                keep_bases(repository._registry, version, sources, self._kept)
         pruned = self._prune()
         return {
             "push": version.push,
