@@ -42,24 +42,28 @@ def file_of(*names: str, nbytes: int = 5000) -> bytes:
 def check_books(root: Path) -> None:
     """The registry is sound, free for a writer, and the store has all that it refers to."""
     database = root / "registry.db"
-    if not database.exists():
+    if database.exists():
+        with closing(sqlite3.connect(database, timeout=0, isolation_level=None)) as connection:
+            check_tables(connection, root / "store")
+
+
+def check_tables(connection: sqlite3.Connection, store: Path) -> None:
+    """The same of a registry that is open."""
+    connection.execute("BEGIN IMMEDIATE").execute("ROLLBACK")
+    assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
+    if not connection.execute("SELECT 1 FROM sqlite_master").fetchall():
         return
-    with closing(sqlite3.connect(database, timeout=0, isolation_level=None)) as connection:
-        connection.execute("BEGIN IMMEDIATE").execute("ROLLBACK")
-        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
-        if not connection.execute("SELECT 1 FROM sqlite_master").fetchall():
-            return
-        for pack, key, size in connection.execute(
-            "SELECT refs.pack, packs.key, packs.size"
-            " FROM refs LEFT JOIN packs ON packs.id = refs.pack"
-        ):
-            assert key is not None, f"{pack} has a ref and no row"
-            assert (root / "store" / key).stat().st_size == size
-        assert not connection.execute(
-            "SELECT * FROM claims LEFT JOIN pushes ON pushes.id = claims.push"
-            " WHERE pushes.state IS NOT 'open'"
-        ).fetchall()
+    for pack, key, size in connection.execute(
+        "SELECT DISTINCT refs.pack, packs.key, packs.size"
+        " FROM refs LEFT JOIN packs ON packs.id = refs.pack"
+    ):
+        assert key is not None, f"{pack} has a ref and no row"
+        assert (store / key).stat().st_size == size
+    assert not connection.execute(
+        "SELECT * FROM claims LEFT JOIN pushes ON pushes.id = claims.push"
+        " WHERE pushes.state IS NOT 'open'"
+    ).fetchall()
 
 
 class Driver:

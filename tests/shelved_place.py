@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crash_driver import check_books
+from crash_driver import check_tables
 from shelf import Content, Facts, Kept, Shelf
 
 import ckpt
@@ -135,7 +135,7 @@ class Place:
         assert set(self.rows(_ALIASES)) == aliases
         counters = {name: line.next_number for name, line in self.shelf.lines.items()}
         assert dict(self.rows("SELECT name, next_number FROM models")) == counters
-        check_books(self.root)
+        check_tables(self._books, self.root / "store")
 
     def _places(self) -> dict[tuple[str, int], dict[str, tuple[str, int, int]]]:
         """Where each chunk of each version lies: key, offset, length."""

@@ -33,6 +33,7 @@ pytest_plugins = ("servers", "postgres_server", "combinations")
 
 USUAL, TORTURE = 8, 40  # acts that are stopped, of one repository
 LARGE = 6 << 20  # bytes of a tensor; a pack of two is sent in parts, which servers take from 5 MiB
+MOST_VERSIONS = 8  # that each check pulls
 MOST_EFFECTS = 100  # of an act, about, until it is known
 KEPT = 3  # by a prune
 LOADER = Loader()
@@ -47,6 +48,10 @@ class TeamWorld(World):
         self.place = place
 
     def prepare(self, act: str, seed: str) -> dict[str, Any]:
+        if len(self.kept) > MOST_VERSIONS:
+            with self.open() as repo:
+                for reference in random.Random(seed).sample(sorted(self.kept), len(self.kept) - 3):
+                    self.remove(repo, reference)
         order = super().prepare(act, seed)
         if act in ("first push", "large push"):
             nbytes = LARGE if act == "large push" else 5000
