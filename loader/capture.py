@@ -260,15 +260,8 @@ def _check_kind(value: Any) -> None:
         if type(value) is not numpy.ndarray:
             raise RefusedError(f"an array of type {type(value).__qualname__}; use numpy.asarray(x)")
         return
-    kind = type(value)
-    if kind.__name__ == "DTensor":
-        raise RefusedError("a DTensor; gather it first with full_tensor()")
-    if torch.nn.parameter.is_lazy(value):
-        raise RefusedError("an uninitialized parameter of a lazy module; run one forward first")
-    if kind not in (torch.Tensor, torch.nn.Parameter) or value.is_nested:
-        raise RefusedError(
-            f"tensor subclass {kind.__module__}.{kind.__qualname__} is not supported"
-        )
+    if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_nested:
+        raise RefusedError(_reason_of_kind(value))
     if value.device.type == "meta":
         raise RefusedError("on device meta, it has no bytes; materialise it first")
     if value.layout == torch.strided:
@@ -276,6 +269,15 @@ def _check_kind(value: Any) -> None:
             raise RefusedError("it has no memory, or its memory was freed; make a new tensor of it")
     elif value.layout not in _SPARSE:
         raise RefusedError(f"layout {value.layout} is not supported; use to_dense()")
+
+
+def _reason_of_kind(value: torch.Tensor) -> str:
+    kind = type(value)
+    if kind.__name__ == "DTensor":
+        return "a DTensor; gather it first with full_tensor()"
+    if torch.nn.parameter.is_lazy(value):
+        return "an uninitialized parameter of a lazy module; run one forward first"
+    return f"tensor subclass {kind.__module__}.{kind.__qualname__} is not supported"
 
 
 def _descr(dtype: numpy.dtype[Any]) -> Any:

@@ -32,9 +32,12 @@ def interval_of(tensor: torch.Tensor) -> Interval | None:
     """Where a strided tensor lies; None when it has no bytes."""
     if tensor.numel() == 0 or tensor.device.type == "meta":
         return None
-    span = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     low = tensor.data_ptr()
-    return Interval(str(tensor.device), low, low + (span + 1) * tensor.element_size())
+    count = tensor.numel()
+    if not tensor.is_contiguous():
+        pairs = zip(tensor.shape, tensor.stride(), strict=True)
+        count = 1 + sum((size - 1) * step for size, step in pairs)
+    return Interval(str(tensor.device), low, low + count * tensor.element_size())
 
 
 def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
@@ -103,8 +106,10 @@ def _is_contiguous(tensor: torch.Tensor | None) -> bool:
 def stored_form(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...] | None]:
     """``(what is stored, strides to restore)``: a dimension of stride 0 is stored once, and a
     view with gaps is compacted. Strides are None when they are those of a new tensor."""
-    strides = tensor.stride()
     # is_contiguous() ignores dimensions of size 1, whose strides tell kernels the memory format.
+    if 1 not in tensor.shape and tensor.numel() and tensor.is_contiguous():
+        return tensor, None
+    strides = tensor.stride()
     if strides == contiguous_strides(tensor.shape):
         return tensor, None
     if tensor.numel() == 0:

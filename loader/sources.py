@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy
@@ -44,18 +44,40 @@ class MemoryTensor:
         self.shape = tuple(tensor.shape)
         self.nbytes = tensor.numel() * tensor.element_size()
         self.values = tensor
-        self._tensor = as_bits(tensor)
-        direct = tensor.device.type == "cpu" and tensor.is_contiguous()
-        self._view = as_bytes(tensor) if direct else None
+        self._view: memoryview | None = None
 
     def read(self, offset: int, length: int) -> memoryview:
+        if self._view is None and self.values.is_contiguous() and self.values.device.type == "cpu":
+            self._view = as_bytes(self.values)
         if self._view is not None:
             return self._view[offset : offset + length]
-        size = self._tensor.element_size()
+        bits = as_bits(self.values)
+        size = bits.element_size()
         first, last = offset // size, -(-(offset + length) // size)
-        part = _logical_elements(self._tensor, first, last)
+        part = _logical_elements(bits, first, last)
         start = offset - first * size
         return as_bytes(part)[start : start + length]
+
+
+def copy_bytes(pairs: Iterable[tuple[MemoryTensor, torch.Tensor]]) -> None:
+    """Copy the stored bytes of tensors of any device, each into a flat uint8 tensor of its size.
+
+    In one call of torch, which has its own threads: for a state of many small tensors, calls and
+    hand-overs take longer than the copies.
+    """
+    copied = [_as_copied(source.values, room) for source, room in pairs if source.nbytes]
+    if copied:
+        torch._foreach_copy_([room for _, room in copied], [values for values, _ in copied])
+
+
+def _as_copied(tensor: torch.Tensor, room: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tensor, and the room for it, as elements that torch copies fast and bit for bit."""
+    if not tensor.is_contiguous():
+        bits = as_bits(tensor)
+        return bits, room.view(bits.dtype).view(bits.shape)
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
+    word = torch.int32 if room.numel() % 4 == 0 else torch.uint8
+    return flat.view(word), room.view(word)
 
 
 def laid_out(name: str, value: Any) -> MemoryTensor:

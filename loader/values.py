@@ -78,10 +78,10 @@ class Encoder:
         kind = type(value)
         if value is None or kind is bool:
             return value
-        if isinstance(value, (torch.Tensor, numpy.ndarray)):
-            return {"$tensor": self.tensors.take(value, path)}
         if kind in _SCALARS:
             return _SCALARS[kind](value)
+        if isinstance(value, (torch.Tensor, numpy.ndarray)):
+            return {"$tensor": self.tensors.take(value, path)}
         if isinstance(value, numpy.generic):
             return _encode_numpy_scalar(value)
         if kind is torch.Generator:
@@ -172,6 +172,8 @@ class Encoder:
 
     def _encode_alone(self, value: Any, path: Path, place: str) -> Any:
         """A key, or another part that tells nothing of the order in which tensors are met."""
+        if type(value) is str:
+            return _encode_str(value)
         if isinstance(self.tensors, _NoTensors):
             return self.encode(value, (*path, place))
         probe = Encoder(_NoTensors())

@@ -122,11 +122,11 @@ class Books:
 
         self._database.write(act)
 
-    def is_over(self, push: str) -> bool:
-        """Whether a push is known and not open any more."""
+    def is_over(self, push: str) -> bool | None:
+        """Whether a push is not open any more; None when this registry never heard of it."""
         with self._database.read() as transaction:
             row = transaction.row(select(pushes.c.state).where(pushes.c.id == push))
-        return row is not None and row.state != PushState.OPEN.value
+        return None if row is None else row.state != PushState.OPEN.value
 
     def note_alarm(self, pack: Pack, size: int | None) -> None:
         """Write into the history that the store does not have a pack as it should."""

@@ -7,18 +7,24 @@ import errno
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ckpt.core.effects import perform
 from ckpt.core.errors import SpaceError, StorageError, from_os_error
-from ckpt.storage.store import ObjectInfo, Store, Upload, check_key, differs, missing, short
+from ckpt.storage.store import (
+    ObjectInfo,
+    Store,
+    Upload,
+    check_key,
+    differs,
+    is_abandoned,
+    missing,
+    short,
+)
 from ckpt.storage.writeback import begin_writeback
 
 _TEMPORARY = ".tmp"
-_ABANDONED_SECONDS = 86400
-_PUSH_DIGITS = 32
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
 
 
@@ -104,7 +110,7 @@ class LocalStore(Store):
                 return
             self.sync_folder(path.parent)
 
-    def discard_unfinished(self, is_over: Callable[[str], bool]) -> None:
+    def discard_unfinished(self, is_over: Callable[[str], bool | None]) -> None:
         folder = self.root / _TEMPORARY
         with _typed(f"tidying {folder}"):
             try:
@@ -114,10 +120,9 @@ class LocalStore(Store):
             for name in sorted(entries):
                 path = folder / name
                 with contextlib.suppress(FileNotFoundError):  # its writer lives, and was faster
-                    # A pack's name begins with its push; to write a copy takes no day.
-                    push = name.partition("-")[0]
-                    aged = time.time() - path.stat().st_mtime > _ABANDONED_SECONDS
-                    if is_over(push) or (aged and len(push) != _PUSH_DIGITS):
+                    # A pack's name begins with its push.
+                    modified = path.stat().st_mtime
+                    if is_abandoned(is_over(name.partition("-")[0]), modified):
                         perform("unlink", os.unlink, path)
 
     def check_room(self, nbytes: int) -> None:

@@ -59,7 +59,7 @@ class MemoryStore(Store):
     def delete(self, key: str) -> None:
         self.objects.pop(check_key(key), None)
 
-    def discard_unfinished(self, is_over: Callable[[str], bool]) -> None:
+    def discard_unfinished(self, is_over: Callable[[str], bool | None]) -> None:
         pass  # nothing outlives its writer here
 
     def check_room(self, nbytes: int) -> None:

@@ -11,7 +11,6 @@ import base64
 import contextlib
 import hashlib
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
@@ -32,13 +31,21 @@ from ckpt.storage.s3_failures import (
 )
 from ckpt.storage.s3_probe import EVERYTHING, HIDDEN, Capabilities, Probe, crc_of
 from ckpt.storage.s3_upload import MARK, S3Upload, end_uploads
-from ckpt.storage.store import ObjectInfo, Store, Upload, check_key, differs, missing, short
+from ckpt.storage.store import (
+    ObjectInfo,
+    Store,
+    Upload,
+    check_key,
+    differs,
+    is_abandoned,
+    missing,
+    short,
+)
 
 RANGE_BYTES = 8 << 20
 _PIECE = 1 << 20  # urllib3 makes a copy of each piece that it reads
 _THREADS = 8
 _CONNECT_SECONDS, _READ_SECONDS = 10, 60
-_ABANDONED_SECONDS = 86400
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)\Z")
 _AWS = (".amazonaws.com", ".amazonaws.com.cn")
@@ -144,13 +151,13 @@ class S3Store(Store):
     def delete(self, key: str) -> None:
         self._remove(check_key(key))
 
-    def discard_unfinished(self, is_over: Callable[[str], bool]) -> None:
-        def is_dead(name: str) -> bool:
-            return is_over(name.rpartition("/")[2].partition("-")[0])
+    def discard_unfinished(self, is_over: Callable[[str], bool | None]) -> None:
+        def is_dead(name: str, began: float) -> bool:
+            return is_abandoned(is_over(name.rpartition("/")[2].partition("-")[0]), began)
 
         end_uploads(self, self.place("tidying uploads"), self.full("packs/"), is_dead)
         for entry in self._listed(HIDDEN, ""):
-            if time.time() - entry.modified > _ABANDONED_SECONDS:
+            if is_abandoned(None, entry.modified):
                 self._remove(entry.key)
 
     def check_room(self, nbytes: int) -> None:

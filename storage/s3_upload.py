@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
@@ -222,22 +223,26 @@ class S3Upload(Upload):
         if self._id:
             repeat(self._doing, lambda: _end(self._store, name, self._id))
         try:
-            end_uploads(self._store, self._doing, name, lambda found: found == name)
+            end_uploads(self._store, self._doing, name, lambda found, _: found == name)
         except AccessError:
             # Listing uploads is a right of its own; without it, what is known has been ended.
             if not self._id or self._begins > 1:
                 raise
 
 
-def end_uploads(store: S3Store, doing: str, prefix: str, is_dead: Callable[[str], bool]) -> None:
-    """End the unfinished uploads below ``prefix`` of whose names in the bucket ``is_dead`` is true.
+def end_uploads(
+    store: S3Store, doing: str, prefix: str, is_dead: Callable[[str, float], bool]
+) -> None:
+    """End the unfinished uploads below ``prefix`` of which ``is_dead`` is true, by the name in the
+    bucket and the time when it began.
 
     Raises:
         AccessError, StorageError: one may be left.
     """
 
     def act() -> None:
-        found = [(name, upload) for name, upload in _unfinished(store, prefix) if is_dead(name)]
+        every = _unfinished(store, prefix)
+        found = [(name, upload) for name, upload, began in every if is_dead(name, began)]
         for name, upload in found:
             _end(store, name, upload)
         if found:  # a part that was on its way may have brought one back
@@ -246,12 +251,13 @@ def end_uploads(store: S3Store, doing: str, prefix: str, is_dead: Callable[[str]
     repeat(doing, act)
 
 
-def _unfinished(store: S3Store, prefix: str) -> Iterator[tuple[str, str]]:
+def _unfinished(store: S3Store, prefix: str) -> Iterator[tuple[str, str, float]]:
     page = {"Prefix": prefix}
     while True:
         answer = store.request("list", "list_multipart_uploads", **page)
         for upload in answer.get("Uploads", ()):
-            yield upload["Key"], upload["UploadId"]
+            began = upload.get("Initiated")
+            yield upload["Key"], upload["UploadId"], began.timestamp() if began else time.time()
         if not answer.get("IsTruncated"):
             return
         # SeaweedFS goes on from the upload alone.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import ClassVar, Self
 from ckpt.core.errors import ConflictError, IntegrityError, UsageError
 from ckpt.core.printable import escape
 
+_ABANDONED_SECONDS = 86400
 _KEY = re.compile(r"(?:[A-Za-z0-9_-][A-Za-z0-9._-]*/)*[A-Za-z0-9_-][A-Za-z0-9._-]*\Z")
 
 
@@ -103,9 +105,9 @@ class Store(ABC):
         """SpaceError ``no-space`` when ``nbytes`` more surely do not fit."""
 
     @abstractmethod
-    def discard_unfinished(self, is_over: Callable[[str], bool]) -> None:
+    def discard_unfinished(self, is_over: Callable[[str], bool | None]) -> None:
         """Remove what writers that died left of objects that never appeared; ``is_over`` says of
-        a push whether it ended."""
+        a push whether it ended, or None where nobody knows it: then a day must have passed."""
 
     def close(self) -> None:  # noqa: B027 -- most stores hold nothing open
         """End what the store holds open; it cannot be used afterwards."""
@@ -118,6 +120,14 @@ class Store(ABC):
         body = bytearray(size)
         self.read_into(key, 0, memoryview(body))
         return bytes(body)
+
+
+def is_abandoned(is_over: bool | None, modified: float) -> bool:
+    """Whether what was written last at ``modified`` has no writer any more. Nothing unfinished was
+    ever acknowledged: whoever still writes it after a day is refused, and can begin again."""
+    if is_over is None:
+        return time.time() - modified > _ABANDONED_SECONDS
+    return is_over
 
 
 def check_key(key: str) -> str:

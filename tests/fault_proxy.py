@@ -17,9 +17,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 STALL_SECONDS = 1.0  # longer than the client of the tests waits
+SETTLE_SECONDS = 60
 _FRESH = 6  # so many of the objects written last may not be found yet
 _HOP_BY_HOP = frozenset({"connection", "expect", "keep-alive", "transfer-encoding"})
 _ERROR = b"<Error><Code>%s</Code><Message>by the proxy</Message></Error>"
@@ -96,6 +98,7 @@ class FaultProxy(ThreadingHTTPServer):
         self._server = endpoint.removeprefix("http://")
         self._chance = random.Random(0)
         self._lock = threading.Lock()
+        self._connections, self._changed = 0, threading.Condition()
         self._fresh: deque[str] = deque(maxlen=_FRESH)
         self._held: deque[Request] = deque()
 
@@ -144,6 +147,23 @@ class FaultProxy(ThreadingHTTPServer):
             connection = self.connect()
             forward(connection, request)
             connection.close()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._changed:
+            self._connections += 1
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        with self._changed:
+            self._connections -= 1
+            self._changed.notify_all()
+
+    def settle(self) -> None:
+        """Return when no client is connected and nothing that one asked for is under way: after
+        its answer, too, a request may let others arrive."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: not self._connections, SETTLE_SECONDS)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that gave up is no error; any other is kept for the test to see."""

@@ -139,6 +139,32 @@ def test_a_push_in_flight_is_refused_and_its_process_goes_on(
         assert torch.equal(old.pull("a")["w1"], state(7)["w1"])
 
 
+def test_what_a_push_left_that_the_new_registry_never_heard_of_goes_after_a_day(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class StoppedError(BaseException):
+        """The process died here."""
+
+    kinds: set[str] = set()
+
+    def die(kind: str, act: Any, args: tuple[Any, ...]) -> Any:
+        kinds.add(kind)
+        if "link" in kinds:
+            raise StoppedError
+        return act(*args)
+
+    left = filled / ".ckpt" / "store" / ".tmp"
+    with ckpt.open(filled) as old, pytest.raises(StoppedError), observed(die):
+        old.push(state(7), "a")
+    rebuilt(filled)
+    with ckpt.open(filled) as repo:
+        repo.gc(grace=0)
+        assert len(list(left.iterdir())) == 1
+        monkeypatch.setattr("ckpt.storage.store._ABANDONED_SECONDS", -1)
+        repo.gc(grace=0)
+        assert not list(left.iterdir())
+
+
 def test_what_is_removed_before_or_after_does_not_come_back(filled: Path) -> None:
     rebuilt(filled)
     with ckpt.open(filled) as repo:

@@ -20,6 +20,7 @@ from ckpt.core.errors import CkptError, StorageError
 from ckpt.core.tensors import TensorBytes
 from ckpt.service.config import Location
 from ckpt.training.arena import Arena
+from ckpt.training.staging import stage
 
 
 class Background:
@@ -57,7 +58,7 @@ class Background:
     ) -> Future[dict[str, Any]]:
         """Stage a state as it is now, and have it saved. The one before must be answered."""
         staged = [source for source in sources if source is not None]
-        starts = iter(self._arena.copy(staged))
+        starts = iter(stage(self._arena, staged))
         places = [None if source is None else _place(source, next(starts)) for source in sources]
         nbytes = max((one["start"] + one["nbytes"] for one in places if one), default=0)
         head = {"act": "save", "sources": places, "nbytes": nbytes, **said}
