@@ -64,6 +64,14 @@ class Tensor(Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unkno
             "uninit"
         )
 
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the values in the chunks: a dimension of stride 0 is stored once."""
+        if self.strides is None:
+            return self.shape
+        pairs = zip(self.shape, self.strides, strict=True)
+        return tuple(1 if step == 0 and size > 1 else size for size, step in pairs)
+
     def pieces(self) -> Iterator[tuple[Part, tuple[str, ...]]]:
         """Each part with its chunks; of a tensor without parts, all of it as one."""
         whole = Part(offset=(0,) * len(self.shape), shape=self.shape, chunks=len(self.chunks))

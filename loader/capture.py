@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,13 +113,13 @@ class TensorTable:
     def _add(self, value: Any, path: Path) -> int:
         if isinstance(value, numpy.ndarray):
             return self._add_array(value, path)
-        kind = "parameter" if isinstance(value, torch.nn.Parameter) else "tensor"
+        kind = "parameter" if type(value) is torch.nn.Parameter else "tensor"
         entry = Tensor(
             name=self._name(path),
             dtype=_dtype_name(value.dtype),
             shape=tuple(value.shape),
             kind=kind,
-            device=str(value.device),
+            device="cpu" if value.is_cpu else str(value.device),
             requires_grad=value.requires_grad and value.is_leaf,
         )
         if value.layout in _SPARSE:
@@ -185,7 +186,8 @@ class TensorTable:
     def _name(self, path: Path) -> str:
         """The canonical name: the path, made unique."""
         base = ".".join(path) or "tensor"
-        base = base.encode("utf-8", "backslashreplace").decode()
+        if not base.isascii():
+            base = base.encode("utf-8", "backslashreplace").decode()
         name, count = base, 1
         while name in self._names:
             count += 1
@@ -262,7 +264,7 @@ def _check_kind(value: Any) -> None:
         return
     if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_nested:
         raise RefusedError(_reason_of_kind(value))
-    if value.device.type == "meta":
+    if value.is_meta:
         raise RefusedError("on device meta, it has no bytes; materialise it first")
     if value.layout == torch.strided:
         if value._is_zerotensor() or (value.numel() and not value.untyped_storage().nbytes()):
@@ -293,6 +295,7 @@ def _descr(dtype: numpy.dtype[Any]) -> Any:
     return descr
 
 
+@functools.cache
 def _dtype_name(dtype: torch.dtype) -> str:
     name = str(dtype).removeprefix("torch.")
     if name not in ITEM_SIZES:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True, slots=True)
-class Interval:
+class Interval(NamedTuple):
     """The bytes ``[low, high)`` of a device that a tensor's elements lie between."""
 
     device: str
@@ -37,7 +37,8 @@ def interval_of(tensor: torch.Tensor) -> Interval | None:
     if not tensor.is_contiguous():
         pairs = zip(tensor.shape, tensor.stride(), strict=True)
         count = 1 + sum((size - 1) * step for size, step in pairs)
-    return Interval(str(tensor.device), low, low + count * tensor.element_size())
+    device = "cpu" if tensor.is_cpu else str(tensor.device)
+    return Interval(device, low, low + count * tensor.element_size())
 
 
 def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
@@ -126,14 +127,6 @@ def stored_form(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...] | N
     compact = contiguous_strides(once.shape)
     pairs = zip(repeated, compact, strict=True)
     return once, tuple(0 if is_repeated else step for is_repeated, step in pairs)
-
-
-def stored_shape(shape: Sequence[int], strides: Sequence[int] | None) -> tuple[int, ...]:
-    """The shape of the stored bytes: a dimension of stride 0 counts once."""
-    if strides is None:
-        return tuple(shape)
-    pairs = zip(shape, strides, strict=True)
-    return tuple(1 if step == 0 and size > 1 else size for size, step in pairs)
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from ckpt.core.errors import IntegrityError, UsageError
 from ckpt.core.printable import escape
 from ckpt.core.tensors import CHUNK_BYTES
 from ckpt.loader.capture import UNINITIALIZED
-from ckpt.loader.geometry import contiguous_strides, is_dense, stored_shape
+from ckpt.loader.geometry import contiguous_strides, is_dense
 from ckpt.loader.huge_pages import use_huge_pages
 from ckpt.loader.sources import as_bits, as_bytes, typed_view
 from ckpt.loader.values import MALFORMED, Decoder, numpy_dtype
@@ -47,8 +47,7 @@ class MemorySpace:
                 room = torch.empty(entry.align + nbytes, dtype=torch.uint8)
                 self.tensor = room[entry.align :]
             else:
-                shape = stored_shape(entry.shape, entry.strides)
-                self.tensor = torch.empty(shape, dtype=dtype_of(entry))
+                self.tensor = torch.empty(entry.stored_shape, dtype=dtype_of(entry))
                 use_huge_pages(self.tensor)
         except (RuntimeError, TypeError, OverflowError) as error:
             raise _damaged(f'"{entry.name}": {error}') from None
@@ -146,7 +145,7 @@ def stored_nbytes(entry: Tensor) -> int:
         raise _damaged(f'"{entry.name}" has {len(entry.strides)} strides')
     if not 0 <= entry.align < 16 or (entry.align and entry.kind != "region"):
         raise _damaged(f'"{entry.name}" has alignment {entry.align}')
-    shape = stored_shape(entry.shape, entry.strides)
+    shape = entry.stored_shape
     nbytes = math.prod(shape) * dtype_of(entry).itemsize
     if entry.parts:
         _check_parts(entry)

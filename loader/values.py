@@ -28,6 +28,7 @@ Path = tuple[str, ...]
 
 _DEPTH_LIMIT = 100
 _INTEGER_BITS = 8192
+_SMALL = 1 << 62
 _FACTORIES = {kind.__name__: kind for kind in (int, float, str, list, dict, set, tuple, bool)}
 _PLAIN_NAN = struct.pack(">d", math.nan)
 # As dtype.str gives it. numpy reads more than this, by code that is not for untrusted text.
@@ -141,7 +142,10 @@ class Encoder:
         return None
 
     def _encode_items(self, items: Iterable[Any], path: Path) -> list[Any]:
-        return [self.encode(item, (*path, str(place))) for place, item in enumerate(items)]
+        return [
+            item if _is_itself(item) else self.encode(item, (*path, str(place)))
+            for place, item in enumerate(items)
+        ]
 
     def _encode_pairs(self, value: Mapping[Any, Any], path: Path) -> list[Any]:
         keyed = self._keyed(value, path)
@@ -160,7 +164,7 @@ class Encoder:
     def _encode_dict(self, value: Mapping[Any, Any], path: Path) -> Any:
         number, self._dicts = self._dicts, self._dicts + 1
         keyed = self._keyed(value, path)
-        places = sorted(range(len(keyed)), key=lambda place: canonical(keyed[place][0]))
+        places = sorted(range(len(keyed)), key=lambda place: _sort_key(keyed[place][0]))
         if places != list(range(len(keyed))):
             permutation = sorted(range(len(places)), key=places.__getitem__)
             self.order.append((number, tuple(permutation)))
@@ -196,6 +200,24 @@ class Encoder:
         )
         noun = "1 value" if count == 1 else f"{count} values"
         raise UsageError("cannot-store", f"{noun} cannot be stored: {listed}")
+
+
+def _is_itself(value: Any) -> bool:
+    """Whether its JSON form is surely the value itself, which most items of long lists are."""
+    kind = type(value)
+    if kind is str:
+        return bool(value.isascii())
+    if kind is int:
+        return bool(-_SMALL < value < _SMALL)
+    return value is None or kind is bool
+
+
+def _sort_key(encoded: Any) -> bytes:
+    """The canonical JSON of a key; what is written as it is, without asking for it."""
+    if type(encoded) is str and encoded.isascii() and encoded.isprintable():
+        is_plain = '"' not in encoded and "\\" not in encoded
+        return f'"{encoded}"'.encode() if is_plain else canonical(encoded)
+    return canonical(encoded)
 
 
 class _NoTensors:

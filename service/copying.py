@@ -23,14 +23,9 @@ class StoredTensor:
     """The bytes of one tensor entry in a store, every chunk checked when it is read."""
 
     def __init__(self, entry: Tensor, store: Store, places: Places) -> None:
-        strides = entry.strides or (1,) * len(entry.shape)
         self.name = entry.name
         self.dtype = entry.dtype
-        # A dimension of stride 0 is stored once.
-        self.shape = tuple(
-            min(size, 1) if step == 0 else size
-            for size, step in zip(entry.shape, strides, strict=True)
-        )
+        self.shape = entry.stored_shape
         self.nbytes = math.prod(self.shape) * ITEM_SIZES[entry.dtype]
         self._entry = entry
         self._store = store

@@ -267,21 +267,13 @@ def stored_nbytes(entry: Tensor) -> int:
     """The bytes in an entry's chunks; a dimension of stride 0 is stored once."""
     if not entry.has_bytes:
         return 0
-    shape = stored_shape(entry)
+    shape = entry.stored_shape
     if sum(map(int.bit_length, shape)) > _SHAPE_BITS:
         raise ValueError(f'"{entry.name}" has a shape that no tensor has')
     nbytes = math.prod(shape) * ITEM_SIZES[entry.dtype]
     if nbytes < 0 or -(-nbytes // CHUNK_BYTES) != len(entry.chunks):
         raise ValueError(f'"{entry.name}" has {len(entry.chunks)} chunks for {nbytes} bytes')
     return nbytes
-
-
-def stored_shape(entry: Tensor) -> tuple[int, ...]:
-    """The shape of the stored values."""
-    if entry.strides is None:
-        return entry.shape
-    pairs = zip(entry.shape, entry.strides, strict=True)
-    return tuple(1 if step == 0 and size > 1 else size for size, step in pairs)
 
 
 def _facts(before: Version, after: Version) -> Iterator[Difference]:

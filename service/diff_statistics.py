@@ -12,7 +12,7 @@ from ckpt.core.records import Version
 from ckpt.core.tensors import CHUNK_BYTES
 from ckpt.loader.statistics import NUMBERS, Sums
 from ckpt.registry.registry import Registry
-from ckpt.service.diff import Diff, TensorDifference, stored_nbytes, stored_shape
+from ckpt.service.diff import Diff, TensorDifference, stored_nbytes
 from ckpt.service.fetch import Wanted, fetch
 from ckpt.storage.store import Store
 
@@ -91,7 +91,7 @@ def _is_measurable(tensor: TensorDifference) -> bool:
 
 def _sums(tensor: TensorDifference) -> Sums:
     before, after = _both(tensor)
-    paired = before.shape == after.shape and stored_shape(before) == stored_shape(after)
+    paired = before.shape == after.shape and before.stored_shape == after.stored_shape
     elements = stored_nbytes(after) // ITEM_SIZES[after.dtype]
     return Sums((before.dtype, after.dtype), paired, elements)
 

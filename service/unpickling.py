@@ -53,14 +53,9 @@ class RemoteTensor:
     """The bytes of one tensor, which the child reads."""
 
     def __init__(self, unpickler: Unpickler, index: int, entry: Tensor) -> None:
-        strides = entry.strides or (1,) * len(entry.shape)
         self.name = entry.name
         self.dtype = entry.dtype
-        # A dimension of stride 0 is stored once.
-        self.shape = tuple(
-            min(size, 1) if step == 0 else size
-            for size, step in zip(entry.shape, strides, strict=True)
-        )
+        self.shape = entry.stored_shape
         self.nbytes = math.prod(self.shape) * ITEM_SIZES[entry.dtype]
         self._unpickler = unpickler
         self._index = index

@@ -6,6 +6,7 @@ which fault follows from the seed and the order in which requests arrive.
 
 from __future__ import annotations
 
+import gc
 import random
 import socket
 import struct
@@ -162,6 +163,7 @@ class FaultProxy(ThreadingHTTPServer):
     def settle(self) -> None:
         """Return when no client is connected and nothing that one asked for is under way: after
         its answer, too, a request may let others arrive."""
+        gc.collect()  # urllib3 ends the connections of a pool only when it is collected
         with self._changed:
             assert self._changed.wait_for(lambda: not self._connections, SETTLE_SECONDS)
 

@@ -22,6 +22,8 @@ from ckpt.service.config import Location
 from ckpt.training.arena import Arena
 from ckpt.training.staging import stage
 
+_PIPE_BYTES = 1 << 20  # a save's description fits, so that the loop does not wait for its reader
+
 
 class Background:
     """One writer process and the arena that it shares; not for several threads at once.
@@ -40,6 +42,7 @@ class Background:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=[self._arena.handle],
+            pipesize=_PIPE_BYTES,
             start_new_session=True,
         )
         self._reader = threading.Thread(target=self._read, name="ckpt-answers", daemon=True)
