@@ -80,6 +80,10 @@ class TrustError(CkptError):
     exit_code = 9
 
 
+class CkptWarning(UserWarning):
+    """Something that was done is not quite what was recorded."""
+
+
 def from_os_error(error: OSError, doing: str) -> CkptError:
     """The typed error for a failed system call; ``doing`` says what was tried, and where."""
     reason = error.strerror or str(error)

@@ -26,7 +26,7 @@ from ckpt.loader.capture import Captured
 from ckpt.loader.probe import RecordedProbe
 from ckpt.loader.replay import replay
 from ckpt.loader.replica import FULL_BYTES, Spaces, copied, copied_again, drafted, replicate, share
-from ckpt.loader.restore import MemorySpace, stored_nbytes
+from ckpt.loader.spaces import MemorySpace, stored_nbytes
 from ckpt.loader.trust import Trust
 from ckpt.loader.verify import check_structure
 

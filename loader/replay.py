@@ -14,6 +14,7 @@ from ckpt.core.documents import FORMAT, Document, Probe
 from ckpt.core.errors import CkptError, IntegrityError
 from ckpt.core.printable import escape
 from ckpt.loader.conditions import check_conditions, describe_conditions, differences, replaying
+from ckpt.loader.devices import DeviceMap
 from ckpt.loader.forward import (
     Inputs,
     Outputs,
@@ -24,7 +25,8 @@ from ckpt.loader.forward import (
 )
 from ckpt.loader.outputs import Comparison, all_equal, compare
 from ckpt.loader.replica import copied_again
-from ckpt.loader.restore import DeviceMap, MemorySpace, Restorer
+from ckpt.loader.restore import Restorer
+from ckpt.loader.spaces import MemorySpace
 from ckpt.loader.values import MALFORMED
 
 # From which share on a submodule's root mean square counts as another one, on other machines.

@@ -15,9 +15,11 @@ from ckpt.core.digests import digest_of
 from ckpt.core.documents import FORMAT, Document, Tensor
 from ckpt.core.tensors import TensorBytes, chunk_spans
 from ckpt.loader.capture import Captured
+from ckpt.loader.devices import DeviceMap
 from ckpt.loader.rebuild import rebuild
-from ckpt.loader.restore import DeviceMap, MemorySpace, Restorer
+from ckpt.loader.restore import Restorer
 from ckpt.loader.sources import MemoryTensor, as_bits
+from ckpt.loader.spaces import MemorySpace
 from ckpt.loader.trust import Trust
 
 # Up to this size a state is copied and proven in full (design, section 6).

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import Behaviour, structure_bytes
-from ckpt.core.errors import UsageError
+from ckpt.core.errors import CkptWarning, UsageError
 from ckpt.core.records import Proof, Version
 from ckpt.loader.capture import Captured
 from ckpt.loader.forward import check_inputs
 from ckpt.loader.probe import record_probe
 from ckpt.loader.prove import prove
 from ckpt.loader.replica import drafted
-from ckpt.loader.restore import CkptWarning
 from ckpt.loader.snapshot import capture_state
 from ckpt.registry.registry import Registry
 from ckpt.service.push import Described

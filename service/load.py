@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ckpt.core.documents import Document
-from ckpt.core.errors import IntegrityError, UsageError
+from ckpt.core.errors import CkptWarning, IntegrityError, UsageError
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
 from ckpt.registry.registry import Registry
@@ -18,7 +18,8 @@ from ckpt.storage.store import Store
 if TYPE_CHECKING:
     from torch import nn
 
-    from ckpt.loader.restore import DeviceMap, MemorySpace
+    from ckpt.loader.devices import DeviceMap
+    from ckpt.loader.spaces import MemorySpace
     from ckpt.loader.trust import TrustLike
     from ckpt.loader.verify import Report
 
@@ -38,9 +39,9 @@ def load_module(
         IntegrityError: ``structure-differs``, ``outputs-differ``, ``verdict-too-low``,
             ``object-corrupt``.
     """
+    from ckpt.loader.devices import check_devices, check_mapping
     from ckpt.loader.rebuild import runs_own_code
     from ckpt.loader.replica import copied_again, replicate
-    from ckpt.loader.restore import CkptWarning, check_devices, check_mapping
     from ckpt.loader.trust import Trust
     from ckpt.loader.verify import check_structure
 

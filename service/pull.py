@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt.core.documents import Document, Tensor
-from ckpt.core.errors import IntegrityError
+from ckpt.core.errors import CkptWarning, IntegrityError
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
 from ckpt.core.tensors import TensorBytes
@@ -21,7 +21,8 @@ from ckpt.service.upload import Progress
 from ckpt.storage.store import Store
 
 if TYPE_CHECKING:
-    from ckpt.loader.restore import DeviceMap, MemorySpace
+    from ckpt.loader.devices import DeviceMap
+    from ckpt.loader.spaces import MemorySpace
 
 
 def pull_state(
@@ -33,7 +34,8 @@ def pull_state(
     progress: Progress | None = None,
 ) -> Any:
     """The state as it was pushed, rebuilt from checked bytes."""
-    from ckpt.loader.restore import Restorer, check_devices
+    from ckpt.loader.devices import check_devices
+    from ckpt.loader.restore import Restorer
 
     check_devices(device)
     document = registry.queries.document(version)
@@ -55,7 +57,7 @@ def _pull_weights(
 ) -> dict[str, Any]:
     """Of a module, what ``state_dict()`` gave, and with ``everything`` the tensors that it left
     out, by canonical name; imports nothing that the document names."""
-    from ckpt.loader.restore import CkptWarning, Restorer
+    from ckpt.loader.restore import Restorer
     from ckpt.loader.verify import state_dict_names
 
     names = state_dict_names(document)
@@ -96,7 +98,8 @@ def pull_tensors(
     Raises:
         NotFoundError: ``tensor-missing`` when none matches.
     """
-    from ckpt.loader.restore import Restorer, check_devices
+    from ckpt.loader.devices import check_devices
+    from ckpt.loader.restore import Restorer
 
     check_devices(device)
     document = registry.queries.document(version)
@@ -225,13 +228,13 @@ def fill_document(
 
 
 def _spaces(tensors: Sequence[Tensor]) -> dict[int, MemorySpace]:
-    from ckpt.loader.restore import MemorySpace
+    from ckpt.loader.spaces import MemorySpace
 
     return {index: MemorySpace(tensor) for index, tensor in enumerate(tensors) if tensor.has_bytes}
 
 
 def _wanted(tensors: Sequence[Tensor], spaces: Mapping[int, MemorySpace]) -> Iterator[Wanted]:
-    from ckpt.loader.restore import part_spaces, stored_nbytes
+    from ckpt.loader.spaces import part_spaces, stored_nbytes
 
     for index, space in spaces.items():
         tensor = tensors[index]
@@ -252,7 +255,7 @@ def fill(
     progress: Progress | None,
 ) -> dict[int, MemorySpace]:
     """Read the bytes of these entries, checked, into memory."""
-    from ckpt.loader.restore import MemorySpace
+    from ckpt.loader.spaces import MemorySpace
 
     filled = {index: MemorySpace(document.tensors[index]) for index in indices}
     fetch(store, registry, version, list(_wanted(document.tensors, filled)), progress)

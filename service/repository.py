@@ -37,7 +37,7 @@ from ckpt.storage.store import Store
 if TYPE_CHECKING:
     from torch import nn
 
-    from ckpt.loader.restore import DeviceMap
+    from ckpt.loader.devices import DeviceMap
     from ckpt.loader.trust import TrustLike
     from ckpt.loader.verify import Report
     from ckpt.service.push import Described, Said

@@ -19,7 +19,7 @@ from ckpt.core.printable import escape
 from ckpt.loader.classes import describe_class
 from ckpt.loader.replay import replay
 from ckpt.loader.replica import copied_again, replicate
-from ckpt.loader.restore import MemorySpace
+from ckpt.loader.spaces import MemorySpace
 from ckpt.loader.tree import module_tree
 from ckpt.loader.trust import Trust
 from ckpt.loader.verify import check_structure

@@ -26,7 +26,7 @@ import ckpt
 from ckpt.core.documents import Part, Tensor, decode_document, encode_document
 from ckpt.core.errors import CkptError, IntegrityError, UsageError
 from ckpt.core.tensors import CHUNK_BYTES
-from ckpt.loader.restore import BoxSpace, stored_nbytes
+from ckpt.loader.spaces import BoxSpace, stored_nbytes
 from ckpt.training.dcp import DcpWriter
 
 # As many a rank does at least, when it saves what the worker makes.

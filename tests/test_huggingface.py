@@ -18,8 +18,7 @@ from transformers import (
 )
 
 import ckpt
-from ckpt.core.errors import CkptError, NotFoundError, UsageError
-from ckpt.loader.restore import CkptWarning
+from ckpt.core.errors import CkptError, CkptWarning, NotFoundError, UsageError
 from ckpt.training.huggingface import CkptCallback
 
 ROWS = torch.randint(0, 50, (20, 12), generator=torch.Generator().manual_seed(0))

@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import ckpt
-from ckpt.core.errors import CkptError, ConflictError, IntegrityError, UsageError
-from ckpt.loader.restore import CkptWarning
+from ckpt.core.errors import CkptError, CkptWarning, ConflictError, IntegrityError, UsageError
 
 # StatefulDataLoader calls it.
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")

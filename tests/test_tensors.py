@@ -21,7 +21,8 @@ from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.errors import IntegrityError, UsageError
 from ckpt.loader.capture import capture
 from ckpt.loader.geometry import find_shared, is_dense
-from ckpt.loader.restore import MemorySpace, Restorer
+from ckpt.loader.restore import Restorer
+from ckpt.loader.spaces import MemorySpace
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse:UserWarning"),

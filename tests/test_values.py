@@ -22,7 +22,8 @@ from ckpt.core.documents import Document, decode_document, encode_document
 from ckpt.core.errors import IntegrityError, UsageError
 from ckpt.core.tensors import chunk_spans
 from ckpt.loader.capture import capture
-from ckpt.loader.restore import MemorySpace, Restorer
+from ckpt.loader.restore import Restorer
+from ckpt.loader.spaces import MemorySpace
 from ckpt.loader.values import Decoder
 
 Pair = namedtuple("Pair", "a b")

@@ -16,8 +16,8 @@ from ckpt.core.documents import FORMAT, Document, Part, Tensor
 from ckpt.core.errors import IntegrityError, UsageError
 from ckpt.core.printable import escape
 from ckpt.loader.capture import Captured, TensorTable, capture
-from ckpt.loader.restore import stored_nbytes
 from ckpt.loader.sources import MemoryTensor
+from ckpt.loader.spaces import stored_nbytes
 from ckpt.loader.values import Decoder, Encoder, Path, RefusedError
 from ckpt.service.sharded import Shard, Written
 

@@ -12,11 +12,10 @@ from typing import Any, Literal
 from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ckpt.core.errors import CkptError, UsageError
+from ckpt.core.errors import CkptError, CkptWarning, UsageError
 from ckpt.core.names import check_model, check_run
 from ckpt.core.records import Version
 from ckpt.core.rules import Rule
-from ckpt.loader.restore import CkptWarning
 from ckpt.service.bases import check_compress
 from ckpt.service.lookup import VersionLike
 from ckpt.service.repository import Repository

@@ -6,9 +6,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from ckpt.core.errors import IntegrityError, NotFoundError
+from ckpt.core.errors import CkptWarning, IntegrityError, NotFoundError
 from ckpt.core.records import Version
-from ckpt.loader.restore import CkptWarning
 from ckpt.service.repository import Repository
 
 Pulled = TypeVar("Pulled")

@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, Self
 import torch
 
 from ckpt.core.documents import FORMAT, Document
-from ckpt.core.errors import CkptError, NotFoundError, UsageError
+from ckpt.core.errors import CkptError, CkptWarning, NotFoundError, UsageError
 from ckpt.core.names import (
     check_aliases,
     check_labels,
@@ -28,7 +28,6 @@ from ckpt.core.names import (
 from ckpt.core.records import Added, Version
 from ckpt.core.rules import Rule
 from ckpt.loader.environment import describe_environment
-from ckpt.loader.restore import CkptWarning
 from ckpt.loader.snapshot import capture_state
 from ckpt.service.bases import check_compress
 from ckpt.service.repository import Repository

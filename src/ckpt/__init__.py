@@ -9,10 +9,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ckpt.core.errors import CkptError
+    from ckpt.core.errors import CkptError, CkptWarning
     from ckpt.core.records import Version
     from ckpt.core.rules import Best, Every, Latest, Within
-    from ckpt.loader.restore import CkptWarning
     from ckpt.service.opening import open_repository as open
     from ckpt.service.repository import Repository
     from ckpt.training.dcp import dcp_writer
@@ -37,7 +36,7 @@ __all__ = [
 _HOMES = {
     "Best": ("ckpt.core.rules", "Best"),
     "CkptError": ("ckpt.core.errors", "CkptError"),
-    "CkptWarning": ("ckpt.loader.restore", "CkptWarning"),
+    "CkptWarning": ("ckpt.core.errors", "CkptWarning"),
     "Every": ("ckpt.core.rules", "Every"),
     "Latest": ("ckpt.core.rules", "Latest"),
     "Repository": ("ckpt.service.repository", "Repository"),
