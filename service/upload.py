@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Self
 
 from ckpt.core.digests import digest_of
 from ckpt.core.dtypes import ITEM_SIZES
+from ckpt.core.errors import NotFoundError
 from ckpt.core.records import Added, Chunk, FinishedPack, Pack
 from ckpt.core.tensors import CHUNK_BYTES, TensorBytes, chunk_spans
 from ckpt.registry.books import LEASE_SECONDS, Books
@@ -360,7 +361,11 @@ class Upload:
         """Finish the open pack; the last one gets its rows with the commit."""
         assert self._pack is not None
         self._drain()
-        finished = self._pack.finish()
+        try:
+            finished = self._pack.finish()
+        except NotFoundError:
+            self._books.renew(self.push)  # it may be over: then its file was tidied away
+            raise
         self._pack.upload.abort()  # only its temporary name and its handle are left
         self._pack = None
         self.new_bytes += finished.pack.size

@@ -197,9 +197,7 @@ def _plane_parts(
         else:
             expected = differences.predicted(base[part], element, plan.scale)
             codes = differences.zigzag(values[part] - expected)
-        octets = codes.view(np.uint8).reshape(-1, element.size)
-        for rank in range(element.size):
-            rows[rank, part] = octets[:, rank]
+        planes.split(codes, rows[:, part])
     return planes.write_planes(rows, effort)
 
 
@@ -207,10 +205,7 @@ def _read_planes(plan: _Plan, body: memoryview, base: Numbers | None, target: Nu
     element = plan.codec.element
     rows = planes.read_planes(body, element.size, len(target))
     for part in blocks(len(target)):
-        octets = np.empty((part.stop - part.start, element.size), np.uint8)
-        for rank, row in enumerate(rows):
-            octets[:, rank] = row[part]
-        codes = octets.reshape(-1).view(element.dtype)
+        codes = planes.joined([row[part] for row in rows], element.dtype)
         if base is None:
             target[part] = differences.rotated_back(codes, element)
         else:

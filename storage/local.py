@@ -234,7 +234,8 @@ class _LocalUpload(Upload):
         with _typed(f"removing a temporary file in {self._store.root}"):
             try:
                 if path is not None:
-                    perform("unlink", os.unlink, path)
+                    with contextlib.suppress(FileNotFoundError):  # tidied away: its push is over
+                        perform("unlink", os.unlink, path)
             finally:
                 perform("close", os.close, handle)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
@@ -17,7 +20,34 @@ _ENTROPY = zstandard.ZstdCompressionParameters(
 )
 _LEVELS = {"auto": 3, "max": 12}  # of bytes that stand alone and may be text
 
+_SAMPLES, _SAMPLE_BYTES = 4, 4096
+_WORTH = 0.90  # with "auto", what a plane may have of its bytes: more is all but noise, and slow
+
 Bytes = NDArray[np.uint8]
+Numbers = NDArray[np.unsignedinteger[Any]]
+
+
+def split(codes: Numbers, planes: Bytes) -> None:
+    """Put the bytes of ``codes`` into the planes, one row for each rank, the lowest first."""
+    planes[0] = codes
+    rest = np.empty_like(codes)
+    for rank in range(1, len(planes)):
+        # Shifts of whole numbers use the processor's vectors; picking every nth byte does not.
+        np.right_shift(codes, codes.dtype.type(8 * rank), out=rest)
+        planes[rank] = rest
+
+
+def joined(planes: Sequence[Bytes], dtype: np.dtype[Any]) -> Numbers:
+    """The inverse of :func:`split`."""
+    if len(planes) > 4:  # vectors hold too few of such large numbers
+        octets = np.stack(planes, axis=1)
+        large: Numbers = octets.reshape(-1).view(dtype)
+        return large
+    codes: Numbers = planes[-1].astype(dtype)
+    for plane in reversed(planes[:-1]):
+        codes <<= dtype.type(8)
+        codes |= plane
+    return codes
 
 
 def write_planes(planes: Bytes, effort: str) -> list[bytes | memoryview]:
@@ -26,8 +56,11 @@ def write_planes(planes: Bytes, effort: str) -> list[bytes | memoryview]:
 
 
 def _written(plane: Bytes, effort: str, *, alone: bool) -> tuple[bytes, bytes | memoryview]:
+    body: bytes | memoryview
     if alone:
         body = zstandard.ZstdCompressor(level=_LEVELS[effort]).compress(plane.data)
+    elif effort == "auto" and not _is_worth(plane):
+        body = plane.data
     else:
         body = zstandard.ZstdCompressor(compression_params=_ENTROPY).compress(plane.data)
         if effort == "max" and len(body) < len(plane):  # there may be runs of zeros
@@ -35,6 +68,16 @@ def _written(plane: Bytes, effort: str, *, alone: bool) -> tuple[bytes, bytes | 
     if len(body) < len(plane):
         return bytes([_ZSTD]) + len(body).to_bytes(4, "little"), body
     return bytes([_RAW]) + len(plane).to_bytes(4, "little"), plane.data
+
+
+def _is_worth(plane: Bytes) -> bool:
+    """Whether pieces of a long plane become enough shorter."""
+    if len(plane) < 4 * _SAMPLES * _SAMPLE_BYTES:
+        return True
+    starts = np.linspace(0, len(plane) - _SAMPLE_BYTES, _SAMPLES).astype(int)
+    pieces = np.concatenate([plane[at : at + _SAMPLE_BYTES] for at in starts])
+    compressor = zstandard.ZstdCompressor(compression_params=_ENTROPY)
+    return len(compressor.compress(pieces.data)) <= _WORTH * len(pieces)
 
 
 def read_planes(body: memoryview, planes: int, length: int) -> list[Bytes]:

@@ -167,6 +167,26 @@ def test_what_a_killed_push_left_goes_with_its_lease(repo: ckpt.Repository, at: 
     assert torch.equal(repo.pull("a")["w0"], state(1)["w0"])
 
 
+def test_a_push_whose_file_was_tidied_away_says_that_its_lease_is_over(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    ended = update(pushes).where(pushes.c.state == "open").values(expires_at=0)
+    collected: list[bool] = []
+
+    def hook(kind: str, act: Any, given: Any) -> Any:
+        if kind == "link" and not collected:
+            collected.append(True)
+            write(other, ended)
+            other.gc(grace=0)
+        return act(*given)
+
+    with ckpt.open(tmp_path) as other:
+        with observed(hook), pytest.raises(ConflictError) as caught:
+            repo.push(state(1), "a")
+        assert caught.value.code == "push-expired"
+    assert repo.push(state(1), "a").number == 1
+
+
 def test_a_pack_of_an_open_push_is_left_alone(repo: ckpt.Repository) -> None:
     repo.push(state(1), "a")
     push = "d" * 32
