@@ -12,12 +12,18 @@ from sqlalchemy import select
 
 import ckpt
 from ckpt.core.digests import digest_of
-from ckpt.core.errors import IntegrityError, UsageError
+from ckpt.core.documents import FORMAT, Document, encode_document
+from ckpt.core.errors import IntegrityError, NotFoundError, UsageError
+from ckpt.loader.snapshot import capture_state
 from ckpt.loader.sources import MemoryTensor
 from ckpt.registry.tables import chunks
 from ckpt.service.bases import keep_bases
 from ckpt.service.rebuild import rebuild_registry
 from ckpt.storage.local import LocalStore
+from ckpt.training.arena import Arena
+from ckpt.training.background import location_of
+from ckpt.training.staging import stage
+from ckpt.training.writer import Writer
 
 State = dict[str, torch.Tensor]
 
@@ -239,3 +245,43 @@ def test_of_what_successors_need_one_state_is_kept_in_memory(repo: ckpt.Reposito
     assert kept.keys() != second
     other = {name: torch.randn(one.shape).to(one.dtype) for name, one in state(0).items()}
     assert keep(other) == kept.keys()
+
+
+def test_a_save_is_done_although_nothing_could_be_kept_for_the_next(
+    repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise NotFoundError("version-missing", "a rule removed it")
+
+    monkeypatch.setattr(LocalStore, "is_near", False)
+    monkeypatch.setattr("ckpt.training.writer.keep_bases", fail)
+    arena = Arena()
+    setup = {"location": location_of(repo.location), "arena": arena.handle, "compress": "auto"}
+    writer = Writer({**setup, "model": "m", "run": "main", "holder": "h", "keep": []})
+    captured = capture_state(state(0))
+    sources = [source for source in captured.sources if source is not None]
+    places = [
+        {
+            "name": one.name,
+            "dtype": one.dtype,
+            "shape": one.shape,
+            "nbytes": one.nbytes,
+            "start": at,
+        }
+        for one, at in zip(sources, stage(arena, sources), strict=True)
+    ]
+    document = Document(
+        format=FORMAT,
+        state="values",
+        root=captured.root,
+        tensors=captured.tensors,
+        environment="",
+        order=captured.order,
+    )
+    said = {"step": 1, "metrics": {}, "labels": {}, "aliases": [], "environment": {}}
+    head = {"act": "save", "sources": places, "nbytes": 2 * captured.nbytes, **said}
+    answer = writer.answer((head, encode_document(document)))
+    assert answer["reference"] == "m@1"
+    assert equal(repo.pull("m"), state(0))
+    writer.close()
+    arena.close()

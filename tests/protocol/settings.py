@@ -44,9 +44,6 @@ _SHARING = {
     "repack beside a dedup and a difference push": Setting(
         DELTA, actors=(_REPACK, Actor(), _DELTA_PUSH)
     ),
-    "two repackers of one pack, push, reader": replace(
-        _TWO_TENSORS, actors=(_REPACK, _REPACK, Actor(need=2))
-    ),
     "repack of a repacked pack, reader": replace(_TWO_TENSORS, actors=(_REPACK, _REPACK_NEXT)),
     "two repackers, chunk in both packs": _BOTH,
     "two repackers, in two statements": replace(_BOTH, split_switch=True),
@@ -87,9 +84,11 @@ _LOSSES = {
     ),
     "abort events, a push, two losses": LossSetting(pushes=1, losses=2, rule=_ABORT_EVENTS),
     "a backup, a push": LossSetting(pushes=1, losses=1, backups=True),
-    "a backup, a push beside a version": LossSetting(done=1, losses=0, backups=True),
 }
 _SHARING_LARGE = {
+    "two repackers of one pack, push, reader": replace(
+        _TWO_TENSORS, actors=(_REPACK, _REPACK, Actor(need=2))
+    ),
     "the same, late second PUT, forgotten dead keys": replace(
         _NOTHING, second_put=True, forgets=True
     ),
@@ -110,6 +109,7 @@ _SHARING_LARGE = {
     ),
 }
 _LOSSES_LARGE = {
+    "a backup, a push beside a version": LossSetting(done=1, losses=0, backups=True),
     "two pushes, two losses": LossSetting(losses=2),
     "two pushes, a dead event waits for all events": LossSetting(
         losses=2, rule=LossRule(dead_waits="all")
