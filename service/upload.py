@@ -13,13 +13,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from ckpt.core.digests import digest_of
 from ckpt.core.dtypes import ITEM_SIZES
-from ckpt.core.errors import NotFoundError
+from ckpt.core.errors import CkptError, StorageError
 from ckpt.core.records import Added, Chunk, FinishedPack, Pack
 from ckpt.core.tensors import CHUNK_BYTES, TensorBytes, chunk_spans
 from ckpt.registry.books import LEASE_SECONDS, Books
@@ -360,11 +360,12 @@ class Upload:
     def _close_pack(self, *, last: bool) -> None:
         """Finish the open pack; the last one gets its rows with the commit."""
         assert self._pack is not None
-        self._drain()
         try:
+            self._drain()
             finished = self._pack.finish()
-        except NotFoundError:
-            self._books.renew(self.push)  # it may be over: then its file was tidied away
+        except CkptError:
+            with suppress(StorageError):
+                self._books.renew(self.push)  # it may be over: then a collection took its bytes
             raise
         self._pack.upload.abort()  # only its temporary name and its handle are left
         self._pack = None
