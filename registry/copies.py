@@ -50,6 +50,14 @@ class Copies:
             found += [_event_copy(row) for row in transaction.rows(query)]
         return found
 
+    def is_wanted(self, copy: StoreCopy) -> bool:
+        """Whether the version or the event is still there."""
+        with self._database.read() as transaction:
+            version = select(versions.c.push).where(versions.c.push == copy.id)
+            copied = events.c.counter.is_not(None)  # what a push is in the history has no copy
+            event = select(events.c.id).where(events.c.id == copy.id, copied)
+            return bool(transaction.row(version) or transaction.row(event))
+
     def position(self) -> tuple[int, int]:
         """The epoch, and the counter that the next document or event will have."""
         with self._database.read() as transaction:

@@ -3,7 +3,7 @@ again, still has it."""
 
 from __future__ import annotations
 
-from ckpt.core.errors import ConflictError
+from ckpt.core.errors import CkptError, ConflictError
 from ckpt.core.records import Version
 from ckpt.registry.registry import Registry
 from ckpt.storage.store import Store
@@ -12,7 +12,12 @@ from ckpt.storage.store import Store
 def copy_pending(store: Store, registry: Registry) -> None:
     """Bring every document and event that waits into the store, also those of others."""
     for copy in registry.copies.pending():
-        store.put(copy.key, copy.body)
+        try:
+            store.put(copy.key, copy.body)
+        except CkptError:
+            if registry.copies.is_wanted(copy):
+                raise
+            continue  # its version was removed, and a collection took what was just written
         registry.copies.note(copy)
 
 

@@ -187,6 +187,27 @@ def test_a_push_whose_file_was_tidied_away_says_that_its_lease_is_over(
     assert repo.push(state(1), "a").number == 1
 
 
+def test_a_copy_that_a_collection_takes_while_it_is_made_fails_nobody(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    first = repo.push(state(1), "a")
+    taken: list[bool] = []
+
+    def hook(kind: str, act: Any, given: Any) -> Any:
+        result = act(*given)
+        path = str(given[0]) if kind == "stat" else ""
+        if "/documents/" in path and first.push in path and not taken:
+            taken.append(True)
+            repo.rm(first)
+            repo.gc(grace=0)
+            assert not list(repo.location.store.glob(f"documents/*/*-{first.push}.json"))
+        return result
+
+    with ckpt.open(tmp_path) as other, observed(hook):
+        assert other.push(state(2), "a").number == 2
+    assert taken
+
+
 def test_a_pack_of_an_open_push_is_left_alone(repo: ckpt.Repository) -> None:
     repo.push(state(1), "a")
     push = "d" * 32
