@@ -59,6 +59,7 @@ class MemoryTensor:
         return as_bytes(part)[start : start + length]
 
 
+@torch.no_grad()
 def copy_bytes(pairs: Iterable[tuple[MemoryTensor, torch.Tensor]]) -> None:
     """Copy the stored bytes of tensors of any device, each into a flat uint8 tensor of its size.
 
@@ -75,9 +76,9 @@ def _as_copied(tensor: torch.Tensor, room: torch.Tensor) -> tuple[torch.Tensor, 
     if not tensor.is_contiguous():
         bits = as_bits(tensor)
         return bits, room.view(bits.dtype).view(bits.shape)
-    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
-    word = torch.int32 if room.numel() % 4 == 0 else torch.uint8
-    return flat.view(word), room.view(word)
+    begins = tensor.storage_offset() * tensor.element_size()
+    word = torch.int32 if room.numel() % 4 == begins % 4 == 0 else torch.uint8
+    return tensor.as_strided((tensor.numel(),), (1,)).view(word), room.view(word)
 
 
 def laid_out(name: str, value: Any) -> MemoryTensor:
