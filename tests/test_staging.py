@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from test_tensors import pytestmark as of_odd_tensors
 from test_tensors import states
 
 from ckpt.core.tensors import chunk_spans
@@ -14,6 +15,8 @@ from ckpt.loader.capture import capture
 from ckpt.loader.sources import MemoryTensor
 from ckpt.training.arena import Arena
 from ckpt.training.staging import stage
+
+pytestmark = of_odd_tensors
 
 
 @settings(max_examples=300)
