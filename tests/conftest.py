@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,11 +19,18 @@ settings.register_profile(
 settings.load_profile("ckpt")
 
 
+MEMORY, MEMORY_BYTES = Path("/dev/shm"), 8 << 30
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--compress", choices=["max", "none"], help="of pushes that do not say")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # To wait for a disk shows nothing here: what a sync is for is shown where power is lost.
+    is_short = config.getoption("--minutes") is None
+    if is_short and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > MEMORY_BYTES:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
     chosen = config.getoption("--compress")
     for act in (ckpt.Repository.push, ckpt.Repository.push_file) if chosen else ():
         act.__kwdefaults__ = {**(act.__kwdefaults__ or {}), "compress": chosen}

