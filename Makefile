@@ -15,7 +15,7 @@ demo-team: $(STAMP)  ## Four jobs on real servers (PostgreSQL, S3) on loopback, 
 	$(BIN)/python examples/demo_team.py
 
 test: $(STAMP)  ## Run all tests; one: make test T="tests/test_stores.py -k durable"
-	$(BIN)/python -m pytest $(if $(T),$(T),-n 2 --dist loadfile --no-loadscope-reorder)
+	$(BIN)/python -m pytest $(if $(T),$(T),-n 3 --dist loadfile --no-loadscope-reorder)
 
 MINUTES := 10
 torture: $(STAMP)  ## The tests of safety for longer, on fresh seeds: make torture MINUTES=60
