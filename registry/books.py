@@ -104,7 +104,7 @@ class Books:
             expires = transaction.now() + LEASE_SECONDS * 1_000_000
             mine = update(pushes).where(pushes.c.id == push, pushes.c.state == PushState.OPEN.value)
             if transaction.run(mine.values(expires_at=expires)).rowcount == 0:
-                raise _expired(push)
+                raise push_expired(push)
 
         self._database.write(act)
 
@@ -203,7 +203,7 @@ def require_open(transaction: Transaction, push: str, *, shared: bool) -> None:
     query = select(pushes.c.state).where(pushes.c.id == push).with_for_update(read=shared)
     row = transaction.row(query)
     if row is None or row.state != PushState.OPEN.value:
-        raise _expired(push)
+        raise push_expired(push)
 
 
 def lock_packs(
@@ -240,7 +240,8 @@ def insert_pack(transaction: Transaction, finished: FinishedPack) -> None:
         transaction.run(insert(chunks), some)
 
 
-def _expired(push: str) -> ConflictError:
+def push_expired(push: str) -> ConflictError:
+    """The error of a push that is not open any more."""
     return ConflictError(
         "push-expired",
         f"the push {push} is not open any more, nothing was committed",

@@ -13,16 +13,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from ckpt.core.digests import digest_of
 from ckpt.core.dtypes import ITEM_SIZES
-from ckpt.core.errors import CkptError, StorageError
+from ckpt.core.errors import CkptError
 from ckpt.core.records import Added, Chunk, FinishedPack, Pack
 from ckpt.core.tensors import CHUNK_BYTES, TensorBytes, chunk_spans
-from ckpt.registry.books import LEASE_SECONDS, Books
+from ckpt.registry.books import LEASE_SECONDS, Books, push_expired
 from ckpt.service.bases import ENCODED_BYTES, Bases, Compress, Kept
 from ckpt.service.sharing import Sharing
 from ckpt.storage.packs import PackWriter, chunk_cost, header_cost
@@ -114,30 +114,55 @@ class Upload:
         self._stack.close()
 
     def hash(self) -> None:
-        """Take all digests; whole new tensors may already be written meanwhile."""
-        for group in self._hashed():
-            wanted = [digest for index in group for digest in self.digests[index]]
-            known = self._books.find_chunks(wanted) if wanted else {}
-            for index in group:
-                self._place(index, known)
-            if self._typed_bytes >= _FLUSH_BYTES:
-                self._write_typed(range(self._apart))
+        """Take all digests; whole new tensors may already be written meanwhile.
+
+        Raises:
+            ConflictError: ``push-expired`` when it failed because the push is over.
+        """
+        with self._told_when_over():
+            for group in self._hashed():
+                wanted = [digest for index in group for digest in self.digests[index]]
+                known = self._books.find_chunks(wanted) if wanted else {}
+                for index in group:
+                    self._place(index, known)
+                if self._typed_bytes >= _FLUSH_BYTES:
+                    self._write_typed(range(self._apart))
 
     def finish(self) -> None:
         """Claim what is shared, write what is not, and finish the packs.
 
         Afterwards ``needed`` names every pack that the version refers to.
+
+        Raises:
+            ConflictError: ``push-expired`` when it failed because the push is over.
         """
-        self._share()
-        for group in (range(self._apart), range(self._apart, len(self._sources))):
-            self._write_typed(group)
-            self._write_chunks(group)
-            self._drain()
-            if self._pack is not None:
-                self._close_pack(last=True)
-        if not self.opened:
-            self._open(())
+        with self._told_when_over():
+            self._share()
+            for group in (range(self._apart), range(self._apart, len(self._sources))):
+                self._write_typed(group)
+                self._write_chunks(group)
+                self._drain()
+                if self._pack is not None:
+                    self._close_pack(last=True)
+            if not self.opened:
+                self._open(())
         self._meter.finish()
+
+    @contextmanager
+    def _told_when_over(self) -> Iterator[None]:
+        """Whatever fails in a push that is over fails because a collection took its bytes."""
+        try:
+            yield
+        except CkptError as error:
+            if self.opened and self._is_over():
+                raise push_expired(self.push) from error
+            raise
+
+    def _is_over(self) -> bool:
+        try:
+            return self._books.is_over(self.push) is not False
+        except CkptError:  # what went wrong first is what to tell
+            return False
 
     @property
     def added(self) -> Added:
@@ -360,13 +385,8 @@ class Upload:
     def _close_pack(self, *, last: bool) -> None:
         """Finish the open pack; the last one gets its rows with the commit."""
         assert self._pack is not None
-        try:
-            self._drain()
-            finished = self._pack.finish()
-        except CkptError:
-            with suppress(StorageError):
-                self._books.renew(self.push)  # it may be over: then a collection took its bytes
-            raise
+        self._drain()
+        finished = self._pack.finish()
         self._pack.upload.abort()  # only its temporary name and its handle are left
         self._pack = None
         self.new_bytes += finished.pack.size

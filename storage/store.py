@@ -122,11 +122,11 @@ class Store(ABC):
         return bytes(body)
 
 
-def is_abandoned(is_over: bool | None, modified: float) -> bool:
-    """Whether what was written last at ``modified`` has no writer any more. Nothing unfinished was
+def is_abandoned(is_over: bool | None, since: float) -> bool:
+    """Whether what was begun, or written last, at ``since`` has no writer any more. Nothing unfinished was
     ever acknowledged: whoever still writes it after a day is refused, and can begin again."""
     if is_over is None:
-        return time.time() - modified > _ABANDONED_SECONDS
+        return time.time() - since > _ABANDONED_SECONDS
     return is_over
 
 

@@ -36,6 +36,14 @@ def pytest_configure(config: pytest.Config) -> None:
         act.__kwdefaults__ = {**(act.__kwdefaults__ or {}), "compress": chosen}
 
 
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Memory is given back, unless there is a failure to look at."""
+    base = session.config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
+    is_worker = hasattr(session.config, "workerinput")
+    if exitstatus == 0 and not is_worker and MEMORY in base.parents:
+        shutil.rmtree(base, ignore_errors=True)
+
+
 @pytest.fixture
 def repo(tmp_path: Path) -> Iterator[ckpt.Repository]:
     """An empty repository in a folder of its own."""

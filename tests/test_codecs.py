@@ -397,3 +397,18 @@ def test_damage_ends_in_an_error_or_in_other_bytes(trials: Trials) -> None:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 8 << 20
+
+
+def test_with_auto_a_plane_that_is_all_but_noise_stays_as_it_is() -> None:
+    """And with ``max`` it does not: 5 % are saved of it."""
+    noise = np.random.default_rng(0)
+    plane = noise.normal(128, 45, 200_000).astype(np.int64).astype(np.uint8)  # 7.5 of 8 bits
+    quiet = noise.integers(0, 4, 200_000).astype(np.uint8)
+    sizes = {}
+    for effort in ("auto", "max"):
+        body = b"".join(planes.write_planes(np.stack([plane, quiet]), effort))
+        read = planes.read_planes(memoryview(body), 2, 200_000)
+        assert np.array_equal(read[0], plane)
+        assert np.array_equal(read[1], quiet)
+        sizes[effort] = len(body)
+    assert 200_000 < sizes["max"] < sizes["auto"] < 260_000

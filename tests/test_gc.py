@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import sqlite3
 import subprocess
 import sys
 import time
@@ -13,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 from sqlalchemy import delete, update
+from sqlalchemy.exc import OperationalError
 
 import ckpt
 from ckpt.core.effects import observed
-from ckpt.core.errors import ConflictError, NotFoundError
+from ckpt.core.errors import ConflictError, NotFoundError, SpaceError
 from ckpt.registry.tables import chunks, claims, packs, pushes, refs, versions
 
 
@@ -184,6 +187,25 @@ def test_a_push_whose_file_was_tidied_away_says_that_its_lease_is_over(
         with observed(hook), pytest.raises(ConflictError) as caught:
             repo.push(state(1), "a")
         assert caught.value.code == "push-expired"
+    assert repo.push(state(1), "a").number == 1
+
+
+def test_a_full_disk_is_told_of_the_store_also_when_the_registry_is_on_it(
+    repo: ckpt.Repository,
+) -> None:
+    full: list[bool] = []
+
+    def hook(kind: str, act: Any, given: Any) -> Any:
+        if kind == "fsync" or (full and kind.startswith("sql")):
+            full.append(True)
+            if kind == "fsync":
+                raise OSError(errno.ENOSPC, "no space")
+            said = sqlite3.OperationalError("database or disk is full")
+            raise OperationalError(kind, None, said)
+        return act(*given)
+
+    with observed(hook), pytest.raises(SpaceError, match="while writing packs/"):
+        repo.push(state(1), "a")
     assert repo.push(state(1), "a").number == 1
 
 

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from torch import nn
 
-from ckpt.core.documents import Document, decode_document, encode_document
+from ckpt.core.documents import Document, canonical, decode_document, encode_document
 from ckpt.core.errors import IntegrityError, UsageError
 from ckpt.core.tensors import chunk_spans
 from ckpt.loader.capture import capture
 from ckpt.loader.restore import Restorer
 from ckpt.loader.spaces import MemorySpace
-from ckpt.loader.values import Decoder
+from ckpt.loader.values import Decoder, _sort_key
 
 Pair = namedtuple("Pair", "a b")
 
@@ -362,3 +362,8 @@ def test_an_order_that_is_no_permutation_is_damage() -> None:
     decoder = Decoder(lambda index: index, {0: (0, 0)}, lambda device, state: torch.Generator())
     with pytest.raises(IntegrityError):
         decoder.decode({"$dict": [["a", 1], ["b", 2]]})
+
+
+@given(key=st.text() | st.text(st.characters(max_codepoint=126)))
+def test_keys_are_sorted_by_their_canonical_form(key: str) -> None:
+    assert _sort_key(key) == canonical(key)
