@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
+# The tests start hundreds of interpreters: what was compiled once is kept.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo demo-team test torture check docs bench clean
 help:  ## Show this list

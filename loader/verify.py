@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 from msgspec.structs import replace
 from torch import nn
@@ -46,6 +45,7 @@ class Report:
 
 
 _NAMES_LIMIT = 1_000_000
+_DEPTH_LIMIT = 1_000  # Python's own, for a module that is called
 
 # From the weakest to the strongest.
 VERDICTS = ("weights", "structure", "outputs-close", "outputs-exact")
@@ -146,9 +146,9 @@ def state_dict_names(document: Document) -> list[tuple[str, int]]:
     if not document.modules:
         return []
     try:
-        walk = _walk(document.modules, document.root["$module"], "", ())
+        walk = _walk(document.modules, document.root["$module"])
         names = list(islice(walk, _NAMES_LIMIT + 1))
-    except (LookupError, TypeError, RecursionError) as error:
+    except (LookupError, TypeError) as error:
         raise _no_tree(str(error)) from None
     if len(names) > _NAMES_LIMIT:
         raise _no_tree(f"it has more than {_NAMES_LIMIT} names")
@@ -164,14 +164,22 @@ def _no_tree(reason: str) -> IntegrityError:
     )
 
 
-def _walk(modules: Sequence[Module], index: int, prefix: str, above: tuple[int, ...]) -> Any:
-    module = modules[index]
-    for name, entry in module.params:
-        if entry is not None:
-            yield prefix + name, entry
-    for name, entry, persistent in module.buffers:
-        if entry is not None and persistent:
-            yield prefix + name, entry
-    for name, child in module.children:
-        if child is not None and child not in above:
-            yield from _walk(modules, child, f"{prefix}{name}.", (*above, index))
+def _walk(modules: Sequence[Module], root: int) -> Iterator[tuple[str, int]]:
+    waiting: list[tuple[int, str, tuple[int, ...]]] = [(root, "", ())]
+    while waiting:
+        index, prefix, above = waiting.pop()
+        if len(above) > _DEPTH_LIMIT:
+            raise _no_tree(f"it is nested deeper than {_DEPTH_LIMIT}")
+        module = modules[index]
+        for name, entry in module.params:
+            if entry is not None:
+                yield prefix + name, entry
+        for name, entry, persistent in module.buffers:
+            if entry is not None and persistent:
+                yield prefix + name, entry
+        # A stack, since a generator in a generator for each level takes as long as it is deep.
+        waiting += [
+            (child, f"{prefix}{name}.", (*above, index))
+            for name, child in reversed(module.children)
+            if child is not None and child not in above
+        ]

@@ -6,7 +6,21 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, Table, func, select
+from sqlalchemy import (
+    ColumnElement,
+    Float,
+    Row,
+    Select,
+    Table,
+    Text,
+    bindparam,
+    cast,
+    func,
+    literal,
+    null,
+    select,
+    union_all,
+)
 
 from ckpt.core.comparisons import Comparison
 from ckpt.core.digests import digest_of
@@ -346,6 +360,20 @@ def _newest_first(model: int) -> Select[Any]:
     return _VERSIONS.where(versions.c.model == model).order_by(versions.c.number.desc())
 
 
+def _said_in(table: Table, text: ColumnElement[Any], number: ColumnElement[Any]) -> Select[Any]:
+    query = select(literal(table.name), table.c.version, table.c.name.label("name"), text, number)
+    return query.where(table.c.version.in_(bindparam("some", expanding=True)))
+
+
+# ``(table, version, name, text, number)`` of all that is said of some versions, by name: one
+# question, since each costs a way to the server and back.
+_SAID = union_all(
+    _said_in(aliases, cast(null(), Text), cast(null(), Float)),
+    _said_in(labels, labels.c.value, cast(null(), Float)),
+    _said_in(metrics, metrics.c.special, metrics.c.value),
+).order_by("name")
+
+
 def _records(transaction: Transaction, rows: Sequence[Row[Any]]) -> list[Version]:
     ids = [row.id for row in rows]
     named: dict[int, list[str]] = {}
@@ -353,26 +381,18 @@ def _records(transaction: Transaction, rows: Sequence[Row[Any]]) -> list[Version
     measured: dict[int, dict[str, float]] = {}
     # By position: of many rows, looking each value up by its name would be most of the time.
     for some in batches(ids):
-        for version, name in _about(transaction, aliases, some):
-            named.setdefault(version, []).append(name)
-        for version, name, text in _about(transaction, labels, some, labels.c.value):
-            labelled.setdefault(version, {})[name] = text
-        values = metrics.c.value, metrics.c.special
-        for version, name, value, kind in _about(transaction, metrics, some, *values):
-            number = value if kind is None else special(kind)
-            measured.setdefault(version, {})[name] = number
+        said: Sequence[Any] = transaction.rows(_SAID, {"some": some})
+        for table, version, name, text, number in said:
+            if table == aliases.name:
+                named.setdefault(version, []).append(name)
+            elif table == labels.name:
+                labelled.setdefault(version, {})[name] = text
+            else:
+                measured.setdefault(version, {})[name] = number if text is None else special(text)
     return [
         _record(row, measured.get(row.id, {}), labelled.get(row.id, {}), named.get(row.id, []))
         for row in rows
     ]
-
-
-def _about(
-    transaction: Transaction, table: Table, some: Sequence[int], *columns: ColumnElement[Any]
-) -> Sequence[Any]:
-    """``(version, name, *columns)`` of what is said of some versions, by name."""
-    query = select(table.c.version, table.c.name, *columns)
-    return transaction.rows(query.where(table.c.version.in_(some)).order_by(table.c.name))
 
 
 def _record(

@@ -13,6 +13,10 @@ from hypothesis import HealthCheck, settings
 
 import ckpt
 
+# Threads of torch that wait for work give their processor to the other processes of a test. Read
+# by OpenMP when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 settings.register_profile(
     "ckpt", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )

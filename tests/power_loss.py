@@ -15,7 +15,7 @@ import os
 import re
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,24 +99,32 @@ class Disk:
     def copy(self) -> Disk:
         return Disk(dict(self.files), {key: dict(names) for key, names in self.folders.items()})
 
-    def apply(self, change: Change) -> None:
-        if isinstance(change, Name):
-            names = self.folders.setdefault(change.thing, {})
-            if change.target is None:
-                names.pop(change.name, None)
+    def apply(self, changes: Iterable[Change]) -> None:
+        """All of them, in this order."""
+        bodies: dict[int, bytearray] = {}
+        for change in changes:
+            if isinstance(change, Name):
+                self._name(change)
+                continue
+            if change.thing not in bodies:
+                bodies[change.thing] = bytearray(self.files.get(change.thing, b""))
+            body = bodies[change.thing]
+            if isinstance(change, Resize):
+                del body[change.size :]
+                body.extend(bytes(change.size - len(body)))
             else:
-                names[change.name] = change.target
-                if change.is_folder:
-                    self.folders.setdefault(change.target, {})
+                body.extend(bytes(max(0, change.offset - len(body))))
+                body[change.offset : change.offset + len(change.data)] = change.data
+        self.files |= {thing: bytes(body) for thing, body in bodies.items()}
+
+    def _name(self, change: Name) -> None:
+        names = self.folders.setdefault(change.thing, {})
+        if change.target is None:
+            names.pop(change.name, None)
             return
-        body = self.files.get(change.thing, b"")
-        if isinstance(change, Resize):
-            self.files[change.thing] = body[: change.size].ljust(change.size, b"\0")
-        else:
-            end = change.offset + len(change.data)
-            self.files[change.thing] = (
-                body[: change.offset].ljust(change.offset, b"\0") + change.data + body[end:]
-            )
+        names[change.name] = change.target
+        if change.is_folder:
+            self.folders.setdefault(change.target, {})
 
     def tree(self) -> Tree:
         """What can be reached from the root: the bytes of a file by path, None for a folder."""
@@ -224,7 +232,7 @@ class Recorder:
         return self._things[ino]
 
     def _change(self, change: Change) -> None:
-        self._now.apply(change)
+        self._now.apply([change])
         self.acts.append(change)
 
     def _look(self, *, include_sqlite: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import random
 import secrets
 import shutil
@@ -27,6 +28,7 @@ from crash_world import (
     set_wrong_clocks,
 )
 from sqlalchemy import Engine, create_engine
+from trials import Trials
 
 import ckpt
 from ckpt.core.effects import observed
@@ -142,13 +144,16 @@ class Audit:
             if at == len(complete.kinds) - 1 or not (self.stop or complete.reads[at]):
                 yield at, kind, "after"
 
-    def strike_everywhere(self) -> tuple[int, int, int]:
-        """Returns how many effects, points and outcomes there are."""
+    def strike_everywhere(self, chance: random.Random | None = None) -> tuple[int, int, int]:
+        """At all points, or at a third by chance; returns how many effects, points and outcomes
+        there are."""
         complete, error = self.begin(-1, "before")
         assert error is None
         assert len(complete.kinds) >= self.operation.fewest
         seen: set[tuple[bool, str]] = set()
         points = [*self.points(complete)]
+        if chance is not None:
+            points = chance.sample(points, math.ceil(len(points) / 3))
         for at, kind, moment in points:
             try:
                 self.strike(at, kind, moment, seen)
@@ -171,24 +176,35 @@ class Audit:
             self.operation.check(self.world, returned=error is None)
 
 
-@pytest.mark.parametrize("stop", [True, False], ids=["stopped", "EIO"])
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_a_failure_at_any_effect_leaves_all_or_nothing_and_it_can_be_repeated(
-    name: str,
-    stop: bool,
-    template: World,
-    sparse: World,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    record_property: Callable[[str, object], None],
-) -> None:
+@pytest.fixture
+def audit(
+    name: str, template: World, sparse: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[bool], Audit]:
+    """Makes the audit of an operation: it stops for good, or it fails with EIO."""
     if name == "push of several packs":
         monkeypatch.setattr("ckpt.storage.packs.PACK_BYTES", SMALL_PACK)
     elif name == "migrate":
         add_migration(tmp_path, monkeypatch)
     before = {id(TWO): template, id(SPARSE): sparse}.get(id(OPERATIONS[name].before))
-    audit = Audit(name, stop, before, World(tmp_path / "world"))
-    record_property("effects, points, outcomes", audit.strike_everywhere())
+    return lambda stop: Audit(name, stop, before, World(tmp_path / "world"))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_stop_at_any_effect_leaves_all_or_nothing_and_it_can_be_repeated(
+    audit: Callable[[bool], Audit], record_property: Callable[[str, object], None]
+) -> None:
+    record_property("effects, points, outcomes", audit(True).strike_everywhere())
+
+
+@pytest.mark.torture("T4", unit="faults")
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_failure_at_any_effect_leaves_all_or_nothing_and_it_can_be_repeated(
+    audit: Callable[[bool], Audit], trials: Trials
+) -> None:
+    """Each seed has a third of them; push and pull fail at every call in ``test_errnos``."""
+    for seed in trials.seeds(1):
+        _, points, _ = audit(False).strike_everywhere(random.Random(seed))
+        trials.count(points)
 
 
 @pytest.mark.parametrize("name", ["push of some new content", "repack"])

@@ -40,6 +40,13 @@ def doubling(document: Document) -> Document:
     return replace(document, modules=(*made, last))
 
 
+def chain(document: Document) -> Document:
+    """Ten thousand modules, each the child of the one before."""
+    last = document.modules[1]
+    made = [replace(document.modules[0], children=(("a", n + 1),)) for n in range(10_000)]
+    return replace(document, modules=(*made, last))
+
+
 EDITS: dict[str, Callable[[Document], Document]] = {
     "root is a list": lambda document: replace(document, root=[]),
     "root is text": lambda document: replace(document, root="x"),
@@ -53,6 +60,7 @@ EDITS: dict[str, Callable[[Document], Document]] = {
     "made of itself": with_tensor(0, components={"indices": 0, "values": 0}, chunks=()),
     "made of nothing": with_tensor(0, components={"indices": -7}, chunks=()),
     "doubling": doubling,
+    "chain": chain,
 }
 
 

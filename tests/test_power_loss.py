@@ -55,16 +55,13 @@ def crash_states(recorder: Recorder, chance: random.Random) -> Iterator[tuple[in
         if isinstance(act, Mark):
             steps += 1
         else:
-            for change in pending:
-                if change.thing == act.thing:
-                    durable.apply(change)
+            durable.apply(change for change in pending if change.thing == act.thing)
             pending = [change for change in pending if change.thing != act.thing]
 
 
 def with_changes(durable: Disk, changes: Sequence[Change]) -> Tree:
     disk = durable.copy()
-    for change in changes:
-        disk.apply(change)
+    disk.apply(changes)
     return disk.tree()
 
 

@@ -69,18 +69,10 @@ _ABORT_EVENTS = LossRule(document="abort-event")
 _LOSSES = {
     "a push, one loss": LossSetting(pushes=1),
     "a push, two losses": LossSetting(pushes=1, losses=2),
-    "two pushes, one loss": LossSetting(),
     "a push beside a version, two losses": LossSetting(done=1, losses=2),
-    "a push beside a version, two mirrors": LossSetting(done=1, second_document=True),
     "a push beside a version, same content": LossSetting(done=1, same=True),
     "a push beside a version, listing in steps": LossSetting(
         done=1, losses=2, listing="documents first"
-    ),
-    "a push beside a version, events listed first": LossSetting(
-        done=1, losses=2, listing="events first"
-    ),
-    "a dead event waits for all events": LossSetting(
-        done=1, losses=2, rule=LossRule(dead_waits="all")
     ),
     "abort events, a push, two losses": LossSetting(pushes=1, losses=2, rule=_ABORT_EVENTS),
     "a backup, a push": LossSetting(pushes=1, losses=1, backups=True),
@@ -109,6 +101,14 @@ _SHARING_LARGE = {
     ),
 }
 _LOSSES_LARGE = {
+    "two pushes, one loss": LossSetting(),
+    "a push beside a version, two mirrors": LossSetting(done=1, second_document=True),
+    "a push beside a version, events listed first": LossSetting(
+        done=1, losses=2, listing="events first"
+    ),
+    "a dead event waits for all events": LossSetting(
+        done=1, losses=2, rule=LossRule(dead_waits="all")
+    ),
     "a backup, a push beside a version": LossSetting(done=1, losses=0, backups=True),
     "two pushes, two losses": LossSetting(losses=2),
     "two pushes, a dead event waits for all events": LossSetting(
