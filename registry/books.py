@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from sqlalchemy import Row, delete, insert, select, update
+from sqlalchemy import Row, bindparam, delete, insert, select, update
 
 from ckpt.core.documents import canonical
 from ckpt.core.errors import ConflictError
@@ -20,6 +20,17 @@ from ckpt.registry.epochs import check_not_closed
 from ckpt.registry.tables import chunks, claims, events, meta, packs, pushes, refs, versions
 
 LEASE_SECONDS = 3600
+
+# What is asked at every call is made once: to build a statement takes as long as to run it.
+_STATE = select(pushes.c.state).where(pushes.c.id == bindparam("of"))
+_STATE_IN_EPOCH = _STATE.where(pushes.c.epoch == select(meta.c.epoch).scalar_subquery())
+_THEIRS = (
+    select(refs.c.pack)
+    .join(versions, versions.c.id == refs.c.version)
+    .where(versions.c.push == bindparam("of"))
+)
+_PACKS_OF = select(packs).where(packs.c.id.in_(_THEIRS))
+_CHUNKS_OF = select(chunks).where(chunks.c.pack.in_(_THEIRS))
 
 
 class Books:
@@ -149,10 +160,7 @@ class Books:
     def is_acknowledgeable(self, push: str) -> bool:
         """(j): whether the push is committed and the registry is still of the same epoch."""
         with self._database.read() as transaction:
-            query = select(pushes.c.state).where(
-                pushes.c.id == push, pushes.c.epoch == select(meta.c.epoch).scalar_subquery()
-            )
-            row = transaction.row(query)
+            row = transaction.row(_STATE_IN_EPOCH, {"of": push})
         return row is not None and row.state == PushState.COMMITTED.value
 
     def find_chunks(self, digests: Collection[str]) -> dict[str, list[Chunk]]:
@@ -173,16 +181,11 @@ class Books:
     def read_plan(self, push: str) -> tuple[dict[str, Pack], dict[str, list[Chunk]]]:
         """One snapshot for a reader of the version that ``push`` made: its packs by id, and the
         chunks in them by digest: as they are before differences, in broken packs last."""
-        mine = (
-            select(refs.c.pack)
-            .join(versions, versions.c.id == refs.c.version)
-            .where(versions.c.push == push)
-        )
         with self._database.read() as transaction:
-            rows = transaction.rows(select(packs).where(packs.c.id.in_(mine)))
+            rows = transaction.rows(_PACKS_OF, {"of": push})
             known = {row.id: as_pack(row) for row in rows}
             found: dict[str, list[Chunk]] = {}
-            for row in transaction.rows(select(chunks).where(chunks.c.pack.in_(mine))):
+            for row in transaction.rows(_CHUNKS_OF, {"of": push}):
                 if row.pack in known:
                     found.setdefault(row.digest, []).append(as_chunk(row))
         for places in found.values():
@@ -200,8 +203,7 @@ class _NeedsExclusiveError(Exception):
 
 def require_open(transaction: Transaction, push: str, *, shared: bool) -> None:
     """Lock the row of a push and check that it is open; else ConflictError ``push-expired``."""
-    query = select(pushes.c.state).where(pushes.c.id == push).with_for_update(read=shared)
-    row = transaction.row(query)
+    row = transaction.row(_STATE.with_for_update(read=shared), {"of": push})
     if row is None or row.state != PushState.OPEN.value:
         raise push_expired(push)
 

@@ -61,7 +61,7 @@ class Copies:
     def position(self) -> tuple[int, int]:
         """The epoch, and the counter that the next document or event will have."""
         with self._database.read() as transaction:
-            row = transaction.row(select(meta.c.epoch, meta.c.next_counter))
+            row = transaction.row(_POSITION)
         assert row is not None
         return row.epoch, row.next_counter
 
@@ -107,6 +107,7 @@ def event_key(epoch: int, counter: int, event: str) -> str:
     return f"events/{epoch}/{counter:012d}-{event}.json"
 
 
+_POSITION = select(meta.c.epoch, meta.c.next_counter)
 _VERSIONS = (
     select(
         versions.c.push,

@@ -19,6 +19,8 @@ from ckpt.core.printable import escape
 T = TypeVar("T")
 
 _ATTEMPTS = 8
+_NOW_SQLITE = text("SELECT CAST((julianday('now') - 2440587.5) * 86400000000.0 AS INTEGER)")
+_NOW_POSTGRESQL = text("SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)")
 
 Parameters = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
@@ -58,11 +60,7 @@ class Transaction:
 
     def now(self) -> int:
         """Microseconds since 1970, by the database's clock."""
-        if self._is_sqlite:
-            query = "SELECT CAST((julianday('now') - 2440587.5) * 86400000000.0 AS INTEGER)"
-        else:
-            query = "SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)"
-        return int(self.run(text(query)).scalar_one())
+        return int(self.run(_NOW_SQLITE if self._is_sqlite else _NOW_POSTGRESQL).scalar_one())
 
     @property
     def _is_sqlite(self) -> bool:

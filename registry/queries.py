@@ -59,6 +59,29 @@ _VERSIONS = (
     .join(models, models.c.id == versions.c.model)
     .join(runs, runs.c.id == versions.c.run)
 )
+# What is asked at every call is made once: to build a statement takes as long as to run it.
+_BY_PUSH = _VERSIONS.where(versions.c.push == bindparam("made_by"))
+_NEWEST_FIRST = _VERSIONS.where(versions.c.model == bindparam("of")).order_by(
+    versions.c.number.desc()
+)
+_NEWEST = _NEWEST_FIRST.limit(1)
+_NUMBERED = _VERSIONS.where(
+    versions.c.model == bindparam("of"), versions.c.number == bindparam("numbered")
+)
+_NAMED = _VERSIONS.where(
+    versions.c.id
+    == select(aliases.c.version)
+    .where(aliases.c.model == bindparam("of"), aliases.c.name == bindparam("named"))
+    .scalar_subquery()
+)
+_WITH_DIGEST = _NEWEST_FIRST.where(versions.c.digest == bindparam("whole")).limit(1)
+_DOCUMENT = (
+    select(documents.c.body, structures.c.body.label("structure"), versions.c.facts)
+    .join(structures, structures.c.digest == documents.c.structure)
+    .join(versions, versions.c.document == documents.c.digest)
+    .where(versions.c.push == bindparam("made_by"))
+)
+_MODEL = select(models).where(models.c.folded == bindparam("folded_name"))
 
 
 class Queries:
@@ -80,14 +103,14 @@ class Queries:
     def by_push(self, push: str) -> Version | None:
         """The version that a push made, or None."""
         with self._database.read() as transaction:
-            row = transaction.row(_VERSIONS.where(versions.c.push == push))
+            row = transaction.row(_BY_PUSH, {"made_by": push})
             return None if row is None else _records(transaction, [row])[0]
 
     def newest(self, model: str) -> Version | None:
         """The newest version of a model, or None when it has none."""
         with self._database.read() as transaction:
             found = _model(transaction, model)
-            row = found and transaction.row(_newest_first(found.id).limit(1))
+            row = found and transaction.row(_NEWEST, {"of": found.id})
             return None if row is None else _records(transaction, [row])[0]
 
     def newest_digest(self, model: str) -> str | None:
@@ -101,10 +124,11 @@ class Queries:
     def log(self, model: str, before: int | None = None, limit: int = 100) -> list[Version]:
         """Versions of a model, newest first, from below number ``before``; at most ``limit``."""
         with self._database.read() as transaction:
-            query = _newest_first(_required(transaction, model).id).limit(limit)
+            query = _NEWEST_FIRST.limit(limit)
             if before is not None:
                 query = query.where(versions.c.number < before)
-            return _records(transaction, transaction.rows(query))
+            rows = transaction.rows(query, {"of": _required(transaction, model).id})
+            return _records(transaction, rows)
 
     def since(self, model: str, number: int, limit: int = 100) -> list[Version]:
         """Versions of a model above ``number``, oldest first; at most ``limit``."""
@@ -233,14 +257,8 @@ class Queries:
 
     def document(self, version: Version) -> Document:
         """The document of a version; NotFoundError when the version was deleted meanwhile."""
-        query = (
-            select(documents.c.body, structures.c.body.label("structure"), versions.c.facts)
-            .join(structures, structures.c.digest == documents.c.structure)
-            .join(versions, versions.c.document == documents.c.digest)
-            .where(versions.c.push == version.push)
-        )
         with self._database.read() as transaction:
-            row = transaction.row(query)
+            row = transaction.row(_DOCUMENT, {"made_by": version.push})
         if row is None:
             raise _version_missing(version.reference)
         found = join_document(decompress(row.structure), decompress(row.body))
@@ -298,23 +316,21 @@ def _required(transaction: Transaction, name: str) -> Row[Any]:
 
 
 def _model(transaction: Transaction, name: str) -> Row[Any] | None:
-    return transaction.row(select(models).where(models.c.folded == name.lower()))
+    return transaction.row(_MODEL, {"folded_name": name.lower()})
 
 
 def _first(transaction: Transaction, model: Row[Any], reference: Reference) -> Row[Any]:
     """The version before any step back."""
-    query = _newest_first(model.id)
+    values: dict[str, Any] = {"of": model.id}
+    query = _NEWEST
     if reference.number is not None:
-        query = query.where(versions.c.number == reference.number)
+        query, values["numbered"] = _NUMBERED, reference.number
     elif reference.alias is not None:
-        named = (aliases.c.model == model.id) & (aliases.c.name == reference.alias)
-        query = _VERSIONS.where(
-            versions.c.id == select(aliases.c.version).where(named).scalar_subquery()
-        )
+        query, values["named"] = _NAMED, reference.alias
     elif reference.digest is not None:
-        digest = _whole_digest(transaction, model.id, reference)
-        query = query.where(versions.c.digest == digest)
-    row = transaction.row(query.limit(1))
+        values["whole"] = _whole_digest(transaction, model.id, reference)
+        query = _WITH_DIGEST
+    row = transaction.row(query, values)
     if row is None:
         raise _not_there(reference)
     return row
@@ -354,10 +370,6 @@ def _version_missing(reference: str) -> NotFoundError:
     return NotFoundError(
         "version-missing", f"there is no version {reference}", hint=f"run `ckpt log {model}`"
     )
-
-
-def _newest_first(model: int) -> Select[Any]:
-    return _VERSIONS.where(versions.c.model == model).order_by(versions.c.number.desc())
 
 
 def _said_in(table: Table, text: ColumnElement[Any], number: ColumnElement[Any]) -> Select[Any]:

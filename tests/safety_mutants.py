@@ -344,8 +344,8 @@ OTHERS = (
         "an epoch that is not looked at",
         "a_push_into_a_lost_registry_is_not_acknowledged",
         _BOOKS + "is_acknowledgeable",
-        "pushes.c.id == push, pushes.c.epoch == select(meta.c.epoch).scalar_subquery()",
-        "pushes.c.id == push",
+        "_STATE_IN_EPOCH",
+        "_STATE",
     ),
     Mutant(
         "a rebuild that uses dead keys",
