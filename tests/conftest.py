@@ -48,9 +48,18 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         shutil.rmtree(base, ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def _empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty repository, to be copied: the migrations take longer than most tests."""
+    folder = tmp_path_factory.mktemp("empty")
+    ckpt.open(folder).close()
+    return folder
+
+
 @pytest.fixture
-def repo(tmp_path: Path) -> Iterator[ckpt.Repository]:
+def repo(tmp_path: Path, _empty: Path) -> Iterator[ckpt.Repository]:
     """An empty repository in a folder of its own."""
+    shutil.copytree(_empty, tmp_path, dirs_exist_ok=True)
     with ckpt.open(tmp_path) as repository:
         yield repository
 
