@@ -251,6 +251,7 @@ class DeadKey:
 class StoreCopy:
     """An object that the store must hold because a row says so: a document or an event."""
 
-    id: str
+    id: str  # of the push that made the version, or of the event
     key: str
     body: bytes
+    is_document: bool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Row, delete, insert, select, update
@@ -39,8 +39,16 @@ class Changes:
     """Acts that change what is said of a version, or end it. Each returns the event's id, to be
     acknowledged only after its copy is in the store (rule (j))."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, before_write: Callable[[Transaction], None]) -> None:
         self._database = database
+        self._before_write = before_write
+
+    def _write(self, act: Callable[[Transaction], str]) -> str:
+        def noted(transaction: Transaction) -> str:
+            self._before_write(transaction)
+            return act(transaction)
+
+        return self._database.write(noted)
 
     def tag(self, reference: Reference, alias: str, expect: Reference | None, author: str) -> str:
         """Make ``alias`` name a version; with ``expect``, only if it names that one now.
@@ -56,7 +64,7 @@ class Changes:
             set_alias(transaction, model.id, alias, row.id)
             return note_event(transaction, "tag", author, model, alias=alias, push=row.push)
 
-        return self._database.write(act)
+        return self._write(act)
 
     @staticmethod
     def _check_expected(
@@ -85,7 +93,7 @@ class Changes:
                 transaction, "untag", author, model, alias=reference.alias, push=row.push
             )
 
-        return self._database.write(act)
+        return self._write(act)
 
     def annotate(
         self,
@@ -111,7 +119,7 @@ class Changes:
             }
             return note_event(transaction, "label", author, model, push=row.push, **said)
 
-        return self._database.write(act)
+        return self._write(act)
 
     def save_policy(self, model: str, rules: Sequence[str], author: str) -> str:
         """Keep the rules by which a model is pruned."""
@@ -123,7 +131,7 @@ class Changes:
             transaction.run(insert(policies), body)
             return note_event(transaction, "policy", author, row, policy=list(rules))
 
-        return self._database.write(act)
+        return self._write(act)
 
     def remove(self, push: str, author: str, kind: str = "rm") -> str:
         """End the version that ``push`` made (T6); its bytes go with a later collection.
@@ -150,7 +158,7 @@ class Changes:
             self._drop_document(transaction, row.document)
             return note_event(transaction, kind, author, model, push=push, number=row.number)
 
-        return self._database.write(act)
+        return self._write(act)
 
     @staticmethod
     def _refuse_aliased(transaction: Transaction, row: Row[Any], model: Row[Any]) -> None:
@@ -179,7 +187,9 @@ class Changes:
 
 def _locked(transaction: Transaction, reference: Reference) -> tuple[Row[Any], Row[Any]]:
     """``(version, model)`` with the model's row locked, so that acts on it have an order."""
-    name = resolve(transaction, reference).model_name
+    name = require_model(transaction, reference.model)
+    if reference.back:  # what a version was made from may be of another model
+        name = resolve(transaction, reference).model_name
     model = lock_model(transaction, name)
     return resolve(transaction, reference), model
 

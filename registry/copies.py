@@ -22,7 +22,8 @@ class Copies:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._done: set[str] = set()
+        self._documents: set[str] = set()  # copied, by the push of each, but not noted as done
+        self._events: set[str] = set()
 
     def pending(self) -> list[StoreCopy]:
         """All copies that are not known to be in the store, in the order of their counters."""
@@ -32,9 +33,11 @@ class Copies:
                 found.append((row.counter, _document_copy(row)))
             for row in transaction.rows(_UNCOPIED_EVENTS):
                 found.append((row.counter, _event_copy(row)))
-        self._done &= {copy.id for _, copy in found}  # the others are written down by now
+        uncopied = {copy.id for _, copy in found}  # the others are written down by now
+        self._documents &= uncopied
+        self._events &= uncopied
         copies = [copy for _, copy in sorted(found, key=lambda pair: pair[0])]
-        return [copy for copy in copies if copy.id not in self._done]
+        return [copy for copy in copies if copy.id not in self._documents | self._events]
 
     def document(self, push: str) -> StoreCopy | None:
         """The copy of one version's document, done or not; None when the version is gone."""
@@ -67,27 +70,33 @@ class Copies:
 
     def note(self, copy: StoreCopy) -> None:
         """Remember that ``copy`` is in the store."""
-        self._done.add(copy.id)
+        (self._documents if copy.is_document else self._events).add(copy.id)
 
     def is_copied(self, event: str) -> bool:
         """Whether an event is in the store, and so every earlier one: they are copied in order."""
-        if event in self._done:
+        if event in self._events:
             return True
         with self._database.read() as transaction:
             row = transaction.row(select(events.c.copied).where(events.c.id == event))
         return row is not None and bool(row.copied)
 
     def flush(self, transaction: Transaction) -> None:
-        """Write down what was noted, in a transaction that writes anyway."""
-        for some in batches(sorted(self._done)):
+        """Write down what was noted, in a transaction that writes anyway and holds nothing yet."""
+        for some in batches(sorted(self._documents)):
             transaction.run(update(versions).where(versions.c.push.in_(some)).values(copied=True))
+        self.flush_events(transaction)
+
+    def flush_events(self, transaction: Transaction) -> None:
+        """The same of events alone, whose rows nobody locks: whatever the transaction holds."""
+        for some in batches(sorted(self._events)):
             transaction.run(update(events).where(events.c.id.in_(some)).values(copied=True))
 
     def close(self) -> None:
         """Write down what was noted, in a transaction of its own."""
-        if self._done:
+        if self._documents or self._events:
             self._database.write(self.flush)
-            self._done.clear()
+            self._documents.clear()
+            self._events.clear()
 
     def event_stands(self, event: str) -> bool:
         """(j): whether the event's row is there and the registry is of the same epoch."""
@@ -132,8 +141,10 @@ def _document_copy(row: Row[Any]) -> StoreCopy:
         "document": join_document(decompress(row.structure), decompress(row.body)),
         "environment": read_json(row.environment),
     }
-    return StoreCopy(row.push, document_key(row.epoch, row.counter, row.push), canonical(body))
+    key = document_key(row.epoch, row.counter, row.push)
+    return StoreCopy(row.push, key, canonical(body), is_document=True)
 
 
 def _event_copy(row: Row[Any]) -> StoreCopy:
-    return StoreCopy(row.id, event_key(row.epoch, row.counter, row.id), row.body)
+    key = event_key(row.epoch, row.counter, row.id)
+    return StoreCopy(row.id, key, row.body, is_document=False)

@@ -373,17 +373,22 @@ def _version_missing(reference: str) -> NotFoundError:
 
 
 def _said_in(table: Table, text: ColumnElement[Any], number: ColumnElement[Any]) -> Select[Any]:
-    query = select(literal(table.name), table.c.version, table.c.name.label("name"), text, number)
-    return query.where(table.c.version.in_(bindparam("some", expanding=True)))
+    columns = table.c.version, table.c.name, text.label("text"), number.label("number")
+    return select(literal(table.name).label("said_in"), *columns)
 
 
-# ``(table, version, name, text, number)`` of all that is said of some versions, by name: one
-# question, since each costs a way to the server and back.
-_SAID = union_all(
+_ALL_SAID = union_all(
     _said_in(aliases, cast(null(), Text), cast(null(), Float)),
     _said_in(labels, labels.c.value, cast(null(), Float)),
     _said_in(metrics, metrics.c.special, metrics.c.value),
-).order_by("name")
+).subquery()
+# ``(table, version, name, text, number)`` of all that is said of some versions, by name: one
+# question, since each costs a way to the server and back.
+_SAID = (
+    select(_ALL_SAID)
+    .where(_ALL_SAID.c.version.in_(bindparam("some", expanding=True)))
+    .order_by(_ALL_SAID.c.name)
+)
 
 
 def _records(transaction: Transaction, rows: Sequence[Row[Any]]) -> list[Version]:

@@ -37,7 +37,7 @@ class Registry:
         self.books = Books(database, before_write=self.copies.flush)
         self.queries = Queries(database)
         self.curves = Curves(database)
-        self.changes = Changes(database)
+        self.changes = Changes(database, before_write=self.copies.flush_events)
         self.collector = Collector(database)
         self.usages = Usages(database)
         self.repairs = Repairs(database)
