@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 
 from msgspec.structs import replace
 from torch import nn
@@ -43,9 +42,6 @@ class Report:
     outputs: tuple[Comparison, ...] = ()
     dropped: tuple[str, ...] = ()
 
-
-_NAMES_LIMIT = 1_000_000
-_DEPTH_LIMIT = 1_000  # Python's own, for a module that is called
 
 # From the weakest to the strongest.
 VERDICTS = ("weights", "structure", "outputs-close", "outputs-exact")
@@ -135,51 +131,3 @@ def find_drift(document: Document) -> tuple[str, ...]:
         if known.version and now.version and known.version != now.version:
             packages[known.package] = f"{known.package} {known.version} → {now.version}"
     return (*sources, *packages.values())
-
-
-def state_dict_names(document: Document) -> list[tuple[str, int]]:
-    """``(key, tensor entry)`` in the order that ``state_dict()`` gave.
-
-    Raises:
-        IntegrityError: ``document-damaged`` when the tree is none, or names what is not there.
-    """
-    if not document.modules:
-        return []
-    try:
-        walk = _walk(document.modules, document.root["$module"])
-        names = list(islice(walk, _NAMES_LIMIT + 1))
-    except (LookupError, TypeError) as error:
-        raise _no_tree(str(error)) from None
-    if len(names) > _NAMES_LIMIT:
-        raise _no_tree(f"it has more than {_NAMES_LIMIT} names")
-    for name, index in names:
-        if type(index) is not int or not 0 <= index < len(document.tensors):
-            raise _no_tree(f'"{escape(name, 80)}" is tensor {index!r}')
-    return names
-
-
-def _no_tree(reason: str) -> IntegrityError:
-    return IntegrityError(
-        "document-damaged", f"the module tree cannot be read: {reason}", hint="run `ckpt fsck`"
-    )
-
-
-def _walk(modules: Sequence[Module], root: int) -> Iterator[tuple[str, int]]:
-    waiting: list[tuple[int, str, tuple[int, ...]]] = [(root, "", ())]
-    while waiting:
-        index, prefix, above = waiting.pop()
-        if len(above) > _DEPTH_LIMIT:
-            raise _no_tree(f"it is nested deeper than {_DEPTH_LIMIT}")
-        module = modules[index]
-        for name, entry in module.params:
-            if entry is not None:
-                yield prefix + name, entry
-        for name, entry, persistent in module.buffers:
-            if entry is not None and persistent:
-                yield prefix + name, entry
-        # A stack, since a generator in a generator for each level takes as long as it is deep.
-        waiting += [
-            (child, f"{prefix}{name}.", (*above, index))
-            for name, child in reversed(module.children)
-            if child is not None and child not in above
-        ]

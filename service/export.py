@@ -18,19 +18,20 @@ from ckpt.core.dtypes import ITEM_SIZES, PACK_CODES
 from ckpt.core.effects import perform
 from ckpt.core.errors import ConflictError, NotFoundError, SpaceError, TrustError, from_os_error
 from ckpt.core.printable import is_printable
-from ckpt.core.tensors import TensorSpace
+from ckpt.service.fetch import Wanted, stored_size
 from ckpt.storage.header import parse_header
 
 
 @dataclass(frozen=True, slots=True)
 class FileSpace:
-    """Room for one tensor in an open file."""
+    """Room for one tensor in an open file; under several names it has several places."""
 
     handle: int
-    start: int
+    starts: Sequence[int]
 
     def write(self, offset: int, data: memoryview) -> None:
-        write_at(self.handle, self.start + offset, data)
+        for start in self.starts:
+            write_at(self.handle, start + offset, data)
 
     def view(self, offset: int, length: int) -> memoryview | None:
         return None
@@ -42,6 +43,23 @@ def write_at(handle: int, offset: int, data: memoryview | bytes) -> None:
     while view:
         count = perform("write", os.pwrite, handle, view, offset)
         view, offset = view[count:], offset + count
+
+
+@contextmanager
+def file_with(
+    first: bytes,
+    placed: Sequence[tuple[Tensor, Sequence[int]]],
+    destination: Path,
+    force: bool,
+) -> Iterator[list[Wanted]]:
+    """A new file with these first bytes, and what is wanted in it: each tensor at its places."""
+    nbytes = sum(stored_size(tensor) * len(places) for tensor, places in placed)
+    with new_file(destination, len(first) + nbytes, force=force) as handle:
+        write_at(handle, 0, first)
+        yield [
+            Wanted(tensor.name, stored_size(tensor), tensor.chunks, FileSpace(handle, places))
+            for tensor, places in placed
+        ]
 
 
 def file_header(first: bytes | None, tensors: Sequence[Tensor]) -> tuple[bytes, list[int]]:
@@ -168,8 +186,3 @@ def sync_folder(folder: Path) -> None:
         perform("fsync_folder", os.fsync, handle)
     finally:
         os.close(handle)
-
-
-def spaces(handle: int, starts: Sequence[int]) -> list[TensorSpace]:
-    """Room in the file for each tensor, by where it starts."""
-    return [FileSpace(handle, start) for start in starts]

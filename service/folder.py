@@ -22,8 +22,8 @@ from ckpt.core.printable import escape
 from ckpt.core.records import Version
 from ckpt.core.tensors import TensorBytes
 from ckpt.registry.registry import Registry
-from ckpt.service.export import file_header, new_file, spaces, sync_folder, write_at
-from ckpt.service.fetch import Wanted, fetch, stored_size
+from ckpt.service.export import file_header, file_with, sync_folder
+from ckpt.service.fetch import Wanted, fetch
 from ckpt.service.safetensors_file import OpenFile, open_file, open_plain
 from ckpt.service.upload import Progress
 from ckpt.storage.store import Store
@@ -193,8 +193,5 @@ def _opened(stack: ExitStack, document: Document, file: File, path: Path) -> Ite
             f"the file {escape(path.name, 80)} cannot be written: {escape(str(error))}",
             hint="run `ckpt fsck`",
         ) from None
-    nbytes = len(first) + sum(map(stored_size, tensors))
-    handle = stack.enter_context(new_file(path, nbytes, force=False))
-    write_at(handle, 0, first)
-    for tensor, space in zip(tensors, spaces(handle, starts), strict=True):
-        yield Wanted(tensor.name, stored_size(tensor), tensor.chunks, space)
+    placed = [(tensor, [start]) for tensor, start in zip(tensors, starts, strict=True)]
+    yield from stack.enter_context(file_with(first, placed, path, force=False))

@@ -11,6 +11,7 @@ from ckpt.core.documents import Document
 from ckpt.core.errors import CkptWarning, IntegrityError, UsageError
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
+from ckpt.core.state_dict import state_dict_names
 from ckpt.registry.registry import Registry
 from ckpt.service.pull import fill, fill_document
 from ckpt.storage.store import Store
@@ -119,8 +120,6 @@ def load_into(store: Store, registry: Registry, version: Version, module: nn.Mod
 
 def weights(document: Document, restorer: Any) -> dict[str, Any]:
     """The tensors by the keys that ``state_dict()`` gave, or that a pushed dict had."""
-    from ckpt.loader.verify import state_dict_names
-
     if document.state == "module":
         return {key: restorer.tensor(index) for key, index in state_dict_names(document)}
     state = restorer.state()

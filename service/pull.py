@@ -7,14 +7,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
+
 from ckpt.core.documents import Document, Tensor
 from ckpt.core.errors import CkptWarning, IntegrityError
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
+from ckpt.core.state_dict import state_dict_names
 from ckpt.core.tensors import TensorBytes
 from ckpt.registry.registry import Registry
-from ckpt.service.export import file_header, made_header, new_file, spaces, write_at
-from ckpt.service.fetch import Wanted, fetch, stored_size
+from ckpt.service.export import file_header, file_with, made_header, new_file, write_at
+from ckpt.service.fetch import Wanted, fetch
 from ckpt.service.folder import pull_folder
 from ckpt.service.selection import chosen_tensors
 from ckpt.service.upload import Progress
@@ -58,7 +61,6 @@ def _pull_weights(
     """Of a module, what ``state_dict()`` gave, and with ``everything`` the tensors that it left
     out, by canonical name; imports nothing that the document names."""
     from ckpt.loader.restore import Restorer
-    from ckpt.loader.verify import state_dict_names
 
     names = state_dict_names(document)
     known = {index for _, index in names}
@@ -136,10 +138,8 @@ def pull_file(
         first, starts = made_header(document.tensors)
     else:
         first, starts = file_header(document.safetensors.header, document.tensors)
-    with new_file(destination, len(first) + version.nbytes, force=force) as handle:
-        write_at(handle, 0, first)
-        places = zip(document.tensors, spaces(handle, starts), strict=True)
-        wanted = [Wanted(t.name, stored_size(t), t.chunks, space) for t, space in places]
+    placed = [(tensor, [start]) for tensor, start in zip(document.tensors, starts, strict=True)]
+    with file_with(first, placed, destination, force) as wanted:
         fetch(store, registry, version, wanted, progress)
 
 
@@ -155,10 +155,22 @@ def pull_tensors_file(
 ) -> int:
     """Like :func:`pull_file`, only the tensors whose names match a pattern, tied ones under each
     name; returns how many. Only their bytes are read."""
-    chosen = pull_tensors(store, registry, version, pattern, "cpu", progress)
-    from ckpt.loader.sources import laid_out
+    document = registry.queries.document(version)
+    chosen = chosen_tensors(version, document, pattern)
+    tensors = document.tensors
+    if not all(_is_whole(tensors[index]) for index in chosen.values()):
+        pulled = pull_tensors(store, registry, version, pattern, "cpu", progress)
+        from ckpt.loader.sources import laid_out
 
-    _write_file(destination, [laid_out(name, one) for name, one in chosen.items()], force)
+        _write_file(destination, [laid_out(name, one) for name, one in pulled.items()], force)
+        return len(chosen)
+    first, starts = made_header([replace(tensors[i], name=name) for name, i in chosen.items()])
+    places: dict[int, list[int]] = {}
+    for index, start in zip(chosen.values(), starts, strict=True):
+        places.setdefault(index, []).append(start)
+    placed = [(tensors[index], where) for index, where in places.items()]
+    with file_with(first, placed, destination, force) as wanted:
+        fetch(store, registry, version, wanted, progress)
     return len(chosen)
 
 

@@ -10,6 +10,7 @@ from ckpt.core.documents import Document
 from ckpt.core.errors import NotFoundError
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
+from ckpt.core.state_dict import state_dict_names
 
 _MOST_NAMES = 1_000_000
 
@@ -39,8 +40,6 @@ def _names(document: Document) -> Iterator[tuple[str, int]]:
     for index, tensor in enumerate(document.tensors):
         yield tensor.name, index
     if document.state == "module":
-        from ckpt.loader.verify import state_dict_names
-
         yield from state_dict_names(document)
         return
     for count, (name, index) in enumerate(_paths(document.root, "")):

@@ -86,7 +86,8 @@ def test_ls_loads_neither_torch_nor_boto3(folder: Path) -> None:
 
 
 def test_pushing_and_pulling_a_safetensors_file_loads_no_torch(folder: Path) -> None:
-    for arguments in (["push", "w.safetensors", "other"], ["pull", "net", "out.safetensors"]):
+    push, pull = ["push", "w.safetensors", "other"], ["pull", "net", "out.safetensors"]
+    for arguments in (push, pull, ["pull", "net", "some.safetensors", "--tensors", "w*"]):
         loaded = loaded_by(command(*arguments), folder)
         assert not loaded & {"torch", "boto3", "numpy", "rich", "alembic", "safetensors"}
 

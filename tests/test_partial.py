@@ -69,6 +69,21 @@ def test_only_what_is_asked_for_is_read(repo: ckpt.Repository) -> None:
     assert reads.nbytes <= 1.05 * MIB
 
 
+def test_a_file_has_a_tied_tensor_under_each_of_its_names_and_reads_it_once(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    shared, other = torch.rand(MIB // 4), torch.rand(MIB // 4)
+    repo.push({"a": shared, "b": [shared, torch.ones(2)], "c": other}, "m")
+    reads = Reads("read")
+    with observed(reads):
+        repo.pull_file("m", tmp_path / "some.safetensors", tensors="[ab]*")
+    assert reads.nbytes <= 1.05 * MIB
+    found = load_file(tmp_path / "some.safetensors")
+    assert sorted(found) == ["a", "b.0", "b.1"]
+    assert torch.equal(found["a"], shared)
+    assert torch.equal(found["b.0"], shared)
+
+
 def test_a_tensor_of_an_s3_store_costs_one_request(
     seaweedfs: Server, registry_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

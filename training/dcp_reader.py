@@ -27,11 +27,11 @@ from torch.futures import Future
 from ckpt.core.documents import Document, Part, Tensor
 from ckpt.core.errors import ConflictError, IntegrityError, UsageError
 from ckpt.core.printable import escape
+from ckpt.core.state_dict import state_dict_names
 from ckpt.core.tensors import CHUNK_BYTES
 from ckpt.loader.restore import Restorer
 from ckpt.loader.spaces import BoxSpace, dtype_of, stored_nbytes
 from ckpt.loader.values import Decoder
-from ckpt.loader.verify import state_dict_names
 from ckpt.service.fetch import Wanted
 from ckpt.service.lookup import VersionLike
 from ckpt.service.repository import Repository
