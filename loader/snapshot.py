@@ -272,6 +272,7 @@ def unwrap(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
             module = module.module
         elif type(module).__qualname__ == "OptimizedModule" and "_orig_mod" in module._modules:
             names.append("compile")
+            # torch types every child as one that may be None.
             module = module._modules["_orig_mod"]  # type: ignore[assignment]
         else:
             if vars(module).get("_compiled_call_impl") is not None:
@@ -319,6 +320,7 @@ def _own_class(module: nn.Module) -> type:
 def _parametrized(module: nn.Module) -> tuple[str, ...]:
     if not nn.utils.parametrize.is_parametrized(module):
         return ()
+    # torch types an attribute as a tensor or a module, of which few can be listed.
     return tuple(module.parametrizations)  # type: ignore[arg-type]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import ckpt
+from ckpt.cli.command import Settings
+from ckpt.cli.main import ckpt as program
 from ckpt.core.errors import UsageError
 
 PROGRAM = Path(sys.executable).with_name("ckpt")
@@ -99,8 +103,15 @@ def test_a_version_that_is_removed_leaves_the_list(repo: ckpt.Repository) -> Non
 
 
 def run(repo: ckpt.Repository, *arguments: str) -> str:
-    command = [str(PROGRAM), "-r", str(repo.location.root), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    """What a command prints; in this process, since torch takes two seconds to be imported."""
+    printed = io.StringIO()
+    command = ["-r", str(repo.location.root), *arguments]
+    with (
+        redirect_stdout(printed),
+        program.make_context("ckpt", command, obj=Settings()) as context,
+    ):
+        program.invoke(context)
+    return printed.getvalue()
 
 
 def test_show_imports_nothing_and_tells_what_changed(repo: ckpt.Repository, tmp_path: Path) -> None:
