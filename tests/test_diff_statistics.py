@@ -134,8 +134,8 @@ def test_a_large_tensor_is_compared_in_bounded_memory(repo: ckpt.Repository) -> 
     before = torch.arange(number, dtype=torch.float32)
     after = before.clone()
     after[-1] += 4096
-    repo.push({"w": before}, "before")
-    repo.push({"w": after}, "after")
+    repo.push({"w": before}, "before", compress="none")
+    repo.push({"w": after}, "after", compress="none")
     (one,) = repo.diff("before", "after").tensors
     assert (one.nbytes, one.changed_bytes) == (4 * number, 4000)
     tracemalloc.start()
@@ -155,8 +155,8 @@ def test_a_large_tensor_is_compared_in_bounded_memory(repo: ckpt.Repository) -> 
 def test_dtypes_of_other_sizes_are_walked_side_by_side(repo: ckpt.Repository) -> None:
     number = CHUNK_BYTES // 2 + 12345  # three chunks of float32, two of bfloat16
     before = torch.arange(number) % 251
-    repo.push({"w": before.float()}, "before")
-    repo.push({"w": (before + (before == 7)).bfloat16()}, "after")
+    repo.push({"w": before.float()}, "before", compress="none")
+    repo.push({"w": (before + (before == 7)).bfloat16()}, "after", compress="none")
     with reads() as counted:
         found = repo.diff("before", "after", stats=True).tensors[0].statistics
     assert found is not None

@@ -75,7 +75,7 @@ def test_a_file_with_another_header_is_another_version(
 def test_the_first_pack_opens_in_safetensors_and_in_transformers(
     repo: ckpt.Repository, real_checkpoint: Path
 ) -> None:
-    repo.push_file(real_checkpoint, "minilm")
+    repo.push_file(real_checkpoint, "minilm", compress="auto")
     (pack,) = repo.location.store.glob("packs/*/*.safetensors")
     weights = load_file(real_checkpoint)
     read = load_file(pack)

@@ -213,4 +213,4 @@ def test_a_runs_successors_are_differences_to_what_it_has_in_memory(join: Open) 
         assert plain.new_bytes == 0
         state = repo.pull("net")
         state["model"]["weight"] = state["model"]["weight"] + 1e-5
-        assert repo.push(state, "net").new_bytes > 300 * 300 * 4
+        assert repo.push(state, "net", compress="auto").new_bytes > 300 * 300 * 4
