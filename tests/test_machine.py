@@ -131,7 +131,8 @@ class Machine(VersionsMachine):
         assert len(found.broken) == (0 if repair else len(broken))
         assert place.broken_keys() == broken
 
-    @precondition(VersionsMachine.has_versions)
+    # With room only: it pushes every version that is hurt once more.
+    @precondition(lambda self: self.has_room() and self.has_versions())
     @rule(who=actors, pick=picks, how=st.sampled_from(["lost", "short", "flipped"]))
     def a_damaged_pack_is_healed_by_pushes(self, who: int, pick: int, how: str) -> None:
         place, actor, kept = self.choose(who, pick)
