@@ -81,13 +81,14 @@ class Copies:
         return row is not None and bool(row.copied)
 
     def flush(self, transaction: Transaction) -> None:
-        """Write down what was noted, in a transaction that writes anyway and holds nothing yet."""
+        """Write down what was noted, in a transaction that writes anyway; first in it, events
+        before versions, so that nobody waits for one of them who holds the other."""
+        self.flush_events(transaction)
         for some in batches(sorted(self._documents)):
             transaction.run(update(versions).where(versions.c.push.in_(some)).values(copied=True))
-        self.flush_events(transaction)
 
     def flush_events(self, transaction: Transaction) -> None:
-        """The same of events alone, whose rows nobody locks: whatever the transaction holds."""
+        """The same of events alone: an act on a model comes to its versions later."""
         for some in batches(sorted(self._events)):
             transaction.run(update(events).where(events.c.id.in_(some)).values(copied=True))
 

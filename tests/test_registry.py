@@ -337,3 +337,14 @@ def test_every_codec_has_a_name_that_the_registry_can_hold() -> None:
     assert isinstance(kind, String)
     assert kind.length is not None
     assert max(map(len, NAMES)) <= kind.length
+
+
+def test_what_was_copied_is_noted_as_done_by_the_next_act(repo: ckpt.Repository) -> None:
+    """Else each act would read the events of all before it."""
+    repo.push({"w": torch.ones(1)}, "m")
+    for number in range(5):
+        repo.tag("m@1", f"alias-{number}")
+    uncopied = text("SELECT count(*) FROM events WHERE NOT copied AND counter IS NOT NULL")
+    with repo._registry._database.read() as transaction:
+        assert transaction.run(uncopied).scalar_one() == 1
+    assert repo._registry.copies.pending() == []
