@@ -54,8 +54,9 @@ def _walk(modules: Sequence[Module], root: int) -> Iterator[tuple[str, int]]:
             if entry is not None and persistent:
                 yield prefix + name, entry
         # A stack, since a generator in a generator for each level takes as long as it is deep.
+        beneath = (*above, index)
         waiting += [
-            (child, f"{prefix}{name}.", (*above, index))
+            (child, f"{prefix}{name}.", beneath)
             for name, child in reversed(module.children)
             if child is not None and child not in above
         ]

@@ -12,7 +12,8 @@ from torch import nn
 
 import ckpt
 from ckpt.core.documents import Document
-from ckpt.core.errors import CkptError
+from ckpt.core.errors import CkptError, IntegrityError
+from ckpt.core.state_dict import state_dict_names
 
 
 def with_module(place: int, **changes: Any) -> Callable[[Document], Document]:
@@ -62,6 +63,12 @@ EDITS: dict[str, Callable[[Document], Document]] = {
     "doubling": doubling,
     "chain": chain,
 }
+
+
+def test_a_tree_that_is_too_deep_is_refused_by_name(repo: ckpt.Repository) -> None:
+    repo.push(nn.Sequential(nn.Linear(2, 3)), "m")
+    with pytest.raises(IntegrityError, match="nested deeper than 1000"):
+        state_dict_names(chain(repo.document("m")))
 
 
 @pytest.mark.parametrize("name", EDITS)
