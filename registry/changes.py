@@ -20,7 +20,7 @@ from ckpt.registry.commit import (
     set_metrics,
 )
 from ckpt.registry.engine import Database, Transaction
-from ckpt.registry.queries import require_model, resolve
+from ckpt.registry.resolving import require_model, resolve
 from ckpt.registry.tables import (
     aliases,
     documents,

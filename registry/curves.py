@@ -10,8 +10,9 @@ from ckpt.core.errors import NotFoundError
 from ckpt.core.records import Curve, Point
 from ckpt.registry.bodies import read_json
 from ckpt.registry.engine import Database, Transaction
-from ckpt.registry.queries import require_model, special
+from ckpt.registry.resolving import require_model
 from ckpt.registry.tables import aliases, metrics, models, policies, runs, versions
+from ckpt.registry.version_rows import special
 
 _SHOWN = 20
 
