@@ -15,7 +15,7 @@ from sqlalchemy import Row, bindparam, delete, insert, select, update
 from ckpt.core.documents import canonical
 from ckpt.core.errors import ConflictError
 from ckpt.core.records import Chunk, FinishedPack, Pack, PackState, PushState
-from ckpt.registry.engine import Database, Transaction, batches
+from ckpt.registry.engine import Clock, Database, Transaction, batches
 from ckpt.registry.epochs import check_not_closed
 from ckpt.registry.tables import chunks, claims, events, meta, packs, pushes, refs, versions
 
@@ -24,6 +24,7 @@ LEASE_SECONDS = 3600
 # What is asked at every call is made once: to build a statement takes as long as to run it.
 _STATE = select(pushes.c.state).where(pushes.c.id == bindparam("of"))
 _STATE_IN_EPOCH = _STATE.where(pushes.c.epoch == select(meta.c.epoch).scalar_subquery())
+_EPOCH_NOW = select(meta.c.epoch, Clock().label("now"))
 _THEIRS = (
     select(refs.c.pack)
     .join(versions, versions.c.id == refs.c.version)
@@ -48,11 +49,11 @@ class Books:
 
         def act(transaction: Transaction) -> None:
             self._before_write(transaction)
-            epoch = transaction.run(select(meta.c.epoch)).scalar_one()
-            check_not_closed(epoch)
-            expires = transaction.now() + LEASE_SECONDS * 1_000_000
+            found = transaction.run(_EPOCH_NOW).one()
+            check_not_closed(found.epoch)
+            expires = found.now + LEASE_SECONDS * 1_000_000
             row = {"id": push, "kind": kind, "state": PushState.OPEN.value}
-            transaction.run(insert(pushes), {**row, "expires_at": expires, "epoch": epoch})
+            transaction.run(insert(pushes), {**row, "expires_at": expires, "epoch": found.epoch})
 
         if not wanted:
             self._database.write(act)
@@ -135,8 +136,7 @@ class Books:
 
     def is_over(self, push: str) -> bool | None:
         """Whether a push is not open any more; None when this registry never heard of it."""
-        with self._database.read() as transaction:
-            row = transaction.row(select(pushes.c.state).where(pushes.c.id == push))
+        row = self._database.ask(_STATE, {"of": push})
         return None if row is None else row.state != PushState.OPEN.value
 
     def note_alarm(self, pack: Pack, size: int | None) -> None:
@@ -159,8 +159,7 @@ class Books:
 
     def is_acknowledgeable(self, push: str) -> bool:
         """(j): whether the push is committed and the registry is still of the same epoch."""
-        with self._database.read() as transaction:
-            row = transaction.row(_STATE_IN_EPOCH, {"of": push})
+        row = self._database.ask(_STATE_IN_EPOCH, {"of": push})
         return row is not None and row.state == PushState.COMMITTED.value
 
     def find_chunks(self, digests: Collection[str]) -> dict[str, list[Chunk]]:

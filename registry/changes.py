@@ -12,6 +12,7 @@ from ckpt.core.documents import canonical
 from ckpt.core.errors import ConflictError, NotFoundError
 from ckpt.core.references import Reference
 from ckpt.registry.commit import (
+    lock_known,
     lock_model,
     next_counter,
     number_text,
@@ -20,7 +21,7 @@ from ckpt.registry.commit import (
     set_metrics,
 )
 from ckpt.registry.engine import Database, Transaction
-from ckpt.registry.resolving import require_model, resolve
+from ckpt.registry.resolving import model_missing, resolve
 from ckpt.registry.tables import (
     aliases,
     documents,
@@ -125,10 +126,9 @@ class Changes:
         """Keep the rules by which a model is pruned."""
 
         def act(transaction: Transaction) -> str:
-            row = lock_model(transaction, require_model(transaction, model))
-            transaction.run(delete(policies).where(policies.c.model == row.id))
+            row = _locked_model(transaction, model)
             body = {"model": row.id, "body": canonical(list(rules)).decode()}
-            transaction.run(insert(policies), body)
+            transaction.put(policies, body)
             return note_event(transaction, "policy", author, row, policy=list(rules))
 
         return self._write(act)
@@ -187,11 +187,18 @@ class Changes:
 
 def _locked(transaction: Transaction, reference: Reference) -> tuple[Row[Any], Row[Any]]:
     """``(version, model)`` with the model's row locked, so that acts on it have an order."""
-    name = require_model(transaction, reference.model)
+    name = reference.model
     if reference.back:  # what a version was made from may be of another model
         name = resolve(transaction, reference).model_name
-    model = lock_model(transaction, name)
+    model = _locked_model(transaction, name)
     return resolve(transaction, reference), model
+
+
+def _locked_model(transaction: Transaction, name: str) -> Row[Any]:
+    row = lock_known(transaction, name)
+    if row is None:
+        raise model_missing(name)
+    return row
 
 
 def note_event(
@@ -200,8 +207,7 @@ def note_event(
     """Write the event of an act, in the act's transaction; returns its id. An act on a model has
     a place in the model's order."""
     identity = secrets.token_hex(16)
-    epoch, counter = next_counter(transaction)
-    now = transaction.now()
+    epoch, counter, now = next_counter(transaction)
     place = {} if model is None else {"model": model.name, "sequence": model.next_event}
     body = {
         "format": 1,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from functools import cache
 from typing import Any
 
-from sqlalchemy import Table, delete, insert, select, update
+from sqlalchemy import Row, Select, Table, bindparam, delete, insert, select, update
 
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import Document, canonical, split_document
@@ -15,7 +16,7 @@ from ckpt.core.printable import escape
 from ckpt.core.records import Environment, FinishedPack, PackState, PushFacts, PushState
 from ckpt.registry.bodies import compress
 from ckpt.registry.books import insert_pack, lock_packs, require_open
-from ckpt.registry.engine import Transaction, batches
+from ckpt.registry.engine import Clock, Transaction, batches
 from ckpt.registry.epochs import check_not_closed
 from ckpt.registry.needs import document_chunks, places_in, unreadable
 from ckpt.registry.tables import (
@@ -36,6 +37,18 @@ from ckpt.registry.tables import (
     structures,
     versions,
 )
+
+# What is asked at every call is made once: to build a statement takes as long as to run it.
+_LOCK_MODEL = select(models).where(models.c.folded == bindparam("folded_name")).with_for_update()
+_COUNT = (
+    update(meta)
+    .values(next_counter=meta.c.next_counter + 1)
+    .returning(meta.c.epoch, meta.c.next_counter, Clock().label("now"))
+)
+_RUN = select(runs.c.id).where(runs.c.model == bindparam("of"), runs.c.name == bindparam("named"))
+_NEWEST = select(versions.c.number).order_by(versions.c.number.desc()).limit(1)
+_NEWEST_OF_RUN = _NEWEST.where(versions.c.run == bindparam("of"))
+_NEWEST_OF_MODEL = _NEWEST.where(versions.c.model == bindparam("of"))
 
 
 def commit_push(
@@ -72,8 +85,7 @@ def commit_push(
         transaction, environments, "digest", environment.digest, body=canonical(environment.body)
     )
     # Everybody waits for the counter, and an act that drops a document takes it after that.
-    epoch, counter = next_counter(transaction)
-    now = transaction.now()
+    epoch, counter, now = next_counter(transaction)
     said = _facts_body(facts, push, model, parent, epoch, counter, now, new_bytes, needed)
     row = {
         "model": model.id,
@@ -130,16 +142,20 @@ def lock_model(transaction: Transaction, name: str) -> Any:
     Raises:
         ConflictError: ``name-clash`` when another model has this name but for the case.
     """
-    query = select(models).where(models.c.folded == name.lower()).with_for_update()
-    row = transaction.row(query)
+    row = lock_known(transaction, name)
     if row is None:
         fresh = {"name": name, "folded": name.lower(), "next_number": 1, "next_event": 1}
         transaction.insert_absent(models, fresh)
-        row = transaction.row(query)
+        row = lock_known(transaction, name)
     assert row is not None
     if row.name != name:
         raise name_clash(name, row.name)
     return row
+
+
+def lock_known(transaction: Transaction, name: str) -> Row[Any] | None:
+    """The locked row of the model that has this name when case is ignored, or None."""
+    return transaction.row(_LOCK_MODEL, {"folded_name": name.lower()})
 
 
 def name_clash(name: str, taken: str) -> ConflictError:
@@ -151,21 +167,19 @@ def name_clash(name: str, taken: str) -> ConflictError:
     )
 
 
-def next_counter(transaction: Transaction) -> tuple[int, int]:
-    """``(epoch, counter)`` for one more document or event in the store."""
-    step = update(meta).values(next_counter=meta.c.next_counter + 1)
-    row = transaction.row(step.returning(meta.c.epoch, meta.c.next_counter))
+def next_counter(transaction: Transaction) -> tuple[int, int, int]:
+    """``(epoch, counter, now)`` for one more document or event in the store; ``now`` as
+    :meth:`Transaction.now`."""
+    row = transaction.row(_COUNT)
     assert row is not None
     check_not_closed(row.epoch)
-    return row.epoch, row.next_counter - 1
+    return row.epoch, row.next_counter - 1, row.now
 
 
 def set_metrics(transaction: Transaction, model: int, version: int, values: Any) -> None:
     """Set metrics of a version; one that is not finite has no value, so it never compares."""
     if not values:
         return
-    names = metrics.c.name.in_(list(values))
-    transaction.run(delete(metrics).where(metrics.c.version == version, names))
     rows = [
         {
             "version": version,
@@ -177,24 +191,20 @@ def set_metrics(transaction: Transaction, model: int, version: int, values: Any)
         }
         for name, value in values.items()
     ]
-    transaction.run(insert(metrics), rows)
+    transaction.put(metrics, rows)
 
 
 def set_labels(transaction: Transaction, version: int, values: Any) -> None:
     """Set labels of a version."""
     if not values:
         return
-    names = labels.c.name.in_(list(values))
-    transaction.run(delete(labels).where(labels.c.version == version, names))
     rows = [{"version": version, "name": name, "value": text} for name, text in values.items()]
-    transaction.run(insert(labels), rows)
+    transaction.put(labels, rows)
 
 
 def set_alias(transaction: Transaction, model: int, alias: str, version: int) -> None:
     """Make ``alias`` name this version, whatever it named before."""
-    same = (aliases.c.model == model) & (aliases.c.name == alias)
-    transaction.run(delete(aliases).where(same))
-    transaction.run(insert(aliases), {"model": model, "name": alias, "version": version})
+    transaction.put(aliases, {"model": model, "name": alias, "version": version})
 
 
 def insert_missing(
@@ -203,13 +213,19 @@ def insert_missing(
     """Insert a row that is named by a digest, unless it is there, and keep it there until the
     transaction ends: another one may be removing what no version needs."""
     while not _held(transaction, table, column, digest):
-        transaction.insert_absent(table, {column: digest, **values})
+        if transaction.insert_absent(table, {column: digest, **values}):
+            return
 
 
 def _held(transaction: Transaction, table: Table, column: str, digest: str) -> bool:
     """Whether the row is there; if so, a lock keeps it until the transaction ends."""
-    query = select(table.c[column]).where(table.c[column] == digest)
-    return transaction.row(query.with_for_update(read=True, key_share=True)) is not None
+    return transaction.row(_holding(table, column), {"named": digest}) is not None
+
+
+@cache
+def _holding(table: Table, column: str) -> Select[Any]:
+    query = select(table.c[column]).where(table.c[column] == bindparam("named"))
+    return query.with_for_update(read=True, key_share=True)
 
 
 def number_text(value: float) -> float | str:
@@ -240,8 +256,7 @@ def _check_decodable(transaction: Transaction, document: Document, needed: Colle
 
 def run_id(transaction: Transaction, model: int, name: str) -> int:
     """The run's row, made when there is none; the lock on the model's row keeps others out."""
-    query = select(runs.c.id).where(runs.c.model == model, runs.c.name == name)
-    row = transaction.row(query)
+    row = transaction.row(_RUN, {"of": model, "named": name})
     if row is None:
         fresh = insert(runs).returning(runs.c.id)
         return int(transaction.run(fresh, {"model": model, "name": name}).scalar_one())
@@ -250,9 +265,8 @@ def run_id(transaction: Transaction, model: int, name: str) -> int:
 
 def _parent(transaction: Transaction, model: Any, run: int) -> str | None:
     """The run's previous version, else the newest of the model."""
-    for where in (versions.c.run == run, versions.c.model == model.id):
-        query = select(versions.c.number).where(where).order_by(versions.c.number.desc()).limit(1)
-        row = transaction.row(query)
+    for query, of in ((_NEWEST_OF_RUN, run), (_NEWEST_OF_MODEL, model.id)):
+        row = transaction.row(query, {"of": of})
         if row is not None:
             return f"{model.name}@{row.number}"
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Row, false, select, update
+from sqlalchemy import Row, bindparam, false, select, update
 
 from ckpt.core.documents import canonical, join_document
 from ckpt.core.records import StoreCopy
@@ -41,8 +41,7 @@ class Copies:
 
     def document(self, push: str) -> StoreCopy | None:
         """The copy of one version's document, done or not; None when the version is gone."""
-        with self._database.read() as transaction:
-            row = transaction.row(_VERSIONS.where(versions.c.push == push))
+        row = self._database.ask(_VERSIONS.where(versions.c.push == push))
         return None if row is None else _document_copy(row)
 
     def all(self) -> list[StoreCopy]:
@@ -63,8 +62,7 @@ class Copies:
 
     def position(self) -> tuple[int, int]:
         """The epoch, and the counter that the next document or event will have."""
-        with self._database.read() as transaction:
-            row = transaction.row(_POSITION)
+        row = self._database.ask(_POSITION)
         assert row is not None
         return row.epoch, row.next_counter
 
@@ -76,8 +74,7 @@ class Copies:
         """Whether an event is in the store, and so every earlier one: they are copied in order."""
         if event in self._events:
             return True
-        with self._database.read() as transaction:
-            row = transaction.row(select(events.c.copied).where(events.c.id == event))
+        row = self._database.ask(select(events.c.copied).where(events.c.id == event))
         return row is not None and bool(row.copied)
 
     def flush(self, transaction: Transaction) -> None:
@@ -90,7 +87,7 @@ class Copies:
     def flush_events(self, transaction: Transaction) -> None:
         """The same of events alone: an act on a model comes to its versions later."""
         for some in batches(sorted(self._events)):
-            transaction.run(update(events).where(events.c.id.in_(some)).values(copied=True))
+            transaction.run(_NOTE_EVENTS, {"some": some})
 
     def close(self) -> None:
         """Write down what was noted, in a transaction of its own."""
@@ -101,10 +98,7 @@ class Copies:
 
     def event_stands(self, event: str) -> bool:
         """(j): whether the event's row is there and the registry is of the same epoch."""
-        current = select(meta.c.epoch).scalar_subquery()
-        query = select(events.c.id).where(events.c.id == event, events.c.epoch == current)
-        with self._database.read() as transaction:
-            return transaction.row(query) is not None
+        return self._database.ask(_STANDING, {"of": event}) is not None
 
 
 def document_key(epoch: int, counter: int, push: str) -> str:
@@ -118,6 +112,13 @@ def event_key(epoch: int, counter: int, event: str) -> str:
 
 
 _POSITION = select(meta.c.epoch, meta.c.next_counter)
+# What is asked at every call is made once: to build a statement takes as long as to run it.
+_STANDING = select(events.c.id).where(
+    events.c.id == bindparam("of"), events.c.epoch == select(meta.c.epoch).scalar_subquery()
+)
+_NOTE_EVENTS = (
+    update(events).where(events.c.id.in_(bindparam("some", expanding=True))).values(copied=True)
+)
 _VERSIONS = (
     select(
         versions.c.push,

@@ -7,22 +7,46 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from sqlalchemy import Connection, CursorResult, Engine, Executable, Row, Table, text
+from sqlalchemy import BigInteger, Connection, CursorResult, Engine, Executable, Row, Table, select
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 
 from ckpt.core.effects import perform
 from ckpt.core.errors import CkptError, StorageError, UsageError
 from ckpt.core.printable import escape
 
+if TYPE_CHECKING:
+    from sqlalchemy.dialects import postgresql, sqlite
+
 T = TypeVar("T")
 
 _ATTEMPTS = 8
-_NOW_SQLITE = text("SELECT CAST((julianday('now') - 2440587.5) * 86400000000.0 AS INTEGER)")
-_NOW_POSTGRESQL = text("SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)")
 
 Parameters = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
+
+class Clock(FunctionElement[int]):
+    """Microseconds since 1970, by the database's clock, in any statement."""
+
+    type = BigInteger()
+    inherit_cache = True
+
+
+@compiles(Clock)
+def _clock(*_: Any, **__: Any) -> str:
+    return "CAST((julianday('now') - 2440587.5) * 86400000000.0 AS INTEGER)"
+
+
+@compiles(Clock, "postgresql")
+def _clock_of_postgresql(*_: Any, **__: Any) -> str:
+    return "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)"
+
+
+_NOW = select(Clock())
 
 
 class Transaction:
@@ -46,25 +70,41 @@ class Transaction:
         """The first row of a query, or None."""
         return self.run(statement, values).first()
 
-    def insert_absent(self, table: Table, values: Parameters) -> None:
+    def insert_absent(self, table: Table, values: Parameters) -> int:
         """Insert rows, but none whose key is taken; one that another transaction is inserting is
-        waited for."""
-        if self._is_sqlite:
-            from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+        waited for. Returns how many were inserted, when one was given."""
+        return self.run(_insert_absent(table, self.connection.dialect.name), values).rowcount
 
-            self.run(sqlite_insert(table).on_conflict_do_nothing(), values)
-        else:
-            from sqlalchemy.dialects.postgresql import insert as postgres_insert
-
-            self.run(postgres_insert(table).on_conflict_do_nothing(), values)
+    def put(self, table: Table, values: Parameters) -> None:
+        """Insert rows with all their columns; one whose key is taken is changed instead."""
+        self.run(_insert_or_change(table, self.connection.dialect.name), values)
 
     def now(self) -> int:
         """Microseconds since 1970, by the database's clock."""
-        return int(self.run(_NOW_SQLITE if self._is_sqlite else _NOW_POSTGRESQL).scalar_one())
+        return int(self.run(_NOW).scalar_one())
 
-    @property
-    def _is_sqlite(self) -> bool:
-        return self.connection.dialect.name == "sqlite"
+
+# Made once: to build a statement takes as long as to run it.
+@cache
+def _insert_absent(table: Table, dialect: str) -> Executable:
+    return _insert(table, dialect).on_conflict_do_nothing()
+
+
+@cache
+def _insert_or_change(table: Table, dialect: str) -> Executable:
+    new = _insert(table, dialect)
+    changed = {one.name: new.excluded[one.name] for one in table.c if not one.primary_key}
+    return new.on_conflict_do_update(index_elements=table.primary_key.columns, set_=changed)
+
+
+def _insert(table: Table, dialect: str) -> sqlite.Insert | postgresql.Insert:
+    if dialect == "sqlite":
+        from sqlalchemy.dialects import sqlite
+
+        return sqlite.insert(table)
+    from sqlalchemy.dialects import postgresql
+
+    return postgresql.insert(table)
 
 
 class Database(ABC):
@@ -74,6 +114,7 @@ class Database(ABC):
     """
 
     read_options: ClassVar[Mapping[str, Any]] = {}
+    ask_options: ClassVar[Mapping[str, Any]]
 
     def __init__(self, engine: Engine, name: str) -> None:
         self.engine = engine
@@ -92,6 +133,13 @@ class Database(ABC):
         """A consistent snapshot; nothing is written."""
         with self._typed(), self.engine.connect() as connection:
             yield Transaction(connection.execution_options(**self.read_options))
+
+    def ask(self, statement: Executable, values: Parameters | None = None) -> Row[Any] | None:
+        """The first row of one query, or None. One statement is a snapshot without a
+        transaction, whose begin and end would be two more ways to a server and back."""
+        with self._typed(), self.engine.connect() as connection:
+            asking = connection.execution_options(**self.ask_options)
+            return Transaction(asking).row(statement, values)
 
     def write(self, act: Callable[[Transaction], T]) -> T:
         """Run ``act`` in one transaction and commit it, again when the database says busy.

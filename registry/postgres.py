@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import select
+import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
-from sqlalchemy import URL, Connection, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy import URL, Connection, Dialect, create_engine, event, make_url
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidatePoolError
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from ckpt.core.effects import perform
 from ckpt.core.errors import (
@@ -22,6 +28,7 @@ from ckpt.registry.engine import Database, registry_busy, value_invalid
 _SCHEMES = ("postgresql+psycopg", "postgresql", "postgres")
 _LOCK_SECONDS = 30
 _STATEMENT_SECONDS = 600
+_REST_SECONDS = 1.0
 # A server that is silent must be noticed; what the URL says goes before these.
 _CONNECTING: Mapping[str, Any] = {
     "connect_timeout": 10,
@@ -55,6 +62,7 @@ class PostgresDatabase(Database):
         "isolation_level": "REPEATABLE READ",
         "postgresql_readonly": True,
     }
+    ask_options: ClassVar[Mapping[str, Any]] = {"isolation_level": "AUTOCOMMIT"}
 
     def is_passing(self, error: DBAPIError) -> bool:
         return _state(error) in (*_CONFLICTS, _LOCKED, *_RACES)
@@ -154,7 +162,6 @@ def open_postgres(url: str) -> PostgresDatabase:
             address,
             connect_args=given,
             isolation_level="READ COMMITTED",
-            pool_pre_ping=True,
             hide_parameters=True,
         )
     except ImportError as error:
@@ -164,6 +171,8 @@ def open_postgres(url: str) -> PostgresDatabase:
             hint='run `pip install "ckpt-registry[postgres]"`',
         ) from error
     event.listen(engine, "begin", _begin)
+    event.listen(engine, "checkin", _note_rest)
+    event.listen(engine, "checkout", partial(_replace_dead, engine.dialect))
     return PostgresDatabase(engine, _shown(address))
 
 
@@ -195,6 +204,32 @@ def _shown(address: URL) -> str:
         query=kept,
     )
     return shown.render_as_string()
+
+
+def _note_rest(_: object, record: ConnectionPoolEntry) -> None:
+    record.info["rests_since"] = time.monotonic()
+
+
+def _replace_dead(
+    dialect: Dialect, connection: DBAPIConnection, record: ConnectionPoolEntry, _: object
+) -> None:
+    """Have all connected anew when a connection was ended while it rested, which its server says
+    unasked, and a router between does not. To ask each time, as a pool can, would be one more way
+    to the server and back."""
+    rests = time.monotonic() - record.info.get("rests_since", math.inf)
+    if rests < _REST_SECONDS and not _was_told(connection):
+        return
+    try:
+        dialect.do_ping(connection)
+    except dialect.loaded_dbapi.Error as error:
+        raise InvalidatePoolError from error
+
+
+def _was_told(connection: DBAPIConnection) -> bool:
+    """Whether the server sent something that nobody read yet."""
+    waiting = select.poll()
+    waiting.register(connection.fileno(), select.POLLIN)
+    return bool(waiting.poll(0))
 
 
 def _begin(connection: Connection) -> None:

@@ -17,7 +17,7 @@ from ckpt.core.references import Reference
 from ckpt.registry.bodies import decompress, read_json
 from ckpt.registry.engine import Database, batches
 from ckpt.registry.resolving import (
-    find_model,
+    MODEL,
     require_model,
     required_model,
     resolve,
@@ -36,10 +36,20 @@ from ckpt.registry.tables import (
     structures,
     versions,
 )
-from ckpt.registry.version_rows import NEWEST_FIRST, NEWEST_ONE, VERSIONS, records_of
+from ckpt.registry.version_rows import (
+    NEWEST_FIRST,
+    NEWEST_ONE,
+    OF_MODEL,
+    VERSIONS,
+    of_model,
+    records_of,
+)
 
 # What is asked at every call is made once: to build a statement takes as long as to run it.
 _BY_PUSH = VERSIONS.where(versions.c.push == bindparam("made_by"))
+_NEWEST_DIGEST = (
+    select(versions.c.digest).where(OF_MODEL).order_by(versions.c.number.desc()).limit(1)
+)
 _DOCUMENT = (
     select(documents.c.body, structures.c.body.label("structure"), versions.c.facts)
     .join(structures, structures.c.digest == documents.c.structure)
@@ -73,17 +83,13 @@ class Queries:
     def newest(self, model: str) -> Version | None:
         """The newest version of a model, or None when it has none."""
         with self._database.read() as transaction:
-            found = find_model(transaction, model)
-            row = found and transaction.row(NEWEST_ONE, {"of": found.id})
+            row = transaction.row(NEWEST_ONE, of_model(model))
             return None if row is None else records_of(transaction, [row])[0]
 
     def newest_digest(self, model: str) -> str | None:
         """The digest of a model's newest version, or None when it has none."""
-        with self._database.read() as transaction:
-            found = find_model(transaction, model)
-            query = select(versions.c.digest).order_by(versions.c.number.desc()).limit(1)
-            row = found and transaction.row(query.where(versions.c.model == found.id))
-            return None if row is None else str(row.digest)
+        row = self._database.ask(_NEWEST_DIGEST, of_model(model))
+        return None if row is None else str(row.digest)
 
     def log(self, model: str, before: int | None = None, limit: int = 100) -> list[Version]:
         """Versions of a model, newest first, from below number ``before``; at most ``limit``."""
@@ -91,15 +97,19 @@ class Queries:
             query = NEWEST_FIRST.limit(limit)
             if before is not None:
                 query = query.where(versions.c.number < before)
-            rows = transaction.rows(query, {"of": required_model(transaction, model).id})
+            rows = transaction.rows(query, of_model(model))
+            if not rows:
+                required_model(transaction, model)
             return records_of(transaction, rows)
 
     def since(self, model: str, number: int, limit: int = 100) -> list[Version]:
         """Versions of a model above ``number``, oldest first; at most ``limit``."""
         with self._database.read() as transaction:
-            mine = versions.c.model == required_model(transaction, model).id
-            query = VERSIONS.where(mine, versions.c.number > number)
-            rows = transaction.rows(query.order_by(versions.c.number).limit(limit))
+            query = VERSIONS.where(OF_MODEL, versions.c.number > number)
+            query = query.order_by(versions.c.number).limit(limit)
+            rows = transaction.rows(query, of_model(model))
+            if not rows:
+                required_model(transaction, model)
             return records_of(transaction, rows)
 
     def find(
@@ -178,8 +188,7 @@ class Queries:
     def policy(self, model: str) -> tuple[str, ...]:
         """The rules that were saved for pruning a model."""
         query = select(policies.c.body).join(models, models.c.id == policies.c.model)
-        with self._database.read() as transaction:
-            row = transaction.row(query.where(models.c.folded == model.lower()))
+        row = self._database.ask(query.where(models.c.folded == model.lower()))
         return () if row is None else tuple(read_json(row.body.encode()))
 
     def events(self, since: int, limit: int) -> list[Event]:
@@ -207,21 +216,18 @@ class Queries:
 
     def stored_bytes(self) -> int:
         """Bytes of all packs."""
-        with self._database.read() as transaction:
-            return int(
-                transaction.run(select(func.coalesce(func.sum(packs.c.size), 0))).scalar_one()
-            )
+        row = self._database.ask(select(func.coalesce(func.sum(packs.c.size), 0)))
+        assert row is not None
+        return int(row[0])
 
     def taken_name(self, model: str) -> str | None:
         """The model that has this name when case is ignored, or None."""
-        with self._database.read() as transaction:
-            row = find_model(transaction, model)
+        row = self._database.ask(MODEL, of_model(model))
         return None if row is None else str(row.name)
 
     def document(self, version: Version) -> Document:
         """The document of a version; NotFoundError when the version was deleted meanwhile."""
-        with self._database.read() as transaction:
-            row = transaction.row(_DOCUMENT, {"made_by": version.push})
+        row = self._database.ask(_DOCUMENT, {"made_by": version.push})
         if row is None:
             raise version_missing(version.reference)
         found = join_document(decompress(row.structure), decompress(row.body))
@@ -236,8 +242,7 @@ class Queries:
     def environment(self, version: Version) -> Environment:
         """What the version was pushed on."""
         query = select(environments).where(environments.c.digest == version.environment)
-        with self._database.read() as transaction:
-            row = transaction.row(query)
+        row = self._database.ask(query)
         if row is None:
             raise version_missing(version.reference)
         return Environment(row.digest, read_json(row.body))

@@ -11,24 +11,29 @@ from ckpt.core.names import NEWEST
 from ckpt.core.references import Reference, parse_reference
 from ckpt.registry.engine import Transaction
 from ckpt.registry.tables import aliases, models, versions
-from ckpt.registry.version_rows import NEWEST_FIRST, NEWEST_ONE, VERSIONS
-
-_NUMBERED = VERSIONS.where(
-    versions.c.model == bindparam("of"), versions.c.number == bindparam("numbered")
+from ckpt.registry.version_rows import (
+    MODEL_ID,
+    NEWEST_FIRST,
+    NEWEST_ONE,
+    OF_MODEL,
+    VERSIONS,
+    of_model,
 )
+
+_NUMBERED = VERSIONS.where(OF_MODEL, versions.c.number == bindparam("numbered"))
 _NAMED = VERSIONS.where(
     versions.c.id
     == select(aliases.c.version)
-    .where(aliases.c.model == bindparam("of"), aliases.c.name == bindparam("named"))
+    .where(aliases.c.model == MODEL_ID, aliases.c.name == bindparam("named"))
     .scalar_subquery()
 )
 _WITH_DIGEST = NEWEST_FIRST.where(versions.c.digest == bindparam("whole")).limit(1)
-_MODEL = select(models).where(models.c.folded == bindparam("folded_name"))
+MODEL = select(models).where(models.c.folded == bindparam("folded_name"))
 
 
 def resolve(transaction: Transaction, reference: Reference) -> Row[Any]:
     """The row of the version that a reference means."""
-    row = _first(transaction, required_model(transaction, reference.model), reference)
+    row = _first(transaction, reference)
     for _ in range(reference.back):
         if row.parent is None:
             raise NotFoundError(
@@ -47,47 +52,48 @@ def require_model(transaction: Transaction, name: str) -> str:
 
 def required_model(transaction: Transaction, name: str) -> Row[Any]:
     """The row of a model; NotFoundError ``model-missing`` when there is none."""
-    row = find_model(transaction, name)
+    row = transaction.row(MODEL, of_model(name))
     if row is None:
-        raise NotFoundError(
-            "model-missing", f'there is no model "{name}"', hint="run `ckpt ls` to see all"
-        )
+        raise model_missing(name)
     return row
 
 
-def find_model(transaction: Transaction, name: str) -> Row[Any] | None:
-    """The row of the model that has this name when case is ignored, or None."""
-    return transaction.row(_MODEL, {"folded_name": name.lower()})
+def model_missing(name: str) -> NotFoundError:
+    """The error for a model that is not there."""
+    return NotFoundError(
+        "model-missing", f'there is no model "{name}"', hint="run `ckpt ls` to see all"
+    )
 
 
-def _first(transaction: Transaction, model: Row[Any], reference: Reference) -> Row[Any]:
+def _first(transaction: Transaction, reference: Reference) -> Row[Any]:
     """The version before any step back."""
-    values: dict[str, Any] = {"of": model.id}
+    values = of_model(reference.model)
     query = NEWEST_ONE
     if reference.number is not None:
         query, values["numbered"] = _NUMBERED, reference.number
     elif reference.alias is not None:
         query, values["named"] = _NAMED, reference.alias
     elif reference.digest is not None:
-        values["whole"] = _whole_digest(transaction, model.id, reference)
+        values["whole"] = _whole_digest(transaction, reference)
         query = _WITH_DIGEST
     row = transaction.row(query, values)
     if row is None:
+        required_model(transaction, reference.model)
         raise _not_there(reference)
     return row
 
 
-def _whole_digest(transaction: Transaction, model: int, reference: Reference) -> str | None:
+def _whole_digest(transaction: Transaction, reference: Reference) -> str | None:
     """The one digest of the model's versions that a prefix begins, or None."""
     prefix = reference.digest or ""
     # In every collation "g" comes after the digits of a digest, and a text after what begins it.
     begun = (versions.c.digest >= prefix) & (versions.c.digest < f"{prefix}g")
-    query = select(versions.c.digest).where(versions.c.model == model, begun)
-    first = transaction.row(query.order_by(versions.c.digest).limit(1))
-    last = transaction.row(query.order_by(versions.c.digest.desc()).limit(1))
+    query, named = select(versions.c.digest).where(OF_MODEL, begun), of_model(reference.model)
+    first = transaction.row(query.order_by(versions.c.digest).limit(1), named)
+    last = transaction.row(query.order_by(versions.c.digest.desc()).limit(1), named)
     if first is None or last is None or first.digest == last.digest:
         return first and str(first.digest)
-    digests = [row.digest for row in transaction.rows(query.distinct())]
+    digests = [row.digest for row in transaction.rows(query.distinct(), named)]
     shown = ", ".join(digest[:16] for digest in sorted(digests)[:4])
     raise UsageError(
         "ambiguous",

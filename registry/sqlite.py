@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import Any, ClassVar
 
 from sqlalchemy import Connection, create_engine, event
 from sqlalchemy.exc import DBAPIError
@@ -24,6 +26,8 @@ _NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "fuse", "9p", "afs", "lustre", "gp
 
 class SqliteDatabase(Database):
     """A registry in a file."""
+
+    ask_options: ClassVar[Mapping[str, Any]] = {"ckpt_asks": True}
 
     def is_passing(self, error: DBAPIError) -> bool:
         return isinstance(error.orig, sqlite3.OperationalError) and "locked" in str(error.orig)
@@ -135,8 +139,11 @@ def wal_is_safe(version: tuple[int, ...]) -> bool:
 
 
 def _begin(connection: Connection) -> None:
+    options = connection.get_execution_options()
+    if options.get("ckpt_asks", False):
+        return
     # A writer takes the lock before it reads, so that it never has to give up half-way.
-    writes = connection.get_execution_options().get("ckpt_writes", False)
+    writes = options.get("ckpt_writes", False)
     perform("sql.begin", connection.exec_driver_sql, "BEGIN IMMEDIATE" if writes else "BEGIN")
 
 

@@ -37,10 +37,20 @@ VERSIONS = (
     .join(runs, runs.c.id == versions.c.run)
 )
 # What is asked at every call is made once: to build a statement takes as long as to run it.
-NEWEST_FIRST = VERSIONS.where(versions.c.model == bindparam("of")).order_by(
-    versions.c.number.desc()
+_named_model = models.alias("named_model")
+MODEL_ID = (
+    select(_named_model.c.id)
+    .where(_named_model.c.folded == bindparam("folded_name"))
+    .scalar_subquery()
 )
+OF_MODEL = versions.c.model == MODEL_ID
+NEWEST_FIRST = VERSIONS.where(OF_MODEL).order_by(versions.c.number.desc())
 NEWEST_ONE = NEWEST_FIRST.limit(1)
+
+
+def of_model(name: str) -> dict[str, Any]:
+    """The values of a statement with ``OF_MODEL``; case is ignored."""
+    return {"folded_name": name.lower()}
 
 
 def _said_in(table: Table, text: ColumnElement[Any], number: ColumnElement[Any]) -> Select[Any]:

@@ -24,8 +24,8 @@ from sqlalchemy.exc import OperationalError
 
 import ckpt
 import ckpt.migrations
+import ckpt.registry.sqlite
 from ckpt.core.errors import NotFoundError, StorageError
-from ckpt.registry.engine import Transaction
 from ckpt.registry.schema import SCHEMA
 from ckpt.service.config import locate
 from ckpt.service.opening import upgrade_registry
@@ -343,9 +343,17 @@ def add_migration(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def set_wrong_clocks(patch: pytest.MonkeyPatch) -> None:
     """This machine's and the database's jump by ten years, back and forth, at every question."""
     jumps = itertools.cycle([0, 10, -10, 10, 0, -10])
-    seconds, now = time.time, Transaction.now
-    patch.setattr("time.time", lambda: seconds() + next(jumps) * YEAR)
-    patch.setattr(Transaction, "now", lambda self: now(self) + next(jumps) * YEAR * 10**6)
+    seconds, prepare = time.time, ckpt.registry.sqlite._set_pragmas
+
+    def wrong() -> float:
+        return seconds() + next(jumps) * YEAR
+
+    def prepare_then(connection: sqlite3.Connection, record: object) -> None:
+        prepare(connection, record)
+        connection.create_function("julianday", 1, lambda _: 2440587.5 + wrong() / 86400)
+
+    patch.setattr("time.time", wrong)
+    patch.setattr(ckpt.registry.sqlite, "_set_pragmas", prepare_then)
 
 
 OPERATIONS = {

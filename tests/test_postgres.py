@@ -137,7 +137,7 @@ class TestRaces:
         assert torch.equal(two.pull("b")["w"], STATE["w"])
 
     def test_rows_of_classes_that_both_insert(self, race: Act, database: PostgresDatabase) -> None:
-        def noting(*digests: str) -> Callable[[], None]:
+        def noting(*digests: str) -> Callable[[], object]:
             rows = [{"digest": digest, "reference": "a:B"} for digest in digests]
             return lambda: database.write(lambda one: one.insert_absent(model_classes, rows))
 
