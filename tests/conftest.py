@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 import ckpt
+from ckpt.service.unpickling import Unpickler
 
 # Threads of torch that wait for work give their processor to the other processes of a test. Read
 # by OpenMP when torch is imported.
@@ -62,6 +64,34 @@ def repo(tmp_path: Path, _empty: Path) -> Iterator[ckpt.Repository]:
     shutil.copytree(_empty, tmp_path, dirs_exist_ok=True)
     with ckpt.open(tmp_path) as repository:
         yield repository
+
+
+@pytest.fixture
+def proven_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proofs by this process: to start another takes seconds, and ``test_modules`` does."""
+
+    def refuse(*_: object) -> None:
+        raise ValueError("the test has none")
+
+    monkeypatch.setattr("ckpt.loader.prove._ask", refuse)
+
+
+@pytest.fixture(scope="module")
+def unpickler() -> Iterator[Unpickler]:
+    """A child that reads the checkpoints of several tests: to start one takes seconds."""
+    with Unpickler() as child:
+        yield child
+
+
+@pytest.fixture
+def one_unpickler(unpickler: Unpickler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads for the repository too, but what only another could: it has no file to inherit."""
+
+    def shared(inherited: Sequence[int] = ()) -> AbstractContextManager[Unpickler]:
+        return Unpickler(inherited) if inherited else nullcontext(unpickler)
+
+    for module in ("unpickling", "importing", "exporting"):
+        monkeypatch.setattr(f"ckpt.service.{module}.Unpickler", shared)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,10 @@ import ckpt
 from ckpt.cli import main as entry
 from ckpt.core.errors import ConflictError, IntegrityError, UsageError
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
+    pytest.mark.usefixtures("one_unpickler"),
+]
 
 
 def again(repo: ckpt.Repository, path: Path) -> ckpt.Version:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import random
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,10 @@ from ckpt.core.errors import UsageError
 from ckpt.service.importing import find_checkpoints
 from ckpt.service.unpickling import Unpickler
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
+    pytest.mark.usefixtures("one_unpickler"),
+]
 
 
 def training_state(seed: int = 0) -> dict[str, Any]:
@@ -51,13 +53,6 @@ def training_state(seed: int = 0) -> dict[str, Any]:
         "step": 3,
         "names": ("a", b"b", None, 1.5, {1, 2}),
     }
-
-
-@pytest.fixture(scope="module")
-def unpickler() -> Iterator[Unpickler]:
-    """A child that several tests share."""
-    with Unpickler() as child:
-        yield child
 
 
 def test_a_pt_file_is_what_pushing_its_state_would_be(

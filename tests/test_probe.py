@@ -33,6 +33,8 @@ from ckpt.core.errors import IntegrityError, UsageError
 from ckpt.loader.forward import run_forward
 from ckpt.loader.outputs import compare, named_tensors
 
+pytestmark = pytest.mark.usefixtures("proven_here")
+
 TRUST = ["probed_models", "chapter_models"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -34,10 +35,10 @@ def rebuilt(folder: Path) -> Rebuilt:
     return rebuild_registry(location, LocalStore(location.store))
 
 
-@pytest.fixture
-def filled(tmp_path: Path) -> Path:
-    """A repository with everything that a document or an event can say."""
-    with ckpt.open(tmp_path) as repo:
+@pytest.fixture(scope="module")
+def _filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("filled")
+    with ckpt.open(folder) as repo:
         repo.push(state(1), "a", step=1, metrics={"loss": 0.5, "bad": float("nan")}, alias="best")
         repo.push({**state(1), "w0": torch.ones(4)}, "a", labels={"who": "me"}, message="second")
         repo.push(state(3), "a", run="other", alias=["best", "keep"])
@@ -48,6 +49,13 @@ def filled(tmp_path: Path) -> Path:
         repo.push(MLP(), "net", inputs=(torch.rand(2, 20),))
         repo.push(nn.Sequential(nn.Linear(20, 2)), "net")
         repo.prune("net", keep=["last:9"], save=True)
+    return folder
+
+
+@pytest.fixture
+def filled(tmp_path: Path, _filled: Path) -> Path:
+    """A repository with everything that a document or an event can say."""
+    shutil.copytree(_filled, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 

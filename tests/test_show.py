@@ -38,6 +38,7 @@ TREES: dict[str, Any] = {
 }
 
 
+@pytest.mark.usefixtures("proven_here")
 @pytest.mark.parametrize("name", TREES)
 def test_the_tree_is_what_print_gives(repo: ckpt.Repository, name: str) -> None:
     net = TREES[name]()
@@ -68,6 +69,7 @@ def drifting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return source
 
 
+@pytest.mark.usefixtures("proven_here")
 def test_classes_are_listed_with_their_versions_and_changes(
     repo: ckpt.Repository, drifting: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,21 +79,25 @@ def test_what_is_removed_is_freed_and_the_rest_stays(join: Open) -> None:
 
 
 _PUSHING = """
-import sys, torch, ckpt
-registry, store, name = sys.argv[1:]
+import sys, numpy, ckpt
+from safetensors.numpy import save_file
+registry, store, file = sys.argv[1:]
 with ckpt.open(registry=registry, store=store) as repo:
     for step in range(5):
-        shared = {f"s{n}": torch.full((500,), float(n)) for n in range(8)}
-        print(repo.push({**shared, "own": torch.full((50,), hash(name) + step)}, "m", step=step))
+        shared = {f"s{n}": numpy.full(500, n, numpy.float32) for n in range(8)}
+        save_file({**shared, "own": numpy.full(50, hash(file) + step)}, file)
+        print(repo.push_file(file, "m", step=step))
 """
 
 
-def test_processes_push_at_once_beside_a_collector(join: Open, addresses: tuple[str, str]) -> None:
+def test_processes_push_at_once_beside_a_collector(
+    join: Open, addresses: tuple[str, str], tmp_path: Path
+) -> None:
     with join() as repo:
         repo.push({"first": torch.ones(1)}, "other")
         programs = [
             subprocess.Popen(
-                [sys.executable, "-c", _PUSHING, *addresses, f"job-{n}"],
+                [sys.executable, "-c", _PUSHING, *addresses, tmp_path / f"job-{n}"],
                 stdout=subprocess.PIPE,
                 text=True,
             )
