@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import Row, delete, insert, select, update
+from sqlalchemy import Row, bindparam, delete, insert, select, update
 
 from ckpt.core.documents import canonical
 from ckpt.core.errors import ConflictError, NotFoundError
+from ckpt.core.records import Version
 from ckpt.core.references import Reference
 from ckpt.registry.commit import (
-    lock_known,
-    lock_model,
     next_counter,
     number_text,
     set_alias,
@@ -34,36 +33,49 @@ from ckpt.registry.tables import (
     structures,
     versions,
 )
+from ckpt.registry.version_rows import of_model, records_of
+
+T = TypeVar("T")
+
+_NEXT_EVENT = (
+    update(models)
+    .where(models.c.folded == bindparam("folded_name"))
+    .values(next_event=models.c.next_event + 1)
+    .returning(models, (models.c.next_event - 1).label("place"))
+)
 
 
 class Changes:
     """Acts that change what is said of a version, or end it. Each returns the event's id, to be
-    acknowledged only after its copy is in the store (rule (j))."""
+    acknowledged only after its copy is in the store (rule (j)); some also the version after it."""
 
     def __init__(self, database: Database, before_write: Callable[[Transaction], None]) -> None:
         self._database = database
         self._before_write = before_write
 
-    def _write(self, act: Callable[[Transaction], str]) -> str:
-        def noted(transaction: Transaction) -> str:
+    def _write(self, act: Callable[[Transaction], T]) -> T:
+        def noted(transaction: Transaction) -> T:
             self._before_write(transaction)
             return act(transaction)
 
         return self._database.write(noted)
 
-    def tag(self, reference: Reference, alias: str, expect: Reference | None, author: str) -> str:
+    def tag(
+        self, reference: Reference, alias: str, expect: Reference | None, author: str
+    ) -> tuple[str, Version]:
         """Make ``alias`` name a version; with ``expect``, only if it names that one now.
 
         Raises:
             ConflictError: ``alias-moved`` when the alias names another version than expected.
         """
 
-        def act(transaction: Transaction) -> str:
+        def act(transaction: Transaction) -> tuple[str, Version]:
             row, model = _locked(transaction, reference)
             if expect is not None:
                 self._check_expected(transaction, model.id, alias, expect)
             set_alias(transaction, model.id, alias, row.id)
-            return note_event(transaction, "tag", author, model, alias=alias, push=row.push)
+            event = note_event(transaction, "tag", author, model, alias=alias, push=row.push)
+            return event, records_of(transaction, [row])[0]
 
         return self._write(act)
 
@@ -103,12 +115,12 @@ class Changes:
         label_values: Mapping[str, str],
         removed: Sequence[str],
         author: str,
-    ) -> str:
+    ) -> tuple[str, Version]:
         """Set metrics and labels of a version, and remove labels or metrics by key."""
 
-        def act(transaction: Transaction) -> str:
+        def act(transaction: Transaction) -> tuple[str, Version]:
             row, model = _locked(transaction, reference)
-            for table in (labels, metrics):
+            for table in (labels, metrics) if removed else ():
                 gone = table.c.name.in_(removed) & (table.c.version == row.id)
                 transaction.run(delete(table).where(gone))
             set_metrics(transaction, model.id, row.id, metric_values)
@@ -118,7 +130,8 @@ class Changes:
                 "metrics": {name: number_text(value) for name, value in metric_values.items()},
                 "removed": list(removed),
             }
-            return note_event(transaction, "label", author, model, push=row.push, **said)
+            event = note_event(transaction, "label", author, model, push=row.push, **said)
+            return event, records_of(transaction, [row])[0]
 
         return self._write(act)
 
@@ -146,7 +159,7 @@ class Changes:
             found = transaction.row(query)
             if found is None:
                 raise NotFoundError("version-missing", "the version was removed meanwhile")
-            model = lock_model(transaction, found.name)
+            model = _locked_model(transaction, found.name)
             row = transaction.row(select(versions).where(versions.c.push == push).with_for_update())
             if row is None:
                 raise NotFoundError("version-missing", "the version was removed meanwhile")
@@ -195,7 +208,8 @@ def _locked(transaction: Transaction, reference: Reference) -> tuple[Row[Any], R
 
 
 def _locked_model(transaction: Transaction, name: str) -> Row[Any]:
-    row = lock_known(transaction, name)
+    """The row of a model, locked; ``place`` is the act's own in the order of its events."""
+    row = transaction.row(_NEXT_EVENT, of_model(name))
     if row is None:
         raise model_missing(name)
     return row
@@ -208,7 +222,7 @@ def note_event(
     a place in the model's order."""
     identity = secrets.token_hex(16)
     epoch, counter, now = next_counter(transaction)
-    place = {} if model is None else {"model": model.name, "sequence": model.next_event}
+    place = {} if model is None else {"model": model.name, "sequence": model.place}
     body = {
         "format": 1,
         "id": identity,
@@ -226,14 +240,11 @@ def note_event(
         "epoch": epoch,
         "counter": counter,
         "model": None if model is None else model.id,
-        "model_seq": None if model is None else model.next_event,
+        "model_seq": None if model is None else model.place,
         "created_at": now,
         "author": author,
         "body": canonical(body),
         "copied": False,
     }
     transaction.run(insert(events), row)
-    if model is not None:
-        following = {"next_event": model.next_event + 1}
-        transaction.run(update(models).where(models.c.id == model.id), following)
     return identity

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Row, Select, Table, bindparam, delete, insert, select, update
+from sqlalchemy import Select, Table, bindparam, delete, insert, select, update
 
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import Document, canonical, split_document
@@ -142,20 +142,16 @@ def lock_model(transaction: Transaction, name: str) -> Any:
     Raises:
         ConflictError: ``name-clash`` when another model has this name but for the case.
     """
-    row = lock_known(transaction, name)
+    named = {"folded_name": name.lower()}
+    row = transaction.row(_LOCK_MODEL, named)
     if row is None:
         fresh = {"name": name, "folded": name.lower(), "next_number": 1, "next_event": 1}
         transaction.insert_absent(models, fresh)
-        row = lock_known(transaction, name)
+        row = transaction.row(_LOCK_MODEL, named)
     assert row is not None
     if row.name != name:
         raise name_clash(name, row.name)
     return row
-
-
-def lock_known(transaction: Transaction, name: str) -> Row[Any] | None:
-    """The locked row of the model that has this name when case is ignored, or None."""
-    return transaction.row(_LOCK_MODEL, {"folded_name": name.lower()})
 
 
 def name_clash(name: str, taken: str) -> ConflictError:

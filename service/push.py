@@ -209,11 +209,11 @@ def same_version(
     if not is_whole(store, registry, newest, document):
         return None
     acknowledge_push(store, registry, newest.push)
-    missing = [alias for alias in said.aliases if alias not in newest.aliases]
-    for alias in missing:
-        event = registry.changes.tag(parse_reference(newest.reference), alias, None, author())
+    for alias in [alias for alias in said.aliases if alias not in newest.aliases]:
+        named = parse_reference(newest.reference)
+        event, newest = registry.changes.tag(named, alias, None, author())
         acknowledge_event(store, registry, event)
-    return registry.queries.by_push(newest.push) if missing else newest
+    return newest
 
 
 def is_whole(store: Store, registry: Registry, version: Version, document: Document) -> bool:

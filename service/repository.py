@@ -362,8 +362,9 @@ class Repository(Lookup, Exchange, Upkeep):
         check_alias(alias)
         reference = self._reference(ref)
         expected = None if expect is None else parse_reference(expect)
-        event = self._changes.tag(reference, alias, expected, author())
-        return self._acknowledged(event, ref)
+        event, version = self._changes.tag(reference, alias, expected, author())
+        acknowledge_event(self._store, self._registry, event)
+        return version
 
     def untag(self, ref: str) -> None:
         """Remove an alias, given as ``model:alias``."""
@@ -384,14 +385,15 @@ class Repository(Lookup, Exchange, Upkeep):
         remove: Iterable[str] = (),
     ) -> Version:
         """Set metrics and labels of a version, and remove some by key."""
-        event = self._changes.annotate(
+        event, version = self._changes.annotate(
             self._reference(ref),
             check_metrics(metrics),
             check_labels(labels),
             sorted(set(remove)),
             author(),
         )
-        return self._acknowledged(event, ref)
+        acknowledge_event(self._store, self._registry, event)
+        return version
 
     def rm(self, ref: VersionLike) -> Version:
         """Remove a version; its bytes go with a later ``gc``. Returns what was removed.
@@ -411,10 +413,6 @@ class Repository(Lookup, Exchange, Upkeep):
 
     def _reference(self, ref: VersionLike) -> Any:
         return parse_reference(ref.reference if isinstance(ref, Version) else ref)
-
-    def _acknowledged(self, event: str, ref: VersionLike) -> Version:
-        acknowledge_event(self._store, self._registry, event)
-        return self.get(ref)
 
     def close(self) -> None:
         """Close the registry and the store; the repository cannot be used afterwards."""

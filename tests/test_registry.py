@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from postgres_server import repository_over
 from sqlalchemy import String, func, insert, text, update
 
 import ckpt
+from ckpt.core.effects import observed
 from ckpt.core.errors import ConflictError, IntegrityError, NotFoundError, StorageError, UsageError
 from ckpt.registry.engine import Database, Transaction
 from ckpt.registry.postgres import open_postgres
@@ -348,3 +349,31 @@ def test_what_was_copied_is_noted_as_done_by_the_next_act(repo: ckpt.Repository)
     with repo._registry._database.read() as transaction:
         assert transaction.run(uncopied).scalar_one() == 1
     assert repo._registry.copies.pending() == []
+
+
+# Each statement is a way to a server and back; so are a begin and an end. With what is beside a
+# tag's own transaction: what waits for its copy, and whether the event still stands.
+MOST_STATEMENTS = {"get": 3, "log": 3, "tag": 13, "annotate": 14, "push": 41}
+
+
+@pytest.mark.parametrize("call", MOST_STATEMENTS)
+def test_a_call_asks_the_database_few_times(repo: ckpt.Repository, call: str) -> None:
+    calls: dict[str, Callable[[], object]] = {
+        "get": lambda: repo.get("m@2"),
+        "log": lambda: repo.log("m"),
+        "tag": lambda: repo.tag("m@2", "best"),
+        "annotate": lambda: repo.annotate("m@2", metrics={"loss": 2.0}, labels={"a": "c"}),
+        "push": lambda: repo.push({"w": torch.ones(3)}, "m", metrics={"loss": 3.0}),
+    }
+    for number in range(3):
+        repo.push({"w": torch.tensor(number)}, "m", metrics={"loss": 1.0})
+    repo.tag("m@2", "best")
+    asked: list[str] = []
+
+    def count(kind: str, act: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        asked.append(kind)
+        return act(*args)
+
+    with observed(count):
+        calls[call]()
+    assert sum(kind.startswith("sql") for kind in asked) <= MOST_STATEMENTS[call]
