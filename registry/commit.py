@@ -19,6 +19,7 @@ from ckpt.registry.books import insert_pack, lock_packs, require_open
 from ckpt.registry.engine import Clock, Transaction, batches
 from ckpt.registry.epochs import check_not_closed
 from ckpt.registry.needs import document_chunks, places_in, unreadable
+from ckpt.registry.resolving import MODEL
 from ckpt.registry.tables import (
     aliases,
     claims,
@@ -37,9 +38,10 @@ from ckpt.registry.tables import (
     structures,
     versions,
 )
+from ckpt.registry.version_rows import of_model
 
 # What is asked at every call is made once: to build a statement takes as long as to run it.
-_LOCK_MODEL = select(models).where(models.c.folded == bindparam("folded_name")).with_for_update()
+_LOCK_MODEL = MODEL.with_for_update()
 _COUNT = (
     update(meta)
     .values(next_counter=meta.c.next_counter + 1)
@@ -142,12 +144,11 @@ def lock_model(transaction: Transaction, name: str) -> Any:
     Raises:
         ConflictError: ``name-clash`` when another model has this name but for the case.
     """
-    named = {"folded_name": name.lower()}
-    row = transaction.row(_LOCK_MODEL, named)
+    row = transaction.row(_LOCK_MODEL, of_model(name))
     if row is None:
         fresh = {"name": name, "folded": name.lower(), "next_number": 1, "next_event": 1}
         transaction.insert_absent(models, fresh)
-        row = transaction.row(_LOCK_MODEL, named)
+        row = transaction.row(_LOCK_MODEL, of_model(name))
     assert row is not None
     if row.name != name:
         raise name_clash(name, row.name)

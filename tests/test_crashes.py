@@ -145,7 +145,7 @@ class Audit:
                 yield at, kind, "after"
 
     def strike_everywhere(self, chance: random.Random | None = None) -> tuple[int, int, int]:
-        """At all points, or at a tenth by chance; returns how many effects, points and outcomes
+        """At all points, or at a third by chance; returns how many effects, points and outcomes
         there are."""
         complete, error = self.begin(-1, "before")
         assert error is None
@@ -153,7 +153,7 @@ class Audit:
         seen: set[tuple[bool, str]] = set()
         points = [*self.points(complete)]
         if chance is not None:
-            points = chance.sample(points, math.ceil(len(points) / 10))
+            points = chance.sample(points, math.ceil(len(points) / 3))
         for at, kind, moment in points:
             try:
                 self.strike(at, kind, moment, seen)
@@ -201,7 +201,7 @@ def test_a_stop_at_any_effect_leaves_all_or_nothing_and_it_can_be_repeated(
 def test_a_failure_at_any_effect_leaves_all_or_nothing_and_it_can_be_repeated(
     audit: Callable[[bool], Audit], trials: Trials
 ) -> None:
-    """Each seed has a tenth of them; push and pull fail at every call in ``test_errnos``."""
+    """Each seed has a third of them; push and pull fail at every call in ``test_errnos``."""
     for seed in trials.seeds(1):
         _, points, _ = audit(False).strike_everywhere(random.Random(seed))
         trials.count(points)

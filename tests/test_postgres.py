@@ -27,6 +27,7 @@ from ckpt.core.errors import (
     StorageError,
     UsageError,
 )
+from ckpt.registry import postgres as registry_postgres
 from ckpt.registry.engine import Transaction
 from ckpt.registry.postgres import PostgresDatabase, open_postgres
 from ckpt.registry.registry import Registry
@@ -378,6 +379,25 @@ class TestConnecting:
     def test_secrets_among_the_options_are_not_shown(self) -> None:
         database = open_postgres("postgresql://me@h/db?password=wrong-secret&port=1&sslpassword=x")
         assert database.name == "postgresql+psycopg://me@h/db?port=1"
+
+    def test_a_connection_that_died_in_silence_is_replaced_when_it_rested(
+        self,
+        postgres: PostgresServer,
+        postgres_database: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(registry_postgres, "_was_told", lambda connection: False)
+        url = postgres.url(postgres_database)
+        with repository_over(url, tmp_path) as repo:
+            repo.push(STATE, "m")
+            postgres.cut(postgres_database)
+            with pytest.raises(StorageError, match="cannot be reached"):
+                repo.get("m")  # so soon that nobody asks whether it lives
+            assert repo.get("m").number == 1
+            postgres.cut(postgres_database)
+            monkeypatch.setattr(registry_postgres, "_REST_SECONDS", 0)
+            assert repo.get("m").number == 1
 
     def test_a_server_that_goes_and_comes_back(
         self, postgres: PostgresServer, postgres_database: str, tmp_path: Path

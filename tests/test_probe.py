@@ -33,8 +33,6 @@ from ckpt.core.errors import IntegrityError, UsageError
 from ckpt.loader.forward import run_forward
 from ckpt.loader.outputs import compare, named_tensors
 
-pytestmark = pytest.mark.usefixtures("proven_here")
-
 TRUST = ["probed_models", "chapter_models"]
 
 
@@ -159,6 +157,7 @@ class TestBehaviour:
             repo.push(net, "m", inputs=(torch.tensor([1, 2]),))
 
 
+@pytest.mark.usefixtures("proven_here")
 class TestInputs:
     """What may be given, and what is refused before anything is stored."""
 
@@ -209,6 +208,7 @@ class TestInputs:
         assert version.nbytes == 4 * (9 + 3)
 
 
+@pytest.mark.usefixtures("proven_here")
 class TestVerdicts:
     """What a replay proves."""
 
@@ -351,6 +351,7 @@ with ckpt.open(sys.argv[1], create=False) as repo:
 """
 
 
+@pytest.mark.usefixtures("proven_here")
 class TestDrift:
     """Code that changed since the push is named; torch's own shims are honoured."""
 

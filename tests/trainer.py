@@ -1,7 +1,8 @@
 """A training job that is killed: run as a program it forks a trainer for each folder it is told.
 
 The trainer counts steps in its weights and saves each one. What is written: ``trainer <pid>``,
-``writer <pid>``, ``resumed <step>``, ``called <step>``, ``durable <step>``, ``ended <status>``.
+``writer <pid>``, ``resumed <step>``, ``calling <step>``, ``called <step>``, ``durable <step>``,
+``ended <status>``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def train(folder: str) -> None:
             with torch.no_grad():
                 net.weight.fill_(step)
                 net.bias.fill_(step)
+            say("calling", step)
             saved = run.save(step)
             if before is not None and before.version() is not None:
                 say("durable", before.step)
