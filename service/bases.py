@@ -11,6 +11,7 @@ from ckpt.core.records import Chunk, Version
 from ckpt.core.tensors import TensorBytes, chunk_spans
 from ckpt.registry.registry import Registry
 from ckpt.storage.chunks import Places, read_chunk
+from ckpt.storage.scratch import scratch
 from ckpt.storage.store import Store
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def encode_chunk(
     if base is not None and base in kept:
         reference = kept[base] if len(kept[base]) == len(raw) else None
     elif base is not None and _length(places, base) == len(raw):
-        reference = memoryview(bytearray(len(raw)))
+        reference = scratch("reference", len(raw))
         try:
             read_chunk(store, places, base, reference)
         except IntegrityError:  # fsck tells it; here the chunk is written without it

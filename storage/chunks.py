@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ckpt.core.digests import digest_of
 from ckpt.core.errors import IntegrityError
 from ckpt.core.records import Chunk, FinishedPack, Pack
+from ckpt.storage.scratch import scratch
 from ckpt.storage.store import Store
 
 _FSCK = "run `ckpt fsck`"
@@ -82,12 +83,12 @@ def _decode(store: Store, places: Places, place: Chunk, target: memoryview) -> N
     key = places.packs[place.pack].key
     if place.length > place.raw_length or needs_base(place.codec) != (place.base is not None):
         raise IntegrityError("pack-damaged", f"{key} has a chunk that cannot be one", hint=_FSCK)
-    body = bytearray(place.length)
-    store.read_into(key, place.offset, memoryview(body))
     base = None
     if place.base is not None:
         # A base is never itself a difference, so this goes no deeper.
-        base = bytearray(place.raw_length)
+        base = scratch("base", place.raw_length)
         rows = [row for row in places.rows.get(place.base, ()) if row.base is None]
-        _read_any(store, places, place.base, rows, memoryview(base))
-    decode(place.codec, memoryview(body), None if base is None else memoryview(base), target)
+        _read_any(store, places, place.base, rows, base)
+    body = scratch("body", place.length)  # after the base, which may need the same room
+    store.read_into(key, place.offset, body)
+    decode(place.codec, body, base, target)

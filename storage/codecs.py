@@ -8,7 +8,7 @@ section 3; a name that is given out once stays readable for good.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from ckpt.core.errors import IntegrityError
 from ckpt.storage import differences, groups, planes
 from ckpt.storage.differences import ELEMENTS, Element, Numbers, blocks, element_of
+from ckpt.storage.scratch import scratch
 
 Effort = Literal["auto", "max"]
 
@@ -23,6 +24,8 @@ Effort = Literal["auto", "max"]
 _MOST = {"auto": 0.90, "max": 0.98}
 # A difference binds a version to the packs of its base, so it has to be smaller by some more.
 _DIFFERENCE_GAIN = 0.98
+# What pcodec has to leave of what planes take: it is many times slower.
+_PCO_GAIN = 0.998
 _SAMPLES, _SAMPLE_LENGTH = 16, {"auto": 1024, "max": 2048}  # elements
 _LEAST = 4096  # bytes; what a shorter chunk saves, its description in the pack costs
 _SCALE = struct.Struct("<f")
@@ -146,14 +149,23 @@ def _choose(
     """The plan that makes a sample of the chunk shortest, if it may pay."""
     sample = _sample(values, effort)
     reference = None if base is None else _sample(base, effort)
-    best, shortest = None, _MOST[effort] * sample.nbytes + 0.02 * sample.nbytes
-    for plan in _plans(sample, reference, element, effort):
-        length = float(len(_written(plan, sample, reference, "auto")))
-        if plan.codec.difference:
-            length /= _DIFFERENCE_GAIN
-        if length < shortest:
-            best, shortest = plan, length
-    return best
+    lengths = {
+        plan: _length(plan, sample, reference) for plan in _plans(sample, reference, element)
+    }
+    best = min(lengths, key=lambda plan: lengths[plan])
+    if effort == "max" and element.size > 1:
+        # What planes make of the models tells them apart, at a fraction of the other coder's time.
+        other = replace(best, codec=replace(best.codec, coder="pco"))
+        lengths[other] = _length(other, sample, reference)
+        if lengths[other] < _PCO_GAIN * lengths[best]:
+            best = other
+    return best if lengths[best] < (_MOST[effort] + 0.02) * sample.nbytes else None
+
+
+def _length(plan: _Plan, sample: Numbers, base: Numbers | None) -> float:
+    """The bytes of a sample by that plan; a difference counts for some more."""
+    length = len(_written(plan, sample, base, "auto"))
+    return length / _DIFFERENCE_GAIN if plan.codec.difference else length
 
 
 def _sample(values: Numbers, effort: Effort) -> Numbers:
@@ -165,17 +177,12 @@ def _sample(values: Numbers, effort: Effort) -> Numbers:
     return np.concatenate([values[at : at + length] for at in starts])
 
 
-def _plans(values: Numbers, base: Numbers | None, element: Element, effort: Effort) -> list[_Plan]:
-    coders: tuple[Literal["planes", "pco"], ...] = ("planes",)
-    if effort == "max" and element.size > 1:
-        coders = ("pco", "planes")
-    plans = [_Plan(_Codec(coder, False, element)) for coder in coders]
+def _plans(values: Numbers, base: Numbers | None, element: Element) -> list[_Plan]:
+    alone = _Plan(_Codec("planes", False, element))
     if base is None:
-        return plans
-    scales = {1.0, differences.guess_scale(values, base, element)}
-    return plans + [
-        _Plan(_Codec(coder, True, element), scale) for coder in coders for scale in sorted(scales)
-    ]
+        return [alone]
+    scales = sorted({1.0, differences.guess_scale(values, base, element)})
+    return [alone, *(_Plan(_Codec("planes", True, element), scale) for scale in scales)]
 
 
 def _written(plan: _Plan, values: Numbers, base: Numbers | None, effort: Effort) -> bytes:
@@ -190,14 +197,16 @@ def _plane_parts(
     plan: _Plan, values: Numbers, base: Numbers | None, effort: Effort
 ) -> list[bytes | memoryview]:
     element = plan.codec.element
-    rows = np.empty((element.size, len(values)), np.uint8)
+    rows = np.frombuffer(scratch("planes", values.nbytes), np.uint8).reshape(element.size, -1)
     for part in blocks(len(values)):
+        codes, spare = _room(values[part])
         if base is None:
             codes = differences.rotated(values[part], element)
         else:
             expected = differences.predicted(base[part], element, plan.scale)
-            codes = differences.zigzag(values[part] - expected)
-        planes.split(codes, rows[:, part])
+            np.subtract(values[part], expected, out=codes)
+            differences.zigzag(codes, spare)
+        planes.split(codes, rows[:, part], spare)
     return planes.write_planes(rows, effort)
 
 
@@ -205,12 +214,19 @@ def _read_planes(plan: _Plan, body: memoryview, base: Numbers | None, target: Nu
     element = plan.codec.element
     rows = planes.read_planes(body, element.size, len(target))
     for part in blocks(len(target)):
-        codes = planes.joined([row[part] for row in rows], element.dtype)
+        codes, spare = _room(target[part])
+        planes.join([row[part] for row in rows], codes)
         if base is None:
             target[part] = differences.rotated_back(codes, element)
         else:
             expected = differences.predicted(base[part], element, plan.scale)
-            np.add(differences.zigzag_back(codes), expected, out=target[part])
+            np.add(differences.zigzag_back(codes, spare), expected, out=target[part])
+
+
+def _room(block: Numbers) -> tuple[Numbers, Numbers]:
+    """Twice room for as many numbers as ``block`` has."""
+    room = np.frombuffer(scratch("block", 2 * block.nbytes), block.dtype)
+    return room[: len(block)], room[len(block) :]
 
 
 def _pco_parts(plan: _Plan, values: Numbers, base: Numbers | None) -> list[bytes | memoryview]:

@@ -98,16 +98,21 @@ def predicted(base: Numbers, element: Element, scale: float) -> Numbers:
     return np.where(exponent - np.uint32(_SAFE_EXPONENT) < _SAFE_EXPONENTS, product, base)
 
 
-def zigzag(difference: Numbers) -> Numbers:
-    """Small numbers of either sign as small numbers: 0, -1, 1, -2 become 0, 1, 2, 3."""
-    signed = difference.view(f"<i{difference.itemsize}")
-    return ((signed << 1) ^ (signed >> (8 * difference.itemsize - 1))).view(difference.dtype)
+def zigzag(difference: Numbers, spare: Numbers) -> Numbers:
+    """Small numbers of either sign as small numbers, in place: 0, -1, 1, -2 become 0, 1, 2, 3.
+    ``spare`` is room for as many."""
+    signed = f"<i{difference.itemsize}"
+    np.right_shift(difference.view(signed), 8 * difference.itemsize - 1, out=spare.view(signed))
+    np.left_shift(difference, 1, out=difference)
+    return np.bitwise_xor(difference, spare, out=difference)
 
 
-def zigzag_back(codes: Numbers) -> Numbers:
-    """The inverse of :func:`zigzag`."""
-    one = codes.dtype.type(1)
-    return (codes >> one) ^ (~(codes & one) + one)
+def zigzag_back(codes: Numbers, spare: Numbers) -> Numbers:
+    """The inverse of :func:`zigzag`, in place too."""
+    np.bitwise_and(codes, 1, out=spare)
+    np.negative(spare, out=spare)
+    np.right_shift(codes, 1, out=codes)
+    return np.bitwise_xor(codes, spare, out=codes)
 
 
 def guess_scale(values: Numbers, base: Numbers, element: Element) -> float:

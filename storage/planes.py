@@ -27,27 +27,25 @@ Bytes = NDArray[np.uint8]
 Numbers = NDArray[np.unsignedinteger[Any]]
 
 
-def split(codes: Numbers, planes: Bytes) -> None:
-    """Put the bytes of ``codes`` into the planes, one row for each rank, the lowest first."""
+def split(codes: Numbers, planes: Bytes, spare: Numbers) -> None:
+    """Put the bytes of ``codes`` into the planes, one row for each rank, the lowest first;
+    ``spare`` is room for as many numbers."""
     planes[0] = codes
-    rest = np.empty_like(codes)
     for rank in range(1, len(planes)):
         # Shifts of whole numbers use the processor's vectors; picking every nth byte does not.
-        np.right_shift(codes, codes.dtype.type(8 * rank), out=rest)
-        planes[rank] = rest
+        np.right_shift(codes, codes.dtype.type(8 * rank), out=spare)
+        planes[rank] = spare
 
 
-def joined(planes: Sequence[Bytes], dtype: np.dtype[Any]) -> Numbers:
-    """The inverse of :func:`split`."""
+def join(planes: Sequence[Bytes], codes: Numbers) -> None:
+    """The inverse of :func:`split`: fill ``codes``."""
     if len(planes) > 4:  # vectors hold too few of such large numbers
-        octets = np.stack(planes, axis=1)
-        large: Numbers = octets.reshape(-1).view(dtype)
-        return large
-    codes: Numbers = planes[-1].astype(dtype)
+        np.stack(planes, axis=1, out=codes.view(np.uint8).reshape(len(codes), -1))
+        return
+    codes[:] = planes[-1]
     for plane in reversed(planes[:-1]):
-        codes <<= dtype.type(8)
+        codes <<= codes.dtype.type(8)
         codes |= plane
-    return codes
 
 
 def write_planes(planes: Bytes, effort: str) -> list[bytes | memoryview]:
