@@ -35,6 +35,7 @@ class MemorySpace:
                 use_huge_pages(self.tensor)
         except (RuntimeError, TypeError, OverflowError) as error:
             raise damaged(f'"{entry.name}": {error}') from None
+        self._aligned = not entry.align
         self._view = as_bytes(self.tensor)
 
     def write(self, offset: int, data: memoryview) -> None:
@@ -42,6 +43,15 @@ class MemorySpace:
 
     def view(self, offset: int, length: int) -> memoryview | None:
         return self._view[offset : offset + length]
+
+    def adopt(self, memory: memoryview) -> bool:
+        """Take ``memory``, which has the entry's bytes, in place of the room made here."""
+        if not self._aligned or self.tensor.is_quantized or len(memory) != len(self._view):
+            return False
+        dtype, shape = self.tensor.dtype, self.tensor.shape
+        self.tensor = torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
+        self._view = as_bytes(self.tensor)
+        return True
 
 
 class BoxSpace:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from ckpt.core.digests import digest_of
 from ckpt.core.documents import Tensor
 from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.errors import IntegrityError, NotFoundError
@@ -15,6 +16,7 @@ from ckpt.core.printable import escape
 from ckpt.core.records import Version
 from ckpt.core.tensors import CHUNK_BYTES, TensorSpace, chunk_spans
 from ckpt.registry.registry import Registry
+from ckpt.service.mapping import Mappings
 from ckpt.service.upload import Progress
 from ckpt.storage.chunks import Places, read_chunk
 from ckpt.storage.store import Store
@@ -24,12 +26,14 @@ _THREADS = 4
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One tensor to read: its chunks, and where its bytes go."""
+    """One tensor to read: its chunks, and where its bytes go. ``adopt`` takes the bytes where they
+    lie instead, and says whether it can."""
 
     name: str
     nbytes: int
     chunks: tuple[str, ...]
     space: TensorSpace
+    adopt: Callable[[memoryview], bool] | None = None
 
 
 def stored_size(tensor: Tensor) -> int:
@@ -39,13 +43,15 @@ def stored_size(tensor: Tensor) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """One chunk to read; ``offset`` is its place in the tensor."""
+    """One chunk to read, or with ``adopted`` to check where it lies; ``offset`` is its place in
+    the tensor."""
 
     wanted: Wanted
     digest: str
     offset: int
     length: int
     place: tuple[str, int]
+    adopted: bool
 
 
 def fetch(
@@ -69,7 +75,8 @@ def fetch(
     while True:
         places = Places(*registry.books.read_plan(version.push))
         try:
-            _read_all(store, version, places, _plan(version, wanted, places), progress)
+            pieces = _plan(version, wanted, places, Mappings(store, places))
+            _read_all(store, version, places, pieces, progress)
             return
         except IntegrityError:
             if registry.queries.by_push(version.push) is None:
@@ -85,6 +92,7 @@ def _plan(
     version: Version,
     wanted: Sequence[Wanted],
     places: Places,
+    mappings: Mappings,
 ) -> list[_Piece]:
     pieces = []
     for tensor in wanted:
@@ -96,6 +104,7 @@ def _plan(
                 f"for {tensor.nbytes} bytes",
                 hint="run `ckpt fsck`",
             )
+        adopted = tensor.adopt is not None and mappings.offer(tensor.chunks, tensor.adopt)
         for (offset, length), digest in zip(spans, tensor.chunks, strict=True):
             rows = [row for row in places.rows.get(digest, ()) if row.raw_length == length]
             if not rows:
@@ -105,7 +114,7 @@ def _plan(
                     hint="run `ckpt fsck`",
                 )
             place = (places.packs[rows[0].pack].key, rows[0].offset)
-            pieces.append(_Piece(tensor, digest, offset, length, place))
+            pieces.append(_Piece(tensor, digest, offset, length, place, adopted))
     # In the order of the bytes on the disk.
     pieces.sort(key=lambda piece: piece.place)
     return pieces
@@ -139,8 +148,11 @@ def _read_all(
 
 
 def _read_piece(store: Store, version: Version, places: Places, piece: _Piece) -> None:
-    """Read one chunk, straight into its place where that lies in memory."""
+    """Read one chunk, straight into its place where that lies in memory; what was adopted is
+    read too if it is not right."""
     view = piece.wanted.space.view(piece.offset, piece.length)
+    if piece.adopted and view is not None and digest_of(view) == piece.digest:
+        return
     target = memoryview(bytearray(piece.length)) if view is None else view
     try:
         _read_again(lambda: read_chunk(store, places, piece.digest, target))

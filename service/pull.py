@@ -35,6 +35,7 @@ def pull_state(
     device: DeviceMap = None,
     everything: bool = False,
     progress: Progress | None = None,
+    mmap: bool = False,
 ) -> Any:
     """The state as it was pushed, rebuilt from checked bytes."""
     from ckpt.loader.devices import check_devices
@@ -43,9 +44,9 @@ def pull_state(
     check_devices(device)
     document = registry.queries.document(version)
     if document.state == "module":
-        return _pull_weights(store, registry, version, document, device, everything, progress)
+        return _pull_weights(store, registry, version, document, device, everything, progress, mmap)
     own = [index for index, tensor in enumerate(document.tensors) if tensor.has_bytes]
-    filled = fill(store, registry, version, document, own, progress)
+    filled = fill(store, registry, version, document, own, progress, mmap)
     return Restorer(document, filled, device).state()
 
 
@@ -57,6 +58,7 @@ def _pull_weights(
     device: DeviceMap,
     everything: bool,
     progress: Progress | None,
+    mmap: bool,
 ) -> dict[str, Any]:
     """Of a module, what ``state_dict()`` gave, and with ``everything`` the tensors that it left
     out, by canonical name; imports nothing that the document names."""
@@ -81,7 +83,7 @@ def _pull_weights(
             stacklevel=4,
         )
     needed = sorted(with_bytes(document, [index for _, index in names]))
-    filled = fill(store, registry, version, document, needed, progress)
+    filled = fill(store, registry, version, document, needed, progress, mmap)
     restorer = Restorer(document, filled, device)
     return {name: restorer.tensor(index) for name, index in names}
 
@@ -93,6 +95,7 @@ def pull_tensors(
     pattern: str,
     device: DeviceMap = None,
     progress: Progress | None = None,
+    mmap: bool = False,
 ) -> dict[str, Any]:
     """Only the tensors whose names match a pattern, by name, tied ones under each; only their
     bytes are read.
@@ -107,7 +110,7 @@ def pull_tensors(
     document = registry.queries.document(version)
     chosen = chosen_tensors(version, document, pattern)
     needed = sorted(with_bytes(document, chosen.values()))
-    filled = fill(store, registry, version, document, needed, progress)
+    filled = fill(store, registry, version, document, needed, progress, mmap)
     restorer = Restorer(document, filled, device)
     return {name: restorer.tensor(index) for name, index in chosen.items()}
 
@@ -245,7 +248,9 @@ def _spaces(tensors: Sequence[Tensor]) -> dict[int, MemorySpace]:
     return {index: MemorySpace(tensor) for index, tensor in enumerate(tensors) if tensor.has_bytes}
 
 
-def _wanted(tensors: Sequence[Tensor], spaces: Mapping[int, MemorySpace]) -> Iterator[Wanted]:
+def _wanted(
+    tensors: Sequence[Tensor], spaces: Mapping[int, MemorySpace], mmap: bool = False
+) -> Iterator[Wanted]:
     from ckpt.loader.spaces import part_spaces, stored_nbytes
 
     for index, space in spaces.items():
@@ -255,7 +260,7 @@ def _wanted(tensors: Sequence[Tensor], spaces: Mapping[int, MemorySpace]) -> Ite
             for room in part_spaces(tensor, space.tensor):
                 yield Wanted(tensor.name, *room)
         else:
-            yield Wanted(tensor.name, nbytes, tensor.chunks, space)
+            yield Wanted(tensor.name, nbytes, tensor.chunks, space, space.adopt if mmap else None)
 
 
 def fill(
@@ -265,12 +270,14 @@ def fill(
     document: Document,
     indices: Iterable[int],
     progress: Progress | None,
+    mmap: bool = False,
 ) -> dict[int, MemorySpace]:
-    """Read the bytes of these entries, checked, into memory."""
+    """Read the bytes of these entries, checked, into memory; with ``mmap`` they may stay in the
+    store's."""
     from ckpt.loader.spaces import MemorySpace
 
     filled = {index: MemorySpace(document.tensors[index]) for index in indices}
-    fetch(store, registry, version, list(_wanted(document.tensors, filled)), progress)
+    fetch(store, registry, version, list(_wanted(document.tensors, filled, mmap)), progress)
     return filled
 
 

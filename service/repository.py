@@ -236,6 +236,7 @@ class Repository(Lookup, Exchange, Upkeep):
         tensors: str | None = None,
         device: DeviceMap = None,
         all: bool = False,
+        mmap: bool = False,
         progress: Progress | None = None,
     ) -> Any:
         """The state as it was pushed, every byte checked; of a module, what its ``state_dict()``
@@ -249,6 +250,10 @@ class Repository(Lookup, Exchange, Upkeep):
                 :class:`CkptWarning`.
             all: of a module, also the tensors that no ``state_dict()`` holds, by canonical name;
                 otherwise a :class:`CkptWarning` names them.
+            mmap: on a local disk, leave tensors that are stored as they are where they lie,
+                checked: they take no memory of their own until they are changed, and changes stay
+                here. Their disk space is freed only after them, and a disk that fails under them
+                ends the process.
 
         Raises:
             NotFoundError: ``model-missing``, ``version-missing``, ``tensor-missing``.
@@ -258,8 +263,8 @@ class Repository(Lookup, Exchange, Upkeep):
 
         version = self.get(ref)
         if tensors is None:
-            return pull_state(self._store, self._registry, version, device, all, progress)
-        return pull_tensors(self._store, self._registry, version, tensors, device, progress)
+            return pull_state(self._store, self._registry, version, device, all, progress, mmap)
+        return pull_tensors(self._store, self._registry, version, tensors, device, progress, mmap)
 
     def load(
         self,

@@ -87,6 +87,11 @@ class Store(ABC):
         """Fill ``view`` from ``offset`` of the object; IntegrityError ``object-missing`` or
         ``object-short`` when it is not there or ends too early."""
 
+    def map(self, key: str) -> memoryview | None:
+        """The object's bytes where they lie, as memory of the caller's own: what it writes there
+        nobody else sees. None where there is no such object, or no such memory."""
+        return None
+
     @abstractmethod
     def size(self, key: str) -> int | None:
         """The object's exact size in bytes, or None when there is no such object."""

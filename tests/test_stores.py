@@ -162,6 +162,17 @@ def test_ranges_are_read_exactly(raw: Raw) -> None:
     assert raw.store.get("k") == bytes(range(100))
 
 
+def test_what_is_written_to_a_mapped_object_stays_with_the_writer(raw: Raw) -> None:
+    raw.write("k", bytes(range(100)))
+    memory = raw.store.map("k")
+    assert (memory is not None) == isinstance(raw.store, LocalStore)
+    if memory is not None:
+        assert memory.tobytes() == bytes(range(100))
+        memory[:3] = b"abc"
+    assert raw.read("k") == bytes(range(100))
+    assert raw.store.map("no") is None
+
+
 def test_a_missing_or_short_object_is_an_integrity_error(raw: Raw) -> None:
     with pytest.raises(IntegrityError) as caught:
         raw.store.read_into("no", 0, memoryview(bytearray(1)))
