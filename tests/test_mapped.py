@@ -16,6 +16,7 @@ import ckpt
 from ckpt.core.effects import observed
 from ckpt.core.errors import IntegrityError
 
+
 def _packs(repo: ckpt.Repository) -> list[Path]:
     return sorted(repo.location.store.glob("packs/*/*"))
 
