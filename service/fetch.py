@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from ckpt.service.upload import Progress
 from ckpt.storage.chunks import Places, read_chunk
 from ckpt.storage.store import Store
 
-_THREADS = 4
+# To an answer from far away several wait; what is near is bound by the processors.
+_THREADS_FAR, _THREADS_NEAR = 4, max(2, min(8, os.cpu_count() or 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,8 @@ def _read_all(
             _read_piece(store, version, places, piece)
         return sum(piece.length for piece in batch)
 
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="ckpt-pull") as pool:
+    threads = _THREADS_NEAR if store.is_near else _THREADS_FAR
+    with ThreadPoolExecutor(threads, thread_name_prefix="ckpt-pull") as pool:
         futures = [pool.submit(read, batch) for batch in _batched(pieces)]
         try:
             for future in futures:

@@ -215,7 +215,7 @@ def _read_planes(plan: _Plan, body: memoryview, base: Numbers | None, target: Nu
     rows = planes.read_planes(body, element.size, len(target))
     for part in blocks(len(target)):
         codes, spare = _room(target[part])
-        planes.join([row[part] for row in rows], codes)
+        planes.join([row[part] for row in rows], codes, spare)
         if base is None:
             target[part] = differences.rotated_back(codes, element)
         else:

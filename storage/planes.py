@@ -37,7 +37,7 @@ def split(codes: Numbers, planes: Bytes, spare: Numbers) -> None:
         planes[rank] = spare
 
 
-def join(planes: Sequence[Bytes], codes: Numbers) -> None:
+def join(planes: Sequence[Bytes], codes: Numbers, spare: Numbers) -> None:
     """The inverse of :func:`split`: fill ``codes``."""
     if len(planes) > 4:  # vectors hold too few of such large numbers
         np.stack(planes, axis=1, out=codes.view(np.uint8).reshape(len(codes), -1))
@@ -45,7 +45,8 @@ def join(planes: Sequence[Bytes], codes: Numbers) -> None:
     codes[:] = planes[-1]
     for plane in reversed(planes[:-1]):
         codes <<= codes.dtype.type(8)
-        codes |= plane
+        spare[:] = plane
+        codes |= spare
 
 
 def write_planes(planes: Bytes, effort: str) -> list[bytes | memoryview]:
