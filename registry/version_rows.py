@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,12 +27,27 @@ from ckpt.core.records import Proof, Version
 from ckpt.registry.engine import Transaction, batches
 from ckpt.registry.tables import aliases, labels, metrics, models, runs, versions
 
-# All of a version but the facts, which only its document needs.
+# What a record of a version is made of, in the order in which ``_record`` takes it.
 VERSIONS = (
     select(
-        *(one for one in versions.c if one is not versions.c.facts),
+        versions.c.id,
         models.c.name.label("model_name"),
+        versions.c.number,
+        versions.c.digest,
+        versions.c.document,
+        versions.c.state,
+        versions.c.push,
+        versions.c.created_at,
+        versions.c.nbytes,
+        versions.c.new_bytes,
+        versions.c.step,
         runs.c.name.label("run_name"),
+        versions.c.parent,
+        versions.c.message,
+        versions.c.author,
+        versions.c.environment,
+        versions.c.proof,
+        versions.c.proof_reason,
     )
     .join(models, models.c.id == versions.c.model)
     .join(runs, runs.c.id == versions.c.run)
@@ -53,73 +69,72 @@ def of_model(name: str) -> dict[str, Any]:
     return {"folded_name": name.lower()}
 
 
-def _said_in(table: Table, text: ColumnElement[Any], number: ColumnElement[Any]) -> Select[Any]:
+_ALIAS, _LABEL, _METRIC = range(3)
+
+
+def _said_in(
+    kind: int, table: Table, text: ColumnElement[Any], number: ColumnElement[Any]
+) -> Select[Any]:
     columns = table.c.version, table.c.name, text.label("text"), number.label("number")
-    return select(literal(table.name).label("said_in"), *columns)
+    return select(literal(kind).label("kind"), *columns)
 
 
 _ALL_SAID = union_all(
-    _said_in(aliases, cast(null(), Text), cast(null(), Float)),
-    _said_in(labels, labels.c.value, cast(null(), Float)),
-    _said_in(metrics, metrics.c.special, metrics.c.value),
+    _said_in(_ALIAS, aliases, cast(null(), Text), cast(null(), Float)),
+    _said_in(_LABEL, labels, labels.c.value, cast(null(), Float)),
+    _said_in(_METRIC, metrics, metrics.c.special, metrics.c.value),
 ).subquery()
-# ``(table, version, name, text, number)`` of all that is said of some versions, by name: one
-# question, since each costs a way to the server and back.
-_SAID = (
-    select(_ALL_SAID)
-    .where(_ALL_SAID.c.version.in_(bindparam("some", expanding=True)))
-    .order_by(_ALL_SAID.c.name)
-)
+# ``(kind, version, name, text, number)`` of all that is said of some versions: one question,
+# since each costs a way to the server and back.
+_SAID = select(_ALL_SAID).where(_ALL_SAID.c.version.in_(bindparam("some", expanding=True)))
 
 
 def records_of(transaction: Transaction, rows: Sequence[Row[Any]]) -> list[Version]:
     """The versions of these rows, with all that is said of them."""
-    ids = [row.id for row in rows]
-    named: dict[int, list[str]] = {}
-    labelled: dict[int, dict[str, str]] = {}
-    measured: dict[int, dict[str, float]] = {}
     # By position: of many rows, looking each value up by its name would be most of the time.
-    for some in batches(ids):
+    about: dict[int, _About] = {row[0]: ([], {}, {}) for row in rows}
+    for some in batches([*about]):
         said: Sequence[Any] = transaction.rows(_SAID, {"some": some})
-        for table, version, name, text, number in said:
-            if table == aliases.name:
-                named.setdefault(version, []).append(name)
-            elif table == labels.name:
-                labelled.setdefault(version, {})[name] = text
+        for kind, version, name, text, number in sorted(said, key=_NAME):
+            named, labelled, measured = about[version]
+            if kind == _ALIAS:
+                named.append(name)
+            elif kind == _LABEL:
+                labelled[name] = text
             else:
-                measured.setdefault(version, {})[name] = number if text is None else special(text)
-    return [
-        _record(row, measured.get(row.id, {}), labelled.get(row.id, {}), named.get(row.id, []))
-        for row in rows
-    ]
+                measured[name] = number if text is None else special(text)
+    return [_record(row, about[row[0]]) for row in rows]
 
 
-def _record(
-    row: Row[Any],
-    measured: Mapping[str, float],
-    labelled: Mapping[str, str],
-    named: Sequence[str],
-) -> Version:
+_NAME = operator.itemgetter(2)
+# Aliases, labels and metrics, each by name.
+_About = tuple[list[str], dict[str, str], dict[str, float]]
+
+
+def _record(row: Sequence[Any], about: _About) -> Version:
+    _, model, number, digest, document, state, push, created_at, *more = row
+    nbytes, new_bytes, step, run, parent, message, author, environment, proof, reason = more
+    named, labelled, measured = about
     return Version(
-        model=row.model_name,
-        number=row.number,
-        digest=row.digest,
-        document_digest=row.document,
-        state=row.state,
-        push=row.push,
-        created_at=datetime.fromtimestamp(row.created_at / 1e6, UTC),
-        nbytes=row.nbytes,
-        new_bytes=row.new_bytes,
-        step=row.step,
-        run=row.run_name,
-        parent=row.parent,
+        model=model,
+        number=number,
+        digest=digest,
+        document_digest=document,
+        state=state,
+        push=push,
+        created_at=datetime.fromtimestamp(created_at / 1e6, UTC),
+        nbytes=nbytes,
+        new_bytes=new_bytes,
+        step=step,
+        run=run,
+        parent=parent,
         metrics=measured,
         labels=labelled,
         aliases=tuple(named),
-        message=row.message,
-        author=row.author,
-        environment=row.environment,
-        proof=None if row.proof is None else Proof(row.proof, row.proof_reason),
+        message=message,
+        author=author,
+        environment=environment,
+        proof=None if proof is None else Proof(proof, reason),
     )
 
 
