@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Row, bindparam, false, select, update
+from sqlalchemy import (
+    LargeBinary,
+    Row,
+    bindparam,
+    cast,
+    false,
+    null,
+    select,
+    true,
+    union_all,
+    update,
+)
 
 from ckpt.core.documents import canonical, join_document
 from ckpt.core.records import StoreCopy
@@ -27,17 +38,12 @@ class Copies:
 
     def pending(self) -> list[StoreCopy]:
         """All copies that are not known to be in the store, in the order of their counters."""
-        found: list[tuple[int, StoreCopy]] = []
-        with self._database.read() as transaction:
-            for row in transaction.rows(_UNCOPIED_VERSIONS):
-                found.append((row.counter, _document_copy(row)))
-            for row in transaction.rows(_UNCOPIED_EVENTS):
-                found.append((row.counter, _event_copy(row)))
-        uncopied = {copy.id for _, copy in found}  # the others are written down by now
+        rows = sorted(self._database.ask_all(_UNCOPIED), key=lambda row: row.counter)
+        uncopied = {row.id for row in rows}  # the others are written down by now
         self._documents &= uncopied
         self._events &= uncopied
-        copies = [copy for _, copy in sorted(found, key=lambda pair: pair[0])]
-        return [copy for copy in copies if copy.id not in self._documents | self._events]
+        left = (row for row in rows if row.id not in self._documents | self._events)
+        return [_document_copy(row) if row.is_document else _event_copy(row) for row in left]
 
     def document(self, push: str) -> StoreCopy | None:
         """The copy of one version's document, done or not; None when the version is gone."""
@@ -48,8 +54,7 @@ class Copies:
         """Everything that the store must hold."""
         with self._database.read() as transaction:
             found = [_document_copy(row) for row in transaction.rows(_VERSIONS)]
-            query = select(events).where(events.c.counter.is_not(None))
-            found += [_event_copy(row) for row in transaction.rows(query)]
+            found += [_event_copy(row) for row in transaction.rows(_EVENTS)]
         return found
 
     def is_wanted(self, copy: StoreCopy) -> bool:
@@ -121,11 +126,12 @@ _NOTE_EVENTS = (
 )
 _VERSIONS = (
     select(
-        versions.c.push,
+        true().label("is_document"),
+        versions.c.push.label("id"),
         versions.c.epoch,
         versions.c.counter,
-        versions.c.facts,
-        documents.c.body,
+        versions.c.facts.label("said"),
+        documents.c.body.label("document"),
         structures.c.body.label("structure"),
         environments.c.body.label("environment"),
     )
@@ -133,20 +139,30 @@ _VERSIONS = (
     .join(structures, structures.c.digest == documents.c.structure)
     .join(environments, environments.c.digest == versions.c.environment)
 )
-_UNCOPIED_VERSIONS = _VERSIONS.where(versions.c.copied == false())
-_UNCOPIED_EVENTS = select(events).where(events.c.copied == false(), events.c.counter.is_not(None))
+_EVENTS = select(
+    false().label("is_document"),
+    events.c.id,
+    events.c.epoch,
+    events.c.counter,
+    events.c.body.label("said"),
+    *(cast(null(), LargeBinary).label(name) for name in ("document", "structure", "environment")),
+).where(events.c.counter.is_not(None))
+# Of both at one moment: else a later one could be copied before an earlier one.
+_UNCOPIED = union_all(
+    _VERSIONS.where(versions.c.copied == false()), _EVENTS.where(events.c.copied == false())
+)
 
 
 def _document_copy(row: Row[Any]) -> StoreCopy:
     """Pure: the same row gives the same bytes in every process and release."""
-    body = read_json(row.facts) | {
-        "document": join_document(decompress(row.structure), decompress(row.body)),
+    body = read_json(row.said) | {
+        "document": join_document(decompress(row.structure), decompress(row.document)),
         "environment": read_json(row.environment),
     }
-    key = document_key(row.epoch, row.counter, row.push)
-    return StoreCopy(row.push, key, canonical(body), is_document=True)
+    key = document_key(row.epoch, row.counter, row.id)
+    return StoreCopy(row.id, key, canonical(body), is_document=True)
 
 
 def _event_copy(row: Row[Any]) -> StoreCopy:
     key = event_key(row.epoch, row.counter, row.id)
-    return StoreCopy(row.id, key, row.body, is_document=False)
+    return StoreCopy(row.id, key, row.said, is_document=False)

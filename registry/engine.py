@@ -135,11 +135,21 @@ class Database(ABC):
             yield Transaction(connection.execution_options(**self.read_options))
 
     def ask(self, statement: Executable, values: Parameters | None = None) -> Row[Any] | None:
-        """The first row of one query, or None. One statement is a snapshot without a
-        transaction, whose begin and end would be two more ways to a server and back."""
+        """The first row of one query, or None."""
+        with self._asking() as transaction:
+            return transaction.row(statement, values)
+
+    def ask_all(self, statement: Executable) -> Sequence[Row[Any]]:
+        """All rows of one query."""
+        with self._asking() as transaction:
+            return transaction.rows(statement)
+
+    @contextmanager
+    def _asking(self) -> Iterator[Transaction]:
+        """For one statement, which is a snapshot without a transaction, whose begin and end would
+        be two or three more ways to a server and back."""
         with self._typed(), self.engine.connect() as connection:
-            asking = connection.execution_options(**self.ask_options)
-            return Transaction(asking).row(statement, values)
+            yield Transaction(connection.execution_options(**self.ask_options))
 
     def write(self, act: Callable[[Transaction], T]) -> T:
         """Run ``act`` in one transaction and commit it, again when the database says busy.

@@ -50,6 +50,8 @@ _BY_PUSH = VERSIONS.where(versions.c.push == bindparam("made_by"))
 _NEWEST_DIGEST = (
     select(versions.c.digest).where(OF_MODEL).order_by(versions.c.number.desc()).limit(1)
 )
+_PAGE = NEWEST_FIRST.limit(bindparam("most"))
+_NEXT_PAGE = _PAGE.where(versions.c.number < bindparam("below"))
 _DOCUMENT = (
     select(documents.c.body, structures.c.body.label("structure"), versions.c.facts)
     .join(structures, structures.c.digest == documents.c.structure)
@@ -94,10 +96,10 @@ class Queries:
     def log(self, model: str, before: int | None = None, limit: int = 100) -> list[Version]:
         """Versions of a model, newest first, from below number ``before``; at most ``limit``."""
         with self._database.read() as transaction:
-            query = NEWEST_FIRST.limit(limit)
+            query, values = _PAGE, of_model(model) | {"most": limit}
             if before is not None:
-                query = query.where(versions.c.number < before)
-            rows = transaction.rows(query, of_model(model))
+                query, values["below"] = _NEXT_PAGE, before
+            rows = transaction.rows(query, values)
             if not rows:
                 required_model(transaction, model)
             return records_of(transaction, rows)

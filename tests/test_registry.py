@@ -353,7 +353,7 @@ def test_what_was_copied_is_noted_as_done_by_the_next_act(repo: ckpt.Repository)
 
 # Each statement is a way to a server and back; so are a begin and an end. With what is beside a
 # tag's own transaction: what waits for its copy, and whether the event still stands.
-MOST_STATEMENTS = {"get": 3, "log": 3, "tag": 13, "annotate": 14, "push": 41}
+MOST_STATEMENTS = {"get": 3, "log": 3, "tag": 11, "annotate": 12, "push": 39}
 
 
 @pytest.mark.parametrize("call", MOST_STATEMENTS)
