@@ -19,16 +19,21 @@ class Mappings:
         self._store = store
         self._places = places
         self._mapped: dict[str, memoryview | None] = {}
+        self._taken: set[tuple[str, int]] = set()
 
     def offer(self, chunks: Sequence[str], adopt: Callable[[memoryview], bool]) -> bool:
         """Have ``adopt`` take a tensor whose chunks lie behind each other in one pack, as they
-        are, and say whether it did."""
+        are, and say whether it did. What one tensor took no other gets: each may be changed."""
         run = self._run(chunks)
         if not run or run[0].offset % _ALIGNED:
             return False
+        taken = {(row.pack, row.offset) for row in run}
         memory = self._map(run[0].pack)
-        begin, end = run[0].offset, run[-1].offset + run[-1].length
-        return memory is not None and end <= len(memory) and adopt(memory[begin:end])
+        begin, end = run[0].offset, _end(run[-1])
+        if memory is None or end > len(memory) or not self._taken.isdisjoint(taken):
+            return False
+        self._taken |= taken
+        return adopt(memory[begin:end])
 
     def _run(self, chunks: Sequence[str]) -> list[Chunk]:
         """The places of the chunks, if each begins where the one before ends; else none."""

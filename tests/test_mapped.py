@@ -101,6 +101,16 @@ def test_changes_stay_with_the_one_who_makes_them(repo: ckpt.Repository) -> None
     assert torch.equal(repo.pull("model")["weights"], state["weights"])
 
 
+def test_equal_tensors_that_are_stored_once_are_not_one_memory(repo: ckpt.Repository) -> None:
+    same = torch.rand(1 << 20)
+    repo.push({"a": same, "b": same.clone(), "c": {"d": same.clone()}}, "model", compress="none")
+    pulled = repo.pull("model", mmap=True)
+    pulled["a"].zero_()
+    assert torch.equal(pulled["b"], same)
+    pulled["b"].fill_(1)
+    assert torch.equal(pulled["c"]["d"], same)
+
+
 def test_a_mapped_tensor_outlives_its_pack(repo: ckpt.Repository) -> None:
     state = {"weights": torch.rand(1 << 20)}
     repo.push(state, "model")
