@@ -231,34 +231,34 @@ def _room(block: Numbers) -> tuple[Numbers, Numbers]:
 
 def _pco_parts(plan: _Plan, values: Numbers, base: Numbers | None) -> list[bytes | memoryview]:
     element = plan.codec.element
+    numbers = np.frombuffer(scratch("numbers", values.nbytes), element.dtype)
     if base is None:
-        rotated = np.empty_like(values)
         for part in blocks(len(values)):
-            rotated[part] = differences.rotated(values[part], element)
-        return groups.write_groups(rotated, groups.whole(len(values)))
+            numbers[part] = differences.rotated(values[part], element)
+        return groups.write_groups(numbers, groups.whole(len(values)))
     order = groups.Order(base, element)
-    changes = np.empty(len(values), _signed(element))
     for index, part in enumerate(blocks(len(values))):
-        change = values[part] - differences.predicted(base[part], element, plan.scale)
-        order.put(index, change.view(changes.dtype), changes)
-    return groups.write_groups(changes, order.groups)
+        change, _ = _room(values[part])
+        np.subtract(
+            values[part], differences.predicted(base[part], element, plan.scale), out=change
+        )
+        order.put(index, change, numbers)
+    return groups.write_groups(numbers.view(_signed(element)), order.groups)
 
 
 def _read_pco(plan: _Plan, body: memoryview, base: Numbers | None, target: Numbers) -> None:
     element = plan.codec.element
+    numbers = np.frombuffer(scratch("numbers", target.nbytes), element.dtype)
     if base is None:
-        codes = np.empty(len(target), element.dtype)
-        groups.read_groups(body, groups.whole(len(target)), codes)
+        groups.read_groups(body, groups.whole(len(target)), numbers)
         for part in blocks(len(target)):
-            target[part] = differences.rotated_back(codes[part], element)
+            target[part] = differences.rotated_back(numbers[part], element)
         return
     order = groups.Order(base, element)
-    changes = np.empty(len(target), _signed(element))
-    groups.read_groups(body, order.groups, changes)
+    groups.read_groups(body, order.groups, numbers.view(_signed(element)))
     for index, part in enumerate(blocks(len(target))):
-        change = order.take(index, changes).view(element.dtype)
         expected = differences.predicted(base[part], element, plan.scale)
-        np.add(change, expected, out=target[part])
+        np.add(order.take(index, numbers), expected, out=target[part])
 
 
 def _signed(element: Element) -> np.dtype[Any]:
