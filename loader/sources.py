@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy
 import torch
 
 # Integers of each item size: bits are moved as these, because few kernels know every dtype.
+_COPIED_AS_THEY_ARE = frozenset({torch.float32, torch.int32})
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
@@ -59,26 +60,15 @@ class MemoryTensor:
         return as_bytes(part)[start : start + length]
 
 
-@torch.no_grad()
-def copy_bytes(pairs: Iterable[tuple[MemoryTensor, torch.Tensor]]) -> None:
-    """Copy the stored bytes of tensors of any device, each into a flat uint8 tensor of its size.
-
-    In one call of torch, which has its own threads: for a state of many small tensors, calls and
-    hand-overs take longer than the copies.
-    """
-    copied = [_as_copied(source.values, room) for source, room in pairs if source.nbytes]
-    if copied:
-        torch._foreach_copy_([room for _, room in copied], [values for values, _ in copied])
-
-
-def _as_copied(tensor: torch.Tensor, room: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A tensor, and the room for it, as elements that torch copies fast and bit for bit."""
+def as_copied(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's memory as elements that torch copies fast and bit for bit."""
     if not tensor.is_contiguous():
-        bits = as_bits(tensor)
-        return bits, room.view(bits.dtype).view(bits.shape)
+        return as_bits(tensor)
+    if tensor.dtype in _COPIED_AS_THEY_ARE:
+        return tensor
     begins = tensor.storage_offset() * tensor.element_size()
-    word = torch.int32 if room.numel() % 4 == begins % 4 == 0 else torch.uint8
-    return tensor.as_strided((tensor.numel(),), (1,)).view(word), room.view(word)
+    word = torch.int32 if tensor.nbytes % 4 == begins % 4 == 0 else torch.uint8
+    return tensor.as_strided((tensor.numel(),), (1,)).view(word)
 
 
 def laid_out(name: str, value: Any) -> MemoryTensor:

@@ -22,7 +22,7 @@ from ckpt.service.rebuild import rebuild_registry
 from ckpt.storage.local import LocalStore
 from ckpt.training.arena import Arena
 from ckpt.training.background import location_of
-from ckpt.training.staging import stage
+from ckpt.training.staging import Stage
 from ckpt.training.writer import Writer
 
 State = dict[str, torch.Tensor]
@@ -268,7 +268,7 @@ def test_a_save_is_done_although_nothing_could_be_kept_for_the_next(
             "nbytes": one.nbytes,
             "start": at,
         }
-        for one, at in zip(sources, stage(arena, sources), strict=True)
+        for one, at in zip(sources, Stage(arena).copy(sources), strict=True)
     ]
     document = Document(
         format=FORMAT,

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_tensors import pytestmark as of_odd_tensors
 from test_tensors import states
 
@@ -14,20 +15,36 @@ from ckpt.core.tensors import chunk_spans
 from ckpt.loader.capture import capture
 from ckpt.loader.sources import MemoryTensor
 from ckpt.training.arena import Arena
-from ckpt.training.staging import stage
+from ckpt.training.staging import Stage
 
 pytestmark = of_odd_tensors
 
 
 @settings(max_examples=300)
-@given(state=states())
-def test_what_is_staged_for_the_writer_is_what_is_stored(state: Any) -> None:
+@given(saved=st.lists(states(), min_size=1, max_size=3))
+def test_what_is_staged_for_the_writer_is_what_is_stored(saved: list[Any]) -> None:
+    """Whatever was staged before, and when the same is staged twice."""
     arena = Arena()
-    sources = [source for source in capture(state).sources if source is not None]
-    places = stage(arena, sources)
-    for source, place in zip(sources, places, strict=True):
-        staged = arena.room(place + source.nbytes)[place:]
-        assert staged == b"".join(source.read(*span) for span in chunk_spans(source.nbytes))
+    stage = Stage(arena)
+    for state in [saved[0], *saved]:
+        sources = [source for source in capture(state).sources if source is not None]
+        places = stage.copy(sources)
+        for source, place in zip(sources, places, strict=True):
+            staged = arena.room(place + source.nbytes)[place:]
+            assert staged == b"".join(source.read(*span) for span in chunk_spans(source.nbytes))
+    arena.close()
+
+
+def test_the_values_at_the_call_are_staged_each_time() -> None:
+    arena = Arena()
+    stage = Stage(arena)
+    weights = torch.zeros(3000, 2)
+    for value in range(3):
+        weights.fill_(value)
+        stage.copy([MemoryTensor("w", "", weights), MemoryTensor("turned", "", weights.t())])
+        staged = torch.frombuffer(arena.room(24_000 + 576 + 24_000), dtype=torch.float32)
+        assert staged[:6000].tolist() == [value] * 6000
+        assert staged[6144:].tolist() == [value] * 6000
     arena.close()
 
 
@@ -37,6 +54,6 @@ def test_a_slice_is_staged_wherever_it_begins(dtype: torch.dtype, begin: int) ->
     values = torch.arange(40).to(dtype).requires_grad_(dtype.is_floating_point)
     source = MemoryTensor("w", "", values[begin : begin + 24])
     arena = Arena()
-    assert stage(arena, [source]) == [0]
+    assert Stage(arena).copy([source]) == [0]
     assert arena.room(source.nbytes) == source.read(0, source.nbytes)
     arena.close()

@@ -20,7 +20,7 @@ from ckpt.core.errors import CkptError, StorageError
 from ckpt.core.tensors import TensorBytes
 from ckpt.service.config import Location
 from ckpt.training.arena import Arena
-from ckpt.training.staging import stage
+from ckpt.training.staging import Stage
 
 _PIPE_BYTES = 1 << 20  # a save's description fits, so that the loop does not wait for its reader
 
@@ -34,6 +34,7 @@ class Background:
 
     def __init__(self, setup: Mapping[str, Any]) -> None:
         self._arena = Arena()
+        self._stage = Stage(self._arena)
         self._waiting: deque[Future[dict[str, Any]]] = deque()
         self._lock = threading.Lock()
         # In a session of its own, so that Ctrl-C in the terminal is for the trainer alone.
@@ -61,7 +62,7 @@ class Background:
     ) -> Future[dict[str, Any]]:
         """Stage a state as it is now, and have it saved. The one before must be answered."""
         staged = [source for source in sources if source is not None]
-        starts = iter(stage(self._arena, staged))
+        starts = iter(self._stage.copy(staged))
         places = [None if source is None else _place(source, next(starts)) for source in sources]
         nbytes = max((one["start"] + one["nbytes"] for one in places if one), default=0)
         head = {"act": "save", "sources": places, "nbytes": nbytes, **said}

@@ -8,24 +8,70 @@ from itertools import accumulate
 import torch
 
 from ckpt.core.tensors import TensorBytes, chunk_spans
-from ckpt.loader.sources import MemoryTensor, copy_bytes
+from ckpt.loader.sources import MemoryTensor, as_copied
 from ckpt.training.arena import PAGE, Arena
 
+# Of each source its bytes, and as what it is copied.
+_Layout = list[tuple[int, torch.dtype, tuple[int, ...]]]
 
-def stage(arena: Arena, sources: Sequence[TensorBytes]) -> list[int]:
-    """Copy all sources into the arena as they are now; returns where each one begins."""
-    sizes = [part for one in sources for part in (one.nbytes, -one.nbytes % PAGE)]
-    places = list(accumulate(sizes, initial=0))[:-1:2]
-    if not any(sizes):
-        return places
-    room = torch.frombuffer(arena.room(sum(sizes)), dtype=torch.uint8)
-    in_memory: list[tuple[MemoryTensor, torch.Tensor]] = []
-    for source, target in zip(sources, torch.split(room, sizes)[::2], strict=True):
-        if isinstance(source, MemoryTensor):
-            in_memory.append((source, target))
-            continue
-        for offset, length in chunk_spans(source.nbytes):
-            part = torch.frombuffer(source.read(offset, length), dtype=torch.uint8)
-            target[offset : offset + length] = part
-    copy_bytes(in_memory)
-    return places
+
+class Stage:
+    """Copies the states of a run into an arena. Most are laid out as the one before was, so the
+    room of each tensor is kept ready."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._layout: _Layout = []
+        self._places: list[int] = []
+        self._rooms: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def copy(self, sources: Sequence[TensorBytes]) -> list[int]:
+        """Copy all sources as they are now, of any device; returns where each one begins.
+
+        Tensors by one call of torch, which has its own threads: for a state of many small ones,
+        calls and hand-overs take longer than the copies.
+        """
+        copied = [
+            as_copied(source.values) if isinstance(source, MemoryTensor) else None
+            for source in sources
+        ]
+        layout: _Layout = [
+            (source.nbytes, torch.uint8, (source.nbytes,))
+            if values is None
+            else (source.nbytes, values.dtype, values.shape)
+            for source, values in zip(sources, copied, strict=True)
+        ]
+        if layout != self._layout:
+            self._lay_out(layout)
+        targets, tensors = [], []
+        for source, values, room in zip(sources, copied, self._rooms, strict=True):
+            if values is None:
+                _copy_pieces(source, room)
+            elif source.nbytes:
+                targets.append(room)
+                tensors.append(values)
+        if tensors:
+            torch._foreach_copy_(targets, tensors)
+        return self._places
+
+    def _lay_out(self, layout: _Layout) -> None:
+        """One behind the other, each at the beginning of a page."""
+        ends = accumulate((nbytes + -nbytes % PAGE for nbytes, _, _ in layout), initial=0)
+        *self._places, total = ends
+        room = self._arena.room(total)
+        self._rooms = [
+            torch.frombuffer(room, dtype=torch.uint8, count=nbytes, offset=place)
+            .view(dtype)
+            .view(shape)
+            if nbytes
+            else torch.empty(0, dtype=torch.uint8)
+            for (nbytes, dtype, shape), place in zip(layout, self._places, strict=True)
+        ]
+        self._layout = layout
+
+
+def _copy_pieces(source: TensorBytes, room: torch.Tensor) -> None:
+    for offset, length in chunk_spans(source.nbytes):
+        part = torch.frombuffer(source.read(offset, length), dtype=torch.uint8)
+        room[offset : offset + length] = part
