@@ -79,11 +79,13 @@ def capture(state: Any) -> Captured:
 
 @dataclass(slots=True)
 class _Item:
-    """One tensor entry in the making; ``tensor`` is None where others hold its bytes."""
+    """One tensor entry in the making; ``tensor`` is None where others hold its bytes, ``stored``
+    is what of it is written."""
 
     path: Path
     entry: Tensor
     tensor: torch.Tensor | None
+    stored: torch.Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -199,7 +201,7 @@ class TensorTable:
         """Find the tensors that share bytes, and make views of them; yields refusals."""
         for item in self._items:
             if item.tensor is not None:
-                strides = stored_form(item.tensor)[1]
+                item.stored, strides = stored_form(item.tensor)
                 if strides is not None:
                     item.entry = replace(item.entry, strides=strides)
         for group in find_shared([item.tensor for item in self._items]):
@@ -251,8 +253,8 @@ class TensorTable:
             if item.tensor is None:
                 sources.append(self._regions.get(index))
             else:
-                once, _ = stored_form(item.tensor)
-                sources.append(MemoryTensor(item.entry.name, item.entry.dtype, once))
+                assert item.stored is not None
+                sources.append(MemoryTensor(item.entry.name, item.entry.dtype, item.stored))
         return tuple(item.entry for item in self._items), tuple(sources)
 
 

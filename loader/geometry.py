@@ -30,10 +30,10 @@ class SharedBytes:
 
 def interval_of(tensor: torch.Tensor) -> Interval | None:
     """Where a strided tensor lies; None when it has no bytes."""
-    if tensor.numel() == 0 or tensor.device.type == "meta":
+    count = tensor.numel()
+    if count == 0 or tensor.is_meta:
         return None
     low = tensor.data_ptr()
-    count = tensor.numel()
     if not tensor.is_contiguous():
         pairs = zip(tensor.shape, tensor.stride(), strict=True)
         count = 1 + sum((size - 1) * step for size, step in pairs)
