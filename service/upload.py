@@ -36,7 +36,7 @@ Progress = Callable[[int, int], None]
 _THREADS = 2
 _HASHED_AHEAD = 12
 _WRITES_AHEAD = 24
-_ENCODED_AHEAD = 3  # each may hold a chunk, its base and what is made of them
+_ENCODED_AHEAD = 2 * CHUNK_BYTES  # beside each lie its base and what is made of them
 _FLUSH_BYTES = 16 << 20
 # Equal tensors up to this size are written under each name (docs/decisions/002).
 _REPEATED_BYTES = 1 << 20
@@ -280,14 +280,19 @@ class Upload:
         """Write the new chunks of those tensors of a group that are partly in the store, or may
         be made smaller; encoded ahead while earlier ones are being written."""
         running: deque[tuple[int, int, Future[Encoded | None]]] = deque()
+        room = _ENCODED_AHEAD
         for index, number in self._chunks:
             if index not in group:
                 continue
+            room -= self._length(index, number)
+            while running and room < 0:
+                room += self._write_chunk(*running.popleft())
             running.append((index, number, self._begin_encoding(index, number)))
-            if len(running) > _ENCODED_AHEAD:
-                self._write_chunk(*running.popleft())
         while running:
             self._write_chunk(*running.popleft())
+
+    def _length(self, index: int, number: int) -> int:
+        return chunk_spans(self._sources[index].nbytes)[number][1]
 
     def _begin_encoding(self, index: int, number: int) -> Future[Encoded | None]:
         if self._sources[index].nbytes > _REPEATED_BYTES:
@@ -313,7 +318,8 @@ class Upload:
             self._store, places, raw, source.dtype, base, self._compress, self._kept
         )
 
-    def _write_chunk(self, index: int, number: int, task: Future[Encoded | None]) -> None:
+    def _write_chunk(self, index: int, number: int, task: Future[Encoded | None]) -> int:
+        """Write a chunk as its task made it; returns how long it is as it is."""
         encoded, source = task.result(), self._sources[index]
         offset, length = chunk_spans(source.nbytes)[number]
         self._raw_bytes += length
@@ -323,7 +329,7 @@ class Upload:
             self._store.check_room(length)
             place = pack.add_chunk(name, digest, length)
             self._write(pack, place, index, offset, length)
-            return
+            return length
         self._store.check_room(len(encoded.body))
         from ckpt.storage.codecs import needs_base
 
@@ -339,6 +345,7 @@ class Upload:
             name, digest, len(encoded.body), raw_length=length, codec=encoded.codec, base=base
         )
         self._submit(lambda: self._put(pack, place, encoded.body, length))
+        return length
 
     def _put(self, pack: PackWriter, place: int, body: bytes, length: int) -> None:
         pack.upload.write(place, body)

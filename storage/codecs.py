@@ -197,7 +197,7 @@ def _plane_parts(
     plan: _Plan, values: Numbers, base: Numbers | None, effort: Effort
 ) -> list[bytes | memoryview]:
     element = plan.codec.element
-    rows = np.frombuffer(scratch("planes", values.nbytes), np.uint8).reshape(element.size, -1)
+    rows = np.frombuffer(scratch("elements", values.nbytes), np.uint8).reshape(element.size, -1)
     for part in blocks(len(values)):
         codes, spare = _room(values[part])
         if base is None:
@@ -231,7 +231,7 @@ def _room(block: Numbers) -> tuple[Numbers, Numbers]:
 
 def _pco_parts(plan: _Plan, values: Numbers, base: Numbers | None) -> list[bytes | memoryview]:
     element = plan.codec.element
-    numbers = np.frombuffer(scratch("numbers", values.nbytes), element.dtype)
+    numbers = np.frombuffer(scratch("elements", values.nbytes), element.dtype)
     if base is None:
         for part in blocks(len(values)):
             numbers[part] = differences.rotated(values[part], element)
@@ -248,7 +248,7 @@ def _pco_parts(plan: _Plan, values: Numbers, base: Numbers | None) -> list[bytes
 
 def _read_pco(plan: _Plan, body: memoryview, base: Numbers | None, target: Numbers) -> None:
     element = plan.codec.element
-    numbers = np.frombuffer(scratch("numbers", target.nbytes), element.dtype)
+    numbers = np.frombuffer(scratch("elements", target.nbytes), element.dtype)
     if base is None:
         groups.read_groups(body, groups.whole(len(target)), numbers)
         for part in blocks(len(target)):
