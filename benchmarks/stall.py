@@ -160,7 +160,8 @@ def measure(folder: Path) -> Table:
             loops[name] = _looping(trainer, saver, calls.setdefault(name, []))
         turns = take_turns(loops)
     absent |= turns.absent
-    names = sorted((name for name in savers if name in turns.timings), key=_COPY.__eq__)
+    names = [name for name in savers if name in turns.timings]
+    names.sort(key=lambda name: name == _COPY)
     call = {name: median(calls[name][len(_SAVES) :]) for name in names}
     added = {name: (turns[name] - turns[_NONE]) / len(_SAVES) for name in names}
     return Table(

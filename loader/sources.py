@@ -11,8 +11,8 @@ import numpy
 import torch
 
 # Integers of each item size: bits are moved as these, because few kernels know every dtype.
-_COPIED_AS_THEY_ARE = frozenset({torch.float32, torch.int32})
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+_COPIED_AS_THEY_ARE = frozenset({torch.float32, torch.int32})
 
 
 def as_bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,6 @@ class MemorySpace:
                 use_huge_pages(self.tensor)
         except (RuntimeError, TypeError, OverflowError) as error:
             raise damaged(f'"{entry.name}": {error}') from None
-        self._aligned = not entry.align
         self._view = as_bytes(self.tensor)
 
     def write(self, offset: int, data: memoryview) -> None:
@@ -45,8 +44,8 @@ class MemorySpace:
         return self._view[offset : offset + length]
 
     def adopt(self, memory: memoryview) -> bool:
-        """Take ``memory``, which has the entry's bytes, in place of the room made here."""
-        if not self._aligned or self.tensor.is_quantized or len(memory) != len(self._view):
+        """Take ``memory`` in place of the room made here, if it is as long."""
+        if len(memory) != len(self._view):
             return False
         dtype, shape = self.tensor.dtype, self.tensor.shape
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
@@ -135,6 +134,8 @@ def dtype_of(entry: Tensor) -> torch.dtype:
 def stored_nbytes(entry: Tensor) -> int:
     """How many bytes an entry with chunks has; IntegrityError unless its chunks are as many."""
     check_shape(entry)
+    if entry.dtype in _QUANTIZED:
+        raise damaged(f'"{entry.name}" is quantised and has bytes of its own')
     if entry.strides is not None and len(entry.strides) != len(entry.shape):
         raise damaged(f'"{entry.name}" has {len(entry.strides)} strides')
     if not 0 <= entry.align < 16 or (entry.align and entry.kind != "region"):

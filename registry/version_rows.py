@@ -88,6 +88,10 @@ _ALL_SAID = union_all(
 # since each costs a way to the server and back.
 _SAID = select(_ALL_SAID).where(_ALL_SAID.c.version.in_(bindparam("some", expanding=True)))
 
+_NAME = operator.itemgetter(2)
+# Aliases, labels and metrics, each by name.
+_About = tuple[list[str], dict[str, str], dict[str, float]]
+
 
 def records_of(transaction: Transaction, rows: Sequence[Row[Any]]) -> list[Version]:
     """The versions of these rows, with all that is said of them."""
@@ -104,11 +108,6 @@ def records_of(transaction: Transaction, rows: Sequence[Row[Any]]) -> list[Versi
             else:
                 measured[name] = number if text is None else special(text)
     return [_record(row, about[row[0]]) for row in rows]
-
-
-_NAME = operator.itemgetter(2)
-# Aliases, labels and metrics, each by name.
-_About = tuple[list[str], dict[str, str], dict[str, float]]
 
 
 def _record(row: Sequence[Any], about: _About) -> Version:

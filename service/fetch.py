@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ from ckpt.service.upload import Progress
 from ckpt.storage.chunks import Places, read_chunk
 from ckpt.storage.store import Store
 
-# To an answer from far away several wait; what is near is bound by the processors.
-_THREADS_FAR, _THREADS_NEAR = 4, max(2, min(8, os.cpu_count() or 1))
+# Decoding takes memory beside the chunk, of which a pull may have 128 MiB, and the processors.
+_THREADS, _DECODING_THREADS = 4, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +44,15 @@ def stored_size(tensor: Tensor) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """One chunk to read, or with ``adopted`` to check where it lies; ``offset`` is its place in
-    the tensor."""
+    """One chunk to read, with ``encoded`` to decode too, or with ``adopted`` only to check where
+    it lies; ``offset`` is its place in the tensor."""
 
     wanted: Wanted
     digest: str
     offset: int
     length: int
     place: tuple[str, int]
+    encoded: bool
     adopted: bool
 
 
@@ -116,7 +116,8 @@ def _plan(
                     hint="run `ckpt fsck`",
                 )
             place = (places.packs[rows[0].pack].key, rows[0].offset)
-            pieces.append(_Piece(tensor, digest, offset, length, place, adopted))
+            encoded = rows[0].codec is not None
+            pieces.append(_Piece(tensor, digest, offset, length, place, encoded, adopted))
     # In the order of the bytes on the disk.
     pieces.sort(key=lambda piece: piece.place)
     return pieces
@@ -131,23 +132,25 @@ def _read_all(
 ) -> None:
     total = sum(piece.length for piece in pieces)
     done = 0
+    raw = [piece for piece in pieces if not piece.encoded]
+    encoded = [piece for piece in pieces if piece.encoded]
 
     def read(batch: Sequence[_Piece]) -> int:
         for piece in batch:
             _read_piece(store, version, places, piece)
         return sum(piece.length for piece in batch)
 
-    threads = _THREADS_NEAR if store.is_near else _THREADS_FAR
-    with ThreadPoolExecutor(threads, thread_name_prefix="ckpt-pull") as pool:
-        futures = [pool.submit(read, batch) for batch in _batched(pieces)]
-        try:
-            for future in futures:
-                done += future.result()
-                if progress is not None:
-                    progress(done, total)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    for some, threads in ((raw, _THREADS), (encoded, _DECODING_THREADS)):
+        with ThreadPoolExecutor(threads, thread_name_prefix="ckpt-pull") as pool:
+            futures = [pool.submit(read, batch) for batch in _batched(some)]
+            try:
+                for future in futures:
+                    done += future.result()
+                    if progress is not None:
+                        progress(done, total)
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
 
 
 def _read_piece(store: Store, version: Version, places: Places, piece: _Piece) -> None:

@@ -260,7 +260,8 @@ def _wanted(
             for room in part_spaces(tensor, space.tensor):
                 yield Wanted(tensor.name, *room)
         else:
-            yield Wanted(tensor.name, nbytes, tensor.chunks, space, space.adopt if mmap else None)
+            adopt = space.adopt if mmap and not tensor.align else None
+            yield Wanted(tensor.name, nbytes, tensor.chunks, space, adopt)
 
 
 def fill(

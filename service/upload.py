@@ -222,7 +222,7 @@ class Upload:
                 self._mine.add(digest)
                 self._add_chunk(index, number)
                 continue
-            self._meter.add(chunk_spans(source.nbytes)[number][1])
+            self._meter.add(self._length(index, number))
 
     def _add_chunk(self, index: int, number: int) -> None:
         """One chunk of a tensor is to be written by itself."""

@@ -11,9 +11,10 @@ from msgspec.structs import replace
 from torch import nn
 
 import ckpt
-from ckpt.core.documents import Document
+from ckpt.core.documents import Document, Tensor
 from ckpt.core.errors import CkptError, IntegrityError
 from ckpt.core.state_dict import state_dict_names
+from ckpt.loader.spaces import MemorySpace
 
 
 def with_module(place: int, **changes: Any) -> Callable[[Document], Document]:
@@ -90,3 +91,13 @@ def test_it_ends_in_a_typed_error(
             continue
         values = found.values() if isinstance(found, dict) else ()
         assert all(isinstance(value, torch.Tensor) for value in values)
+
+
+def test_room_for_bytes_that_a_quantised_tensor_has_not_is_refused() -> None:
+    """It is made of components; torch itself ends here in an assertion of its own."""
+    entry = Tensor(
+        name="w", dtype="quint8", shape=(4,), layout="quantized", chunks=("0" * 64,), kind="tensor"
+    )
+    with pytest.raises(IntegrityError) as caught:
+        MemorySpace(entry)
+    assert caught.value.code == "document-damaged"

@@ -352,13 +352,15 @@ def test_what_was_copied_is_noted_as_done_by_the_next_act(repo: ckpt.Repository)
 
 
 # Each statement is a way to a server and back; so are a begin and an end. With what is beside a
-# tag's own transaction: what waits for its copy, and whether the event still stands.
-MOST_STATEMENTS = {"get": 3, "log": 3, "tag": 11, "annotate": 12, "push": 39}
+# tag's own transaction: what waits for its copy, and whether the event still stands. What waits
+# is asked by one statement for its order too: two would let a later copy go before an earlier one.
+MOST_STATEMENTS = {"pending": 1, "get": 3, "log": 3, "tag": 11, "annotate": 12, "push": 39}
 
 
 @pytest.mark.parametrize("call", MOST_STATEMENTS)
 def test_a_call_asks_the_database_few_times(repo: ckpt.Repository, call: str) -> None:
     calls: dict[str, Callable[[], object]] = {
+        "pending": repo._registry.copies.pending,
         "get": lambda: repo.get("m@2"),
         "log": lambda: repo.log("m"),
         "tag": lambda: repo.tag("m@2", "best"),

@@ -48,6 +48,25 @@ def test_the_values_at_the_call_are_staged_each_time() -> None:
     arena.close()
 
 
+def test_a_state_for_which_there_is_no_room_does_not_move_the_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arena = Arena()
+    stage = Stage(arena)
+    small = [MemoryTensor(name, "", torch.ones(9)) for name in "ab"]
+    places = stage.copy(small)
+    with monkeypatch.context() as patch:
+        patch.setattr(arena, "room", _no_room)
+        with pytest.raises(OSError, match="no room"):
+            stage.copy([MemoryTensor("a", "", torch.zeros(5000)), small[1]])
+    assert stage.copy(small) == places
+    arena.close()
+
+
+def _no_room(nbytes: int) -> memoryview:
+    raise OSError("no room")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.uint8, torch.float32, torch.complex64])
 @pytest.mark.parametrize("begin", range(5))
 def test_a_slice_is_staged_wherever_it_begins(dtype: torch.dtype, begin: int) -> None:

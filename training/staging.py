@@ -58,17 +58,17 @@ class Stage:
     def _lay_out(self, layout: _Layout) -> None:
         """One behind the other, each at the beginning of a page."""
         ends = accumulate((nbytes + -nbytes % PAGE for nbytes, _, _ in layout), initial=0)
-        *self._places, total = ends
-        room = self._arena.room(total)
-        self._rooms = [
+        *places, total = ends
+        room = self._arena.room(total)  # there may be none: then the layout stays that of before
+        rooms = [
             torch.frombuffer(room, dtype=torch.uint8, count=nbytes, offset=place)
             .view(dtype)
             .view(shape)
             if nbytes
             else torch.empty(0, dtype=torch.uint8)
-            for (nbytes, dtype, shape), place in zip(layout, self._places, strict=True)
+            for (nbytes, dtype, shape), place in zip(layout, places, strict=True)
         ]
-        self._layout = layout
+        self._layout, self._places, self._rooms = layout, places, rooms
 
 
 def _copy_pieces(source: TensorBytes, room: torch.Tensor) -> None:
