@@ -27,7 +27,7 @@ TABLES = {
     "components": 40,
     "partial": 40,
     "registry": 200,
-    "stall": 170,
+    "stall": 200,
     "modules": 60,
     "start": 15,
 }

@@ -17,6 +17,8 @@ from ckpt.core.errors import IntegrityError
 
 FORMAT = 1
 
+_TENSOR, _CPU, _STRIDED = map(sys.intern, ("tensor", "cpu", "strided"))
+
 State = Literal["module", "values", "files"]
 
 
@@ -82,8 +84,9 @@ class Tensor(Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unkno
 
     def __post_init__(self) -> None:
         # msgspec leaves a default out only if it is the same object, and "cpu" from outside is not.
-        for name in ("kind", "device", "layout"):
-            force_setattr(self, name, sys.intern(getattr(self, name)))
+        if not (self.kind is _TENSOR and self.device is _CPU and self.layout is _STRIDED):
+            for name in ("kind", "device", "layout"):
+                force_setattr(self, name, sys.intern(getattr(self, name)))
 
 
 class Module(Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):

@@ -102,7 +102,8 @@ class TensorTable:
 
     def take(self, value: Any, path: Path) -> int:
         """The index of the entry of a tensor or array; the same object has one entry."""
-        if id(value) not in self._known:
+        index = self._known.get(id(value))
+        if index is None:
             if self.lazy and isinstance(value, torch.Tensor) and torch.nn.parameter.is_lazy(value):
                 index = self._add_uninitialized(value, path)
             else:
@@ -110,7 +111,7 @@ class TensorTable:
                 index = self._add(value, path)
             self._known[id(value)] = index
             self._alive.append(value)
-        return self._known[id(value)]
+        return index
 
     def _add(self, value: Any, path: Path) -> int:
         if isinstance(value, numpy.ndarray):
@@ -128,7 +129,7 @@ class TensorTable:
             return self._add_parts(path, _sparse_entry(value, entry), _sparse_parts(value))
         if value.is_quantized:
             return self._add_parts(path, _quantized_entry(value, entry), _quantized_parts(value))
-        return self._append(_Item(path, entry, value.detach().resolve_conj().resolve_neg()))
+        return self._append(_Item(path, entry, _plain(value)))
 
     def _add_uninitialized(self, value: torch.Tensor, path: Path) -> int:
         entry = Tensor(
@@ -176,8 +177,7 @@ class TensorTable:
                 kind="component",
                 device=str(part.device),
             )
-            plain = part.detach().resolve_conj().resolve_neg()
-            roles[role] = self._append(_Item((*path, role), component, plain))
+            roles[role] = self._append(_Item((*path, role), component, _plain(part)))
         self._items[index].entry = replace(entry, components=roles)
         return index
 
@@ -256,6 +256,13 @@ class TensorTable:
                 assert item.stored is not None
                 sources.append(MemoryTensor(item.entry.name, item.entry.dtype, item.stored))
         return tuple(item.entry for item in self._items), tuple(sources)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The values without their history, and without a conjugation or negation put off."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
 
 
 def _check_kind(value: Any) -> None:

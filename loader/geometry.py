@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-
-
-class Interval(NamedTuple):
-    """The bytes ``[low, high)`` of a device that a tensor's elements lie between."""
-
-    device: str
-    low: int
-    high: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +19,9 @@ class SharedBytes:
     host: int | None
 
 
-def interval_of(tensor: torch.Tensor) -> Interval | None:
-    """Where a strided tensor lies; None when it has no bytes."""
+def _span(tensor: torch.Tensor, index: int) -> tuple[str, int, int, int] | None:
+    """Where a strided tensor lies: device, first byte, end and index; None without bytes. Of
+    those that begin together the longest comes first, since ends are negative."""
     count = tensor.numel()
     if count == 0 or tensor.is_meta:
         return None
@@ -38,7 +30,7 @@ def interval_of(tensor: torch.Tensor) -> Interval | None:
         pairs = zip(tensor.shape, tensor.stride(), strict=True)
         count = 1 + sum((size - 1) * step for size, step in pairs)
     device = "cpu" if tensor.is_cpu else str(tensor.device)
-    return Interval(device, low, low + count * tensor.element_size())
+    return device, low, -(low + count * tensor.element_size()), index
 
 
 def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
@@ -59,12 +51,8 @@ def find_shared(tensors: Sequence[torch.Tensor | None]) -> list[SharedBytes]:
     By address and not by storage: two arrays over one memory have different storages. The sweep
     keeps the greatest end so far, so that a tensor inside an early, long one is not missed.
     """
-    spans: list[tuple[str, int, int, int]] = []
-    for index, tensor in enumerate(tensors):
-        found = None if tensor is None else interval_of(tensor)
-        if found is not None:
-            spans.append((found.device, found.low, -found.high, index))
-    spans.sort()
+    found = (tensor is not None and _span(tensor, index) for index, tensor in enumerate(tensors))
+    spans = sorted(span for span in found if span)
     groups: list[list[tuple[str, int, int, int]]] = []
     device, end = "", 0
     for span in spans:

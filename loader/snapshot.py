@@ -135,12 +135,15 @@ class _ModuleEncoder(Encoder):
                 f'drop=["{_attribute_path(path)}"]'
             )
         reference = self._refer(kind)
-        with self.opened(value, path):
+        self.open(value, path)
+        try:
             attributes = {
                 key: self.encode(item, (*path, key))
                 for key, item in sorted(vars(value).items())
                 if not self._leaves_out((*path, key))
             }
+        finally:
+            self.close(value)
         return {"$object": [reference, attributes]}
 
     def _leaves_out(self, path: Path) -> bool:

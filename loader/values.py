@@ -7,13 +7,13 @@ with its path; nothing is pickled and nothing is called by a name from a documen
 from __future__ import annotations
 
 import base64
+import functools
 import math
 import pathlib
 import re
 import struct
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -81,6 +81,12 @@ class Encoder:
             return value
         if kind in _SCALARS:
             return _SCALARS[kind](value)
+        if kind in _CONTAINERS:
+            self.open(value, path)
+            try:
+                return self._encode_container(value, kind, path)
+            finally:
+                self.close(value)
         if isinstance(value, (torch.Tensor, numpy.ndarray)):
             return {"$tensor": self.tensors.take(value, path)}
         if isinstance(value, numpy.generic):
@@ -88,27 +94,23 @@ class Encoder:
         if kind is torch.Generator:
             state = self.tensors.take(value.get_state(), (*path, "state"))
             return {"$generator": [str(value.device), state]}
-        if kind in _CONTAINERS:
-            with self.opened(value, path):
-                return self._encode_container(value, kind, path)
         return self._encode_other(value, path)
 
     def _encode_other(self, value: Any, path: Path) -> Any:
         """What is no plain value; a module's encoder knows more of it."""
         raise RefusedError(_way_out(value))
 
-    @contextmanager
-    def opened(self, value: Any, path: Path) -> Iterator[None]:
-        """The time in which the items of a container are encoded; refuses cycles."""
+    def open(self, value: Any, path: Path) -> None:
+        """Begin to encode the items of a container; refuses cycles."""
         if id(value) in self._open:
             raise RefusedError("it contains itself; break the cycle")
         if len(path) > _DEPTH_LIMIT:
             raise RefusedError(f"it is nested deeper than {_DEPTH_LIMIT}; flatten it")
         self._open.add(id(value))
-        try:
-            yield
-        finally:
-            self._open.discard(id(value))
+
+    def close(self, value: Any) -> None:
+        """Its items are encoded."""
+        self._open.discard(id(value))
 
     def _encode_container(self, value: Any, kind: type, path: Path) -> Any:
         if kind is list:
@@ -141,11 +143,10 @@ class Encoder:
             self.refusals.append((path, reason))
         return None
 
-    def _encode_items(self, items: Iterable[Any], path: Path) -> list[Any]:
-        return [
-            item if _is_itself(item) else self.encode(item, (*path, str(place)))
-            for place, item in enumerate(items)
-        ]
+    def _encode_items(self, items: Collection[Any], path: Path) -> list[Any]:
+        if _are_themselves(items):
+            return list(items)
+        return [self.encode(item, (*path, str(place))) for place, item in enumerate(items)]
 
     def _encode_pairs(self, value: Mapping[Any, Any], path: Path) -> list[Any]:
         keyed = self._keyed(value, path)
@@ -178,6 +179,8 @@ class Encoder:
         """A key, or another part that tells nothing of the order in which tensors are met."""
         if type(value) is str:
             return _encode_str(value)
+        if type(value) is int and -_SMALL < value < _SMALL:
+            return value
         if isinstance(self.tensors, _NoTensors):
             return self.encode(value, (*path, place))
         probe = Encoder(_NoTensors())
@@ -202,22 +205,22 @@ class Encoder:
         raise UsageError("cannot-store", f"{noun} cannot be stored: {listed}")
 
 
-def _is_itself(value: Any) -> bool:
-    """Whether its JSON form is surely the value itself, which most items of long lists are."""
-    kind = type(value)
-    if kind is str:
-        return bool(value.isascii())
-    if kind is int:
-        return bool(-_SMALL < value < _SMALL)
-    return value is None or kind is bool
+def _are_themselves(items: Collection[Any]) -> bool:
+    """Whether their JSON forms are surely the items themselves, as those of most long lists are."""
+    kinds = set(map(type, items))
+    if kinds == {int}:
+        return bool(min(items) > -_SMALL and max(items) < _SMALL)
+    return kinds == {str} and all(map(str.isascii, items))
 
 
 def _sort_key(encoded: Any) -> bytes:
-    """The canonical JSON of a key; what is written as it is, without asking for it."""
-    if type(encoded) is str and encoded.isascii() and encoded.isprintable():
-        is_plain = '"' not in encoded and "\\" not in encoded
-        return f'"{encoded}"'.encode() if is_plain else canonical(encoded)
-    return canonical(encoded)
+    """The canonical JSON of a key. Few texts are keys of many dicts."""
+    return _canonical_text(encoded) if type(encoded) is str else canonical(encoded)
+
+
+@functools.lru_cache(maxsize=1024)
+def _canonical_text(text: str) -> bytes:
+    return canonical(text)
 
 
 class _NoTensors:
@@ -241,6 +244,8 @@ def _encode_float(value: float) -> Any:
 
 
 def _encode_str(value: str) -> Any:
+    if value.isascii():
+        return value
     try:
         value.encode()
     except UnicodeEncodeError:

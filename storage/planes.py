@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,18 @@ _WORTH = 0.90  # with "auto", what a plane may have of its bytes: more is all bu
 
 Bytes = NDArray[np.uint8]
 Numbers = NDArray[np.unsignedinteger[Any]]
+
+
+class _Coders(threading.local):
+    """This thread's coders: to make one takes longer than to code a short plane."""
+
+    def __init__(self) -> None:
+        self.entropy = zstandard.ZstdCompressor(compression_params=_ENTROPY)
+        self.runs = zstandard.ZstdCompressor(level=1)
+        self.reader = zstandard.ZstdDecompressor()
+
+
+_coders = _Coders()
 
 
 def split(codes: Numbers, planes: Bytes, spare: Numbers) -> None:
@@ -61,9 +74,9 @@ def _written(plane: Bytes, effort: str, *, alone: bool) -> tuple[bytes, bytes | 
     elif effort == "auto" and not _is_worth(plane):
         body = plane.data
     else:
-        body = zstandard.ZstdCompressor(compression_params=_ENTROPY).compress(plane.data)
+        body = _coders.entropy.compress(plane.data)
         if effort == "max" and len(body) < len(plane):  # there may be runs of zeros
-            body = min(body, zstandard.ZstdCompressor(level=1).compress(plane.data), key=len)
+            body = min(body, _coders.runs.compress(plane.data), key=len)
     if len(body) < len(plane):
         return bytes([_ZSTD]) + len(body).to_bytes(4, "little"), body
     return bytes([_RAW]) + len(plane).to_bytes(4, "little"), plane.data
@@ -75,8 +88,7 @@ def _is_worth(plane: Bytes) -> bool:
         return True
     starts = np.linspace(0, len(plane) - _SAMPLE_BYTES, _SAMPLES).astype(int)
     pieces = np.concatenate([plane[at : at + _SAMPLE_BYTES] for at in starts])
-    compressor = zstandard.ZstdCompressor(compression_params=_ENTROPY)
-    return len(compressor.compress(pieces.data)) <= _WORTH * len(pieces)
+    return len(_coders.entropy.compress(pieces.data)) <= _WORTH * len(pieces)
 
 
 def read_planes(body: memoryview, planes: int, length: int) -> list[Bytes]:
@@ -107,7 +119,7 @@ def _read(kind: int, data: memoryview, length: int) -> bytes | memoryview:
         # the decoder allocates what the frame announces, so that is looked at first
         announced = zstandard.get_frame_parameters(data).content_size
         if announced == length:
-            return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+            return _coders.reader.decompress(data, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise IntegrityError(
             "pack-damaged", f"a plane of an encoded chunk is damaged: {error}"

@@ -260,16 +260,8 @@ def test_a_save_is_done_although_nothing_could_be_kept_for_the_next(
     writer = Writer({**setup, "model": "m", "run": "main", "holder": "h", "keep": []})
     captured = capture_state(state(0))
     sources = [source for source in captured.sources if source is not None]
-    places = [
-        {
-            "name": one.name,
-            "dtype": one.dtype,
-            "shape": one.shape,
-            "nbytes": one.nbytes,
-            "start": at,
-        }
-        for one, at in zip(sources, Stage(arena).copy(sources), strict=True)
-    ]
+    starts = Stage(arena).copy(sources)
+    places = [(start, one.nbytes) for one, start in zip(sources, starts, strict=True)]
     document = Document(
         format=FORMAT,
         state="values",
@@ -279,7 +271,7 @@ def test_a_save_is_done_although_nothing_could_be_kept_for_the_next(
         order=captured.order,
     )
     said = {"step": 1, "metrics": {}, "labels": {}, "aliases": [], "environment": {}}
-    head = {"act": "save", "sources": places, "nbytes": 2 * captured.nbytes, **said}
+    head = {"act": "save", "places": places, **said}
     answer = writer.answer((head, encode_document(document)))
     assert answer["reference"] == "m@1"
     assert equal(repo.pull("m"), state(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import threading
@@ -44,6 +45,7 @@ class Background:
             stdout=subprocess.PIPE,
             pass_fds=[self._arena.handle],
             pipesize=_PIPE_BYTES,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # of numpy, which would only wait
             start_new_session=True,
         )
         self._reader = threading.Thread(target=self._read, name="ckpt-answers", daemon=True)
@@ -63,9 +65,8 @@ class Background:
         """Stage a state as it is now, and have it saved. The one before must be answered."""
         staged = [source for source in sources if source is not None]
         starts = iter(self._stage.copy(staged))
-        places = [None if source is None else _place(source, next(starts)) for source in sources]
-        nbytes = max((one["start"] + one["nbytes"] for one in places if one), default=0)
-        head = {"act": "save", "sources": places, "nbytes": nbytes, **said}
+        places = [None if source is None else (next(starts), source.nbytes) for source in sources]
+        head = {"act": "save", "places": places, **said}
         return self._ask(head, encode_document(document))
 
     def spare(self, pushes: Sequence[str]) -> None:
@@ -138,17 +139,6 @@ def location_of(location: Location) -> dict[str, Any]:
             for place in (location.registry_place, location.store_place)
         ],
         "options": [options.endpoint, options.region, options.capabilities],
-    }
-
-
-def _place(source: TensorBytes, start: int) -> dict[str, Any]:
-    shape = list(source.shape)
-    return {
-        "name": source.name,
-        "dtype": source.dtype,
-        "shape": shape,
-        "start": start,
-        "nbytes": source.nbytes,
     }
 
 

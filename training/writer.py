@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from ckpt.core.documents import Document, decode_document
+from ckpt.core.documents import Document, Tensor, decode_document
 from ckpt.core.errors import CkptError
 from ckpt.service.bases import check_compress, keep_bases
 from ckpt.service.config import Location
@@ -65,8 +65,12 @@ class Writer:
 
     def _save(self, head: Mapping[str, Any], document: Document) -> dict[str, Any]:
         repository = self._repository
-        room = self._arena.room(head["nbytes"])
-        sources = [None if place is None else _source(room, place) for place in head["sources"]]
+        places = head["places"]
+        room = self._arena.room(max((sum(place) for place in places if place), default=0))
+        sources = [
+            None if place is None else _source(room, tensor, *place)
+            for tensor, place in zip(document.tensors, places, strict=True)
+        ]
         described = Described(
             state=document.state,
             root=document.root,
@@ -140,9 +144,9 @@ def location_of(said: Mapping[str, Any]) -> Location:
     return Location(Path(said["root"]), registry, store, exists=True, options=options)
 
 
-def _source(room: memoryview, place: Mapping[str, Any]) -> ArenaTensor:
-    data = room[place["start"] : place["start"] + place["nbytes"]]
-    return ArenaTensor(place["name"], place["dtype"], tuple(place["shape"]), data)
+def _source(room: memoryview, tensor: Tensor, start: int, nbytes: int) -> ArenaTensor:
+    data = room[start : start + nbytes]
+    return ArenaTensor(tensor.name, tensor.dtype, tensor.stored_shape, data)
 
 
 def _read(stream: BinaryIO, frames: queue.Queue[_Frame | None]) -> None:
@@ -162,6 +166,9 @@ def main() -> None:
     which ends this by ending."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(os, "SCHED_BATCH"):  # the loop that hands a state over is not interrupted for it
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
     frames: queue.Queue[_Frame | None] = queue.Queue()
