@@ -8,6 +8,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+import msgspec
+
 
 class PackState(StrEnum):
     """Whether a pack may be relied on; only a live one may."""
@@ -104,8 +106,8 @@ class PushFacts:
     proof: Proof | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Version:
+# No dataclass: a page of a hundred is made at once, each in a fifth of the time.
+class Version(msgspec.Struct, frozen=True, kw_only=True):
     """One immutable pushed state. Two records are of the same version if ``push`` is equal.
 
     Attributes:
@@ -129,8 +131,8 @@ class Version:
     step: int | None = None
     run: str = "main"
     parent: str | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    labels: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = msgspec.field(default_factory=dict)
+    labels: Mapping[str, str] = msgspec.field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     message: str | None = None
     author: str = ""
