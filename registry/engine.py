@@ -133,6 +133,7 @@ class Database(ABC):
         """A consistent snapshot; nothing is written."""
         with self._typed(), self.engine.connect() as connection:
             yield Transaction(connection.execution_options(**self.read_options))
+            connection.commit()  # after a rollback psycopg forgets what it has prepared
 
     def ask(self, statement: Executable, values: Parameters | None = None) -> Row[Any] | None:
         """The first row of one query, or None."""

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from sqlalchemy import URL, Connection, Dialect, create_engine, event, make_url
-from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.engine.interfaces import DBAPIConnection, ExceptionContext
 from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidatePoolError
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -38,15 +38,18 @@ _CONNECTING: Mapping[str, Any] = {
     "tcp_user_timeout": 60_000,
     "client_encoding": "utf8",
     "application_name": "ckpt",
-    # Poolers lose prepared statements, and a migration by another process makes them fail.
-    "prepare_threshold": None,
+    "prepare_threshold": None,  # until it is known who answers
 }
+# After so many calls, as psycopg does by itself, a statement is planned no more each time.
+_PREPARED_AFTER = 5
 
 # By SQLSTATE: a serialization failure, a deadlock, and a lock that was not given in time.
 _CONFLICTS = ("40001", "40P01")
 _LOCKED = "55P03"
 # A row that another transaction inserted or deleted meanwhile; the next attempt sees it.
 _RACES = ("23503", "23505")
+# What was prepared gives other types now: somebody migrated the registry.
+_STALE_PLAN = "0A000"
 _NO_TABLE = ("42P01", "42703")
 _NOT_PERMITTED = ("42501", "25006")
 _CORRUPT = ("XX001", "XX002")
@@ -65,7 +68,7 @@ class PostgresDatabase(Database):
     ask_options: ClassVar[Mapping[str, Any]] = {"isolation_level": "AUTOCOMMIT"}
 
     def is_passing(self, error: DBAPIError) -> bool:
-        return _state(error) in (*_CONFLICTS, _LOCKED, *_RACES)
+        return _state(error) in (*_CONFLICTS, _LOCKED, *_RACES, _STALE_PLAN)
 
     def typed_error(self, error: DBAPIError, reason: str) -> CkptError:
         state, name = _state(error), self.name
@@ -170,6 +173,8 @@ def open_postgres(url: str) -> PostgresDatabase:
             f"a registry on PostgreSQL needs psycopg ({error})",
             hint='run `pip install "ckpt-registry[postgres]"`',
         ) from error
+    event.listen(engine, "connect", _prepare_where_direct)
+    event.listen(engine, "handle_error", _forget_stale_plans)
     event.listen(engine, "begin", _begin)
     event.listen(engine, "checkin", _note_rest)
     event.listen(engine, "checkout", partial(_replace_dead, engine.dialect))
@@ -204,6 +209,22 @@ def _shown(address: URL) -> str:
         query=kept,
     )
     return shown.render_as_string()
+
+
+def _prepare_where_direct(connection: Any, _: object) -> None:
+    """Have statements prepared where the process that answers is the one that was connected to: a
+    pooler between lends a connection's statements to others, and loses them."""
+    connection.autocommit = True
+    (answers,) = connection.execute("SELECT pg_backend_pid()").fetchone()
+    connection.autocommit = False
+    if answers == connection.info.backend_pid:
+        connection.prepare_threshold = _PREPARED_AFTER
+
+
+def _forget_stale_plans(context: ExceptionContext) -> None:
+    """Have all connected anew after a migration, so that the next attempt is planned anew."""
+    if getattr(context.original_exception, "sqlstate", None) == _STALE_PLAN:
+        context.is_disconnect = True
 
 
 def _note_rest(_: object, record: ConnectionPoolEntry) -> None:

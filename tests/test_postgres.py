@@ -14,7 +14,7 @@ import psycopg
 import pytest
 import torch
 from postgres_server import GUARDED, PASSWORD, PostgresServer, repository_over
-from sqlalchemy import func, insert, select
+from sqlalchemy import func, insert, select, text
 from sqlalchemy.exc import OperationalError
 
 import ckpt
@@ -186,6 +186,48 @@ class TestRaces:
                 with registry._database.read() as transaction:
                     assert len(transaction.rows(select(meta))) == 1
                 registry.close()
+
+
+def prepared(repo: ckpt.Repository) -> int:
+    """How many statements the server has planned for good, of a repository that was asked often."""
+    for _ in range(9):
+        repo.log("m")
+    with repo._registry._database.read() as transaction:
+        return int(
+            transaction.run(text("SELECT count(*) FROM pg_prepared_statements")).scalar_one()
+        )
+
+
+class TestPreparing:
+    """A statement is planned once, where that can be relied on."""
+
+    def test_what_is_asked_again_is_prepared(self, repo: ckpt.Repository) -> None:
+        repo.push(STATE, "m")
+        assert prepared(repo)
+
+    def test_nothing_is_prepared_where_another_process_answers_than_was_connected_to(
+        self, postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(psycopg.ConnectionInfo, "backend_pid", 0)  # as a pooler makes it up
+        with repository_over(postgres_url, tmp_path) as repo:
+            repo.push(STATE, "m")
+            assert not prepared(repo)
+
+    def test_a_migration_by_another_process_is_survived(
+        self, repo: ckpt.Repository, postgres: PostgresServer, postgres_database: str
+    ) -> None:
+        repo.push(STATE, "m")
+        for _ in range(9):
+            repo.tag("m", "best")
+        change = "ALTER TABLE versions ALTER COLUMN message TYPE"
+        postgres.run(f"{change} varchar(5000)", postgres_database)
+        assert repo.tag("m", "best").aliases == ("best",)
+        assert prepared(repo)
+        postgres.run(f"{change} text", postgres_database)
+        with pytest.raises(StorageError) as caught:
+            repo.log("m")
+        assert caught.value.code == "registry"
+        assert len(repo.log("m")) == 1
 
 
 class TestTransactions:
