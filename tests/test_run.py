@@ -202,10 +202,13 @@ def test_a_run_that_saves_what_another_saved_has_a_version_of_its_own(
     assert (second.number, second.run, second.new_bytes) == (2, "two", 0)
 
 
-def test_a_second_live_run_of_the_same_name_is_a_conflict(repo: ckpt.Repository) -> None:
+def test_a_second_live_run_of_the_same_name_is_a_conflict(
+    repo: ckpt.Repository, capfd: pytest.CaptureFixture[str]
+) -> None:
     with run(repo) as first:
         with pytest.raises(ConflictError, match="live in another job"):
             run(repo)
+        assert capfd.readouterr().err == ""  # its writer ends without a word of its own
         run(repo, name="other").close()
         first.track(model=nn.Linear(1, 1)).save(0)
     run(repo).close()
@@ -244,6 +247,22 @@ def test_an_optimizer_of_another_order_is_refused(repo: ckpt.Repository) -> None
         other.track(**parts(turned=False, kind=torch.bfloat16)).resume()
     with run(repo) as other, pytest.raises(IntegrityError, match="tracked are model"):
         other.track(model=nn.Linear(4, 4)).resume()
+
+
+def test_another_optimizer_is_refused(repo: ckpt.Repository) -> None:
+    net = nn.Linear(4, 4)
+    with run(repo) as saving:
+        saving.track(model=net, opt=torch.optim.Adam(net.parameters())).save(0)
+    for other in (torch.optim.SGD, torch.optim.AdamW):
+        with run(repo) as resuming, pytest.raises(IntegrityError, match="of Adam, the") as caught:
+            resuming.track(model=net, opt=other(net.parameters(), lr=0.1)).resume()
+        assert caught.value.code == "optimizer-differs"
+
+
+def test_a_save_of_nothing_is_refused(repo: ckpt.Repository) -> None:
+    with run(repo) as saving, pytest.raises(UsageError, match="nothing is tracked"):
+        saving.save(0)
+    assert repo.log("gpt") == []
 
 
 def test_what_cannot_be_tracked_is_refused(repo: ckpt.Repository) -> None:

@@ -202,9 +202,16 @@ class Run:
                 infinities are kept, and are never best.
 
         Raises:
+            UsageError: ``nothing-tracked``.
             CkptError: what went wrong in the background since the last call.
         """
         began = time.monotonic()
+        if self._ranks.is_first and not self._parts:
+            raise UsageError(
+                "nothing-tracked",
+                "nothing is tracked, so there is nothing to save",
+                hint="call track(model=…, optimizer=…) first",
+            )
         self._settle(None)
         measured = {name: _number(value) for name, value in (metrics or {}).items()}
         said = {

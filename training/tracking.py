@@ -14,7 +14,7 @@ from ckpt.core.printable import escape
 from ckpt.loader.fill import fill_module
 from ckpt.training.randomness import random_states, restore_random_states
 
-_PARAMETERS = "parameters"
+_PARAMETERS, _CLASS = "parameters", "class"
 RESERVED = ("step", "random", "ranks")
 
 
@@ -44,7 +44,7 @@ def _state(part: Any, names: Mapping[int, str]) -> Any:
         return part.get_state()
     state = part.state_dict()
     if isinstance(part, torch.optim.Optimizer):
-        return {**state, _PARAMETERS: described_parameters(part, names)}
+        return {**state, **_about(part, names)}
     return state
 
 
@@ -52,8 +52,8 @@ def restore(parts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Give every part its state back, modules first and the random number generators last.
 
     Raises:
-        IntegrityError: ``parts-differ``, ``parameters-differ``, ``keys-mismatch``,
-            ``shape-mismatch``, ``dtype-mismatch``.
+        IntegrityError: ``parts-differ``, ``parameters-differ``, ``optimizer-differs``,
+            ``keys-mismatch``, ``shape-mismatch``, ``dtype-mismatch``.
     """
     saved = set(state) - set(RESERVED)
     if saved != set(parts):
@@ -75,8 +75,10 @@ def _restore(part: Any, state: Any, names: Mapping[int, str]) -> None:
     if isinstance(part, torch.Generator):
         part.set_state(state.cpu())
     elif isinstance(part, torch.optim.Optimizer):
-        check_parameters(state[_PARAMETERS], described_parameters(part, names))
-        part.load_state_dict({key: state[key] for key in state if key != _PARAMETERS})
+        about = _about(part, names)
+        _check_class(state.get(_CLASS, about[_CLASS]), about[_CLASS])
+        check_parameters(state[_PARAMETERS], about[_PARAMETERS])
+        part.load_state_dict({key: state[key] for key in state if key not in about})
     elif isinstance(part, nn.Module) and all(
         isinstance(value, torch.Tensor) for value in state.values()
     ):
@@ -85,6 +87,22 @@ def _restore(part: Any, state: Any, names: Mapping[int, str]) -> None:
         part.load_state_dict(state)
         if isinstance(part, DataLoader):  # torchdata's
             _state(part, {})  # begins to iterate: that draws a number, before they are restored
+
+
+def _about(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
+    """What a run saves of an optimizer beside its state."""
+    described = described_parameters(optimizer, names)
+    return {_PARAMETERS: described, _CLASS: type(optimizer).__qualname__}
+
+
+def _check_class(saved: str, now: str) -> None:
+    """One optimizer's moments mean nothing to another, and torch does not ask."""
+    if saved != now:
+        raise IntegrityError(
+            "optimizer-differs",
+            f"saved was the state of {escape(saved, 80)}, the optimizer there is {now}",
+            hint="go on with the same optimizer, or take the weights alone by repo.pull",
+        )
 
 
 def parameter_names(parts: Mapping[str, Any]) -> dict[int, str]:

@@ -12,7 +12,6 @@ import contextlib
 import os
 import queue
 import signal
-import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -172,7 +171,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
     frames: queue.Queue[_Frame | None] = queue.Queue()
-    threading.Thread(target=_read, args=(sys.stdin.buffer, frames), daemon=True).start()
+    # Not sys.stdin, which Python locks when it ends, while that thread still waits in it.
+    asked = os.fdopen(os.dup(0), "rb")
+    threading.Thread(target=_read, args=(asked, frames), daemon=True).start()
     first = frames.get()
     if first is None:
         return
