@@ -16,6 +16,8 @@ _DEVICES = frozenset(
     + [f"{port}{digit}" for port in ("com", "lpt") for digit in range(1, 10)]
 )
 _MODEL_LIMIT = 255
+_NO_TEXT = "it is no text"
+_ARTICLES = {"alias": "an"}
 
 NEWEST = "latest"
 
@@ -26,6 +28,8 @@ def check_model(name: str) -> str:
     Raises:
         UsageError: ``name-invalid``, with the reason.
     """
+    if not isinstance(name, str):
+        raise _invalid("model", repr(name), _NO_TEXT)
     if len(name) > _MODEL_LIMIT:
         raise _invalid("model", name, f"it has {len(name)} characters, the limit is {_MODEL_LIMIT}")
     for segment in name.split("/"):
@@ -49,7 +53,7 @@ def check_alias(name: str) -> str:
 
 def check_aliases(names: str | Iterable[str]) -> tuple[str, ...]:
     """The aliases of one push, each checked, in order, without repeats."""
-    given = (names,) if isinstance(names, str) else tuple(names)
+    given = (names,) if isinstance(names, str) else tuple(names or ())
     return tuple(dict.fromkeys(check_alias(name) for name in given))
 
 
@@ -74,6 +78,8 @@ def check_step(step: int | None) -> int | None:
 
 def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
     """The metrics as floats, sorted by name; NaN and infinities are allowed."""
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise UsageError("metric-invalid", "metrics are no dict", hint='write {"loss": 0.5}')
     checked = {}
     for key, value in sorted((metrics or {}).items()):
         check_key("metric", key)
@@ -106,6 +112,8 @@ def check_labels(labels: Mapping[str, str] | None) -> dict[str, str]:
 
 def check_text(what: str, text: str) -> str:
     """Return ``text`` if it can be stored: any characters, but no halves of surrogate pairs."""
+    if not isinstance(text, str):
+        raise UsageError("text-invalid", f"{what} is {type(text).__name__}, not text")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -123,6 +131,8 @@ def check_key(kind: str, key: str) -> None:
 
 def _segment_fault(segment: str) -> str | None:
     """Why ``segment`` cannot be one part of a name, or None."""
+    if not isinstance(segment, str):
+        return _NO_TEXT
     if not segment:
         return "a part of it is empty"
     if not is_printable(segment):
@@ -143,7 +153,7 @@ def _segment_fault(segment: str) -> str | None:
 def _invalid(kind: str, name: str, reason: str) -> UsageError:
     return UsageError(
         "name-invalid",
-        f'"{escape(name, 80)}" cannot name a {kind}: {reason}',
+        f'"{escape(str(name), 80)}" cannot name {_ARTICLES.get(kind, "a")} {kind}: {reason}',
         hint="use a name like mlp or vision/resnet-50"
         if kind == "model"
         else "use a name like best or val_loss",

@@ -41,6 +41,8 @@ def parse_reference(text: str) -> Reference:
     Raises:
         UsageError: ``name-invalid``, ``digest-invalid`` or ``reference-invalid``.
     """
+    if not isinstance(text, str):
+        raise UsageError("reference-invalid", f"{text!r} is no reference")
     match = _BACK.match(text)
     head, back = (match["head"], int(match["back"] or 1)) if match else (text, 0)
     for mark in "@:":

@@ -9,6 +9,7 @@ import linecache
 import os
 import sys
 import tokenize
+import types
 from importlib.machinery import PathFinder
 from typing import Any
 
@@ -30,7 +31,10 @@ def reference_of(value: Any) -> str:
         )
     if name.endswith("<lambda>"):
         raise RefusedError("a lambda has no import path; use a named function or nn.Module")
-    if not isinstance(module, str):
+    # torch.relu calls itself torch._VariableFunctionsClass.relu
+    is_method = isinstance(value, types.BuiltinFunctionType) and "." in name
+    if is_method or not isinstance(module, str):
+        name = value.__name__
         module = _home_of_builtin(value, name)
     if "<locals>" in name:
         kind = "class" if isinstance(value, type) else "function"

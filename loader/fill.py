@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ckpt.core.errors import IntegrityError
+from ckpt.core.errors import CkptWarning, IntegrityError
 from ckpt.core.printable import escape
 
 # What DataParallel, DDP and torch.compile put before every key.
 _PREFIXES = ("module.", "_orig_mod.")
+_EXTRA = "_extra_state"  # the key of what get_extra_state gives
 
 
 def fill_module(module: nn.Module, weights: Mapping[str, Any]) -> str:
@@ -21,15 +23,19 @@ def fill_module(module: nn.Module, weights: Mapping[str, Any]) -> str:
     One common wrapper prefix on either side is accepted; returns it, or an empty string.
 
     Raises:
-        IntegrityError: ``keys-mismatch``, ``shape-mismatch``, ``dtype-mismatch``, ``ties-differ``;
-            everything is checked before anything is changed.
+        IntegrityError: ``keys-mismatch``, ``shape-mismatch``, ``dtype-mismatch``,
+            ``not-writable``, ``ties-differ``; everything is checked before anything is changed.
     """
+    own = module.state_dict(keep_vars=True)
     targets = {
         key: value
-        for key, value in module.state_dict(keep_vars=True).items()
-        if isinstance(value, torch.Tensor)
+        for key, value in own.items()
+        if isinstance(value, torch.Tensor) and not _is_extra(key)
     }
-    given, prefix = _aligned(targets, weights)
+    extra_states = set(filter(_is_extra, weights))
+    given, prefix = _aligned(
+        targets, {key: value for key, value in weights.items() if key not in extra_states}
+    )
     missing, extra = sorted(set(targets) - set(given)), sorted(set(given) - set(targets))
     if missing or extra:
         shown = ", ".join(
@@ -43,10 +49,23 @@ def fill_module(module: nn.Module, weights: Mapping[str, Any]) -> str:
     for key, target in targets.items():
         _check_fits(key, target, given[key])
     _check_ties(targets, given)
+    if extra_states != set(filter(_is_extra, own)):
+        warnings.warn(
+            "the extra state of the module stays as it is: what was saved has none, or another",
+            CkptWarning,
+            stacklevel=4,
+        )
+        extra_states = set()
     with torch.no_grad():
         for key, target in targets.items():
             target.copy_(given[key])
+    for key in extra_states:
+        module.get_submodule(key.removesuffix(_EXTRA).rstrip(".")).set_extra_state(weights[key])
     return prefix
+
+
+def _is_extra(key: str) -> bool:
+    return key == _EXTRA or key.endswith(f".{_EXTRA}")
 
 
 def _aligned(
@@ -76,6 +95,11 @@ def _check_fits(key: str, target: torch.Tensor, value: Any) -> None:
             f"{escape(key)} has no shape in the module yet",
             hint="run one forward first, or use load",
         )
+    reason = _not_writable(target)
+    if reason:
+        raise IntegrityError(
+            "not-writable", f"{escape(key)} of the module {reason}", hint="or use load"
+        )
     if value.shape != target.shape:
         raise IntegrityError(
             "shape-mismatch",
@@ -88,6 +112,18 @@ def _check_fits(key: str, target: torch.Tensor, value: Any) -> None:
             f"{escape(key)} saved {value.dtype}, model {target.dtype}; nothing is cast silently",
             hint=f"convert the model first: model.to({value.dtype})",
         )
+
+
+def _not_writable(target: torch.Tensor) -> str:
+    """Why torch could not copy into a tensor, or nothing for the meta device."""
+    if target.is_meta:
+        return "is on device meta, it has no memory; call module.to_empty(device=…) first"
+    sizes = zip(target.shape, target.stride(), strict=True)
+    if target.layout == torch.strided and any(step == 0 and size > 1 for size, step in sizes):
+        return "has elements that are one; make a new tensor of it"
+    if target.is_inference() and not torch.is_inference_mode_enabled():
+        return "was made in inference mode; load in that mode too"
+    return ""
 
 
 def _check_ties(targets: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:

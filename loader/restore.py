@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +72,17 @@ class Restorer:
                 raise damaged(f'"{entry.name}": {error}') from None
             self._open.discard(index)
         return self._built[index]
+
+    def plain(self, names: Sequence[tuple[str, int]]) -> dict[str, Any]:
+        """Tensors by name as ``state_dict()`` gives them: without what makes them parameters,
+        one object where they are one."""
+        made: dict[int, Any] = {}
+        for _, index in names:
+            if index not in made:
+                value = self.tensor(index)
+                bare = isinstance(value, torch.Tensor) and not torch.nn.parameter.is_lazy(value)
+                made[index] = value.detach() if bare else value
+        return {name: made[index] for name, index in names}
 
     def _build(self, index: int, entry: Tensor) -> torch.Tensor:
         check_shape(entry)

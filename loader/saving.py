@@ -17,18 +17,31 @@ from ckpt.loader.replica import digests_of, drafted
 from ckpt.loader.sources import laid_out
 
 
+class UnwritableError(ValueError):
+    """A format cannot hold a state, with torch's reason."""
+
+
 def save_file(state: Any, file: BinaryIO) -> None:
     """Write a state with ``torch.save``; what shares memory goes on sharing it."""
     torch.save(state, file)
 
 
 def save_shards(state: dict[str, Any], folder: Path) -> None:
-    """Write a state as a folder of ``torch.distributed.checkpoint``, by this process alone."""
+    """Write a state as a folder of ``torch.distributed.checkpoint``, by this process alone.
+
+    Raises:
+        UnwritableError: it cannot hold this state.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        save(state, checkpoint_id=folder, no_dist=True)
+        try:
+            save(state, checkpoint_id=folder, no_dist=True)
+        except CheckpointException as error:  # which is no Exception
+            first = next(iter(error.failures.values()))[0]
+            raise UnwritableError(str(first)) from error
 
 
 def state_digest(state: Any) -> str:

@@ -36,6 +36,7 @@ _STATE_HOOKS = (
     "_load_state_dict_post_hooks",
 )
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_MADE_ON_TENSORS = {"_is_hf_initialized", "_is_param", "_is_buffer", "persistent"}
 _MADE_BY_LAZY = {"_load_hook", "_initialize_hook"}
 
 
@@ -112,6 +113,8 @@ class _ModuleEncoder(Encoder):
         if isinstance(value, nn.Module):
             return {"$module": self._take_module(value, path)}
         if isinstance(value, Enum):
+            if value.name not in type(value).__members__:
+                raise RefusedError("a combination of flags; keep its .value and make it again")
             return {"$enum": [self._refer(type(value)), value.name]}
         if isinstance(value, functools.partial):
             parts = [value.func, value.args, value.keywords]
@@ -174,7 +177,12 @@ class _ModuleEncoder(Encoder):
             is_graph = isinstance(module, torch.fx.GraphModule)
             name = "GraphModule" if is_graph else type(module).__qualname__
             raise RefusedError(f"{name} carries generated code; push the original module")
-        reference = self._refer(_own_class(module))
+        kind = _own_class(module)
+        reference = self._refer(kind)
+        if any(vars(base).get("__slots__") for base in kind.__mro__):
+            raise RefusedError(
+                f"{kind.__qualname__} has __slots__, whose values are not in its dict; remove them"
+            )
         state = _state_of(module)
         hooks = self._hooks(module, path)
         params = self._named(state["_parameters"], path)
@@ -203,7 +211,16 @@ class _ModuleEncoder(Encoder):
         for name, tensor in tensors.items():
             entry = None if tensor is None else self.encode(tensor, (*path, name))
             found.append((name, None if entry is None else entry["$tensor"]))
+            if tensor is not None:
+                self._note_own(tensor, escape(".".join((*path, name)), 80))
         return tuple(found)
+
+    def _note_own(self, tensor: torch.Tensor, where: str) -> None:
+        """What somebody hung on a tensor changes no outputs: it is left out, and named."""
+        for name in sorted(vars(tensor).keys() - _MADE_ON_TENSORS):
+            self.notes.append(f"{where}: its attribute {escape(name, 80)} is not stored")
+        if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+            self.notes.append(f"{where}: its hooks are not stored")
 
     def _children(
         self, modules: Mapping[Any, Any], path: Path
@@ -252,18 +269,27 @@ class _ModuleEncoder(Encoder):
                 name = getattr(hook, "__qualname__", kind.__qualname__)
                 reason = f"{word} {name} changes outputs and cannot be stored; remove it first"
                 self.refusals.append((path, reason))
-        self._note_state_hooks(module, path)
+        self._note_state_dict(module, path)
         return tuple(stored)
 
-    def _note_state_hooks(self, module: nn.Module, path: Path) -> None:
-        """Hooks of state_dict() change no outputs: they are left out, and named."""
+    def _note_state_dict(self, module: nn.Module, path: Path) -> None:
+        """What a class or a hook makes of state_dict() changes no outputs: it is left out, and
+        named."""
+        kind: Any = _own_class(module)
+        where = escape(".".join(path)) or "<root>"
+        for name in ("get_extra_state", "state_dict"):
+            if getattr(kind, name) is not getattr(nn.Module, name) and not _is_of_torch(kind):
+                self.notes.append(f"{where}: {name} of {kind.__qualname__} is not asked")
         for place in _STATE_HOOKS:
             for hook in getattr(module, place).values():
                 function = getattr(hook, "hook", hook)
                 name = getattr(function, "__qualname__", type(function).__qualname__)
-                if (getattr(function, "__module__", None) or "").partition(".")[0] != "torch":
-                    where = escape(".".join(path)) or "<root>"
+                if not _is_of_torch(function):
                     self.notes.append(f"{where}: state_dict hook {escape(name, 80)} is not stored")
+
+
+def _is_of_torch(value: Any) -> bool:
+    return (getattr(value, "__module__", None) or "").partition(".")[0] == "torch"
 
 
 def unwrap(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -32,7 +33,8 @@ _TRUSTED_MODULES = (
 # Whole functions that modules keep as attributes; stored by name, never called by the loader.
 _TRUSTED_FUNCTIONS = frozenset(
     {"relu", "gelu", "silu", "elu", "selu", "celu", "leaky_relu", "hardswish", "mish", "tanh"}
-    | {"softplus", "sigmoid", "softmax", "log_softmax", "logsigmoid", "relu6", "hardtanh", "glu"}
+    | {"softplus", "sigmoid", "softmax", "log_softmax", "logsigmoid", "log_sigmoid", "relu6"}
+    | {"hardtanh", "glu"}
     | {"exp", "log", "sin", "cos", "sqrt", "abs", "erf"}
 )
 # Hooks by which torch.nn.utils recomputes a weight; their objects are stored.
@@ -269,7 +271,9 @@ def _check_origin(reference: str, found: Any) -> None:
     """A name must be where the object was defined, not where somebody re-exported it."""
     module, _, qualified = reference.partition(":")
     home = getattr(found, "__module__", None)
-    if getattr(found, "__qualname__", None) != qualified or home not in (module, None):
+    # Some functions of torch say that they are methods of a class of its own.
+    name = "__name__" if isinstance(found, types.BuiltinFunctionType) else "__qualname__"
+    if getattr(found, name, None) != qualified or home not in (module, None):
         raise TrustError(
             "class-origin",
             f"{reference} resolves to {home}:{getattr(found, '__qualname__', '?')}",

@@ -40,7 +40,9 @@ class StoredTensor:
             read_chunk(self._store, self._places, self._entry.chunks[offset // CHUNK_BYTES], body)
         except IntegrityError as error:
             said = f'"{escape(self.name, 80)}": {error.message}'
-            raise IntegrityError("object-corrupt", said, hint="run `ckpt fsck`") from error
+            raise IntegrityError(
+                "object-corrupt", said, hint="run `ckpt fsck --read-data`"
+            ) from error
         return body
 
 

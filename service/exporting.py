@@ -127,7 +127,7 @@ def _write_file(version: Version, state: Any, destination: Path, force: bool) ->
 
 def _write_shards(version: Version, state: Any, destination: Path, force: bool) -> str:
     """Write a DCP folder; returns the digest of what it holds."""
-    from ckpt.loader.saving import named_values, save_shards
+    from ckpt.loader.saving import UnwritableError, named_values, save_shards
 
     if type(state) is not dict or not all(isinstance(key, str) for key in state):
         raise _cannot(version, "is no dict with names, as a DCP folder needs", "give --format pt")
@@ -136,7 +136,11 @@ def _write_shards(version: Version, state: Any, destination: Path, force: bool) 
     temporary = destination.with_name(f".ckpt-{secrets.token_hex(8)}.tmp")
     perform("mkdir", os.mkdir, temporary)
     try:
-        save_shards(state, temporary)
+        try:
+            save_shards(state, temporary)
+        except UnwritableError as error:
+            reason = f"is nothing that a DCP folder can hold: {escape(str(error))}"
+            raise _cannot(version, reason, "give --format pt") from error
         with _readable(version), Unpickler() as unpickler:
             written = unpickler.open(temporary).with_digests()
         found = {entry.name: (entry.dtype, entry.shape, entry.chunks) for entry in written.tensors}

@@ -177,7 +177,10 @@ def _read_again(read: Callable[[], None]) -> None:
     read()
 
 
-_HINT = "run `ckpt fsck`; pushing the same content again stores it anew, as a new version"
+_HINT = (
+    "run `ckpt fsck --read-data`, which marks what is damaged; then push the same content again, "
+    "which stores it anew, and run `ckpt fsck --repair`"
+)
 
 
 def _batched(pieces: Sequence[_Piece]) -> list[list[_Piece]]:

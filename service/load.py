@@ -103,9 +103,12 @@ def load_into(store: Store, registry: Registry, version: Version, module: nn.Mod
     """Fill a module's parameters and buffers in place: strict, without casts, ties kept.
 
     Raises:
-        IntegrityError: ``keys-mismatch``, ``shape-mismatch``, ``dtype-mismatch``; nothing of the
-            module was changed.
+        UsageError: ``no-module``.
+        IntegrityError: ``keys-mismatch``, ``shape-mismatch``, ``dtype-mismatch``,
+            ``not-writable``, ``ties-differ``; nothing of the module was changed.
     """
+    if not hasattr(module, "load_state_dict"):
+        raise UsageError("no-module", f"a {type(module).__name__} is no module of torch")
     from ckpt.loader.fill import fill_module
     from ckpt.loader.restore import Restorer
     from ckpt.loader.verify import Report

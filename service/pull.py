@@ -84,8 +84,7 @@ def _pull_weights(
         )
     needed = sorted(with_bytes(document, [index for _, index in names]))
     filled = fill(store, registry, version, document, needed, progress, mmap)
-    restorer = Restorer(document, filled, device)
-    return {name: restorer.tensor(index) for name, index in names}
+    return Restorer(document, filled, device).plain(names)
 
 
 def pull_tensors(
@@ -112,6 +111,8 @@ def pull_tensors(
     needed = sorted(with_bytes(document, chosen.values()))
     filled = fill(store, registry, version, document, needed, progress, mmap)
     restorer = Restorer(document, filled, device)
+    if document.state == "module":
+        return restorer.plain(list(chosen.items()))
     return {name: restorer.tensor(index) for name, index in chosen.items()}
 
 

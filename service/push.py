@@ -199,9 +199,11 @@ def same_version(
         return None
     if newest.labels != said.labels or repr(newest.metrics) != repr(dict(said.metrics)):
         return None
-    # The digest leaves out what lies around the tensors of a pushed file, and the probe.
+    # The digest leaves these out: what lies around the tensors of a pushed file, and the probe.
     known = registry.queries.document(newest)
     if (known.safetensors, known.files) != (document.safetensors, document.files):
+        return None
+    if known.order != document.order:  # of the keys of its dicts
         return None
     if document.probe is not None and known.probe != document.probe:
         return None

@@ -20,6 +20,7 @@ from ckpt.core.names import (
     check_model,
     check_run,
     check_step,
+    check_text,
 )
 from ckpt.core.records import Version
 from ckpt.core.references import parse_reference
@@ -203,7 +204,7 @@ class Repository(Lookup, Exchange, Upkeep):
             metrics=check_metrics(metrics),
             labels=check_labels(labels),
             aliases=check_aliases(alias),
-            message=message,
+            message=None if message is None else check_text("the message", message),
             parent=None if parent is None else self.get(parent).reference,
             run="main" if run is None else check_run(run),
         )
@@ -318,7 +319,8 @@ class Repository(Lookup, Exchange, Upkeep):
         reported. Nothing is changed unless everything fits.
 
         Raises:
-            IntegrityError: ``keys-mismatch``, ``shape-mismatch``, ``dtype-mismatch``.
+            IntegrityError: ``keys-mismatch``, ``shape-mismatch``, ``dtype-mismatch``,
+                ``not-writable``, ``ties-differ``.
         """
         from ckpt.service.load import load_into
 

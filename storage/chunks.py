@@ -11,7 +11,7 @@ from ckpt.core.records import Chunk, FinishedPack, Pack
 from ckpt.storage.scratch import scratch
 from ckpt.storage.store import Store
 
-_FSCK = "run `ckpt fsck`"
+_FSCK = "run `ckpt fsck --read-data`"
 
 
 @dataclass(frozen=True, slots=True)

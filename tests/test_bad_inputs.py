@@ -11,13 +11,16 @@ import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 import ckpt
 from ckpt.cli import main as entry
+from ckpt.core.errors import UsageError
 
 Prepare = Callable[[Path], object]
 Shell = Callable[..., tuple[int, str, str]]
@@ -382,6 +385,26 @@ def test_a_push_that_is_repeated_after_success_is_answered(folder: Path, shell: 
     assert (status, out) == (0, "known@1\n")
     assert "already committed" in err
     assert tree(folder / ".ckpt" / "store") == before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [
+        ({"message": b"fix"}, "text-invalid"),
+        ({"parent": 3}, "reference-invalid"),
+        ({"run": 3}, "name-invalid"),
+        ({"model": None}, "name-invalid"),
+        ({"metrics": [1.0]}, "metric-invalid"),
+        ({"alias": [3]}, "name-invalid"),
+    ],
+)
+def test_from_python_what_is_of_another_type_is_refused_by_name(
+    repo: ckpt.Repository, wrong: dict[str, Any], code: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        repo.push(**{"state": {"w": torch.ones(1)}, "model": "m", **wrong})
+    assert caught.value.code == code
+    assert repo.models() == []
 
 
 def test_hostile_text_is_taken_as_text_and_shown_escaped(folder: Path, shell: Shell) -> None:

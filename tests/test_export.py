@@ -64,6 +64,20 @@ def test_what_weights_only_would_refuse_is_not_exported(
     assert [path.name for path in tmp_path.iterdir()] == [".ckpt"]
 
 
+@pytest.mark.parametrize(
+    "state",
+    [{"s": torch.eye(3).to_sparse()}, {"a": {"b": torch.ones(1)}, "a.b": torch.zeros(1)}],
+)
+def test_what_a_dcp_folder_cannot_hold_is_refused_and_nothing_is_left(
+    repo: ckpt.Repository, tmp_path: Path, state: dict[str, Any]
+) -> None:
+    repo.push(state, "net")
+    with pytest.raises(UsageError) as error:
+        repo.export_file("net", tmp_path / "net", format="dcp")
+    assert error.value.code == "cannot-export"
+    assert [path.name for path in tmp_path.iterdir()] == [".ckpt"]
+
+
 def test_a_file_that_does_not_read_back_as_it_is_gets_no_name(
     repo: ckpt.Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

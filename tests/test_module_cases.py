@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ import pytest
 import torch
 from kept_models import Backward, Keeping, Locking, LockingAgain, NeedsArguments, Strange
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import ckpt
@@ -42,6 +44,12 @@ class Bagged(nn.Module):
         self.layers = nn.ModuleDict({"x y": nn.Linear(4, 4)})
         self.values = nn.ParameterDict({"a b": nn.Parameter(torch.ones(4))})
         self.more = nn.ParameterList([nn.Parameter(torch.zeros(4))])
+
+
+class Slotted(nn.Module):
+    """Keeps a value where no module's dict has it."""
+
+    __slots__ = ("scale",)
 
 
 X, TOKENS = torch.rand(3, 2, 4), torch.tensor([[1, 2, 3], [0, 1, 1]])
@@ -190,6 +198,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "cycle": (lambda: with_attribute(itself()), "extra.0: it contains itself"),
     "file": (lambda: with_attribute(sys.stdout), "extra: cannot store"),
     "arguments": (lambda: NeedsArguments(3), "cannot be rebuilt.*__new__"),
+    "slots": (Slotted, "<root>: Slotted has __slots__"),
+    "flags": (
+        lambda: with_attribute([re.IGNORECASE | re.MULTILINE]),
+        "extra.0: a combination of flags",
+    ),
 }
 
 
@@ -209,6 +222,29 @@ def test_hooks_of_state_dict_are_named_and_refuse_nothing(repo: ckpt.Repository)
     child.register_state_dict_post_hook(lambda *given: None)
     with pytest.warns(ckpt.CkptWarning, match="0: state_dict hook .*lambda.* is not stored"):
         repo.push(net, "m")
+
+
+def test_what_hangs_on_a_parameter_is_named_and_refuses_nothing(repo: ckpt.Repository) -> None:
+    net: Any = nn.Sequential(nn.Linear(2, 2))
+    net[0].weight._no_weight_decay = True
+    net[0].bias.register_hook(lambda gradient: gradient)
+    with pytest.warns(ckpt.CkptWarning) as said:
+        repo.push(net, "m")
+    assert [str(one.message) for one in said] == [
+        "0.weight: its attribute _no_weight_decay is not stored",
+        "0.bias: its hooks are not stored",
+    ]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [torch.relu, torch.softmax, torch.exp, functional.relu, functional.gelu, functional.logsigmoid],
+)
+def test_a_function_of_torch_is_stored_by_name_and_trusted(
+    repo: ckpt.Repository, function: Any
+) -> None:
+    repo.push(with_attribute(function), "m")
+    assert repo.load("m").extra is function
 
 
 _SCRIPT = """

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from torch import nn
 
+import ckpt
 from ckpt.core.documents import Document, canonical, decode_document, encode_document
 from ckpt.core.errors import IntegrityError, UsageError
 from ckpt.core.tensors import chunk_spans
@@ -157,6 +158,16 @@ def test_the_order_of_a_dict_comes_back_and_is_no_part_of_its_identity(order: li
     assert list(Restorer(document, spaces).state()) == order
     other, _ = described({name: state[name] for name in sorted(order)})
     assert (document.root, document.tensors) == (other.root, other.tensors)
+
+
+def test_the_same_content_in_another_order_is_a_version_of_its_own(repo: ckpt.Repository) -> None:
+    one, other = (
+        {"a": torch.ones(1), "b": torch.zeros(1)},
+        {"b": torch.zeros(1), "a": torch.ones(1)},
+    )
+    repo.push(one, "m")
+    assert list(repo.pull(repo.push(other, "m"))) == ["b", "a"]
+    assert repo.push(other, "m").number == 2
 
 
 def test_special_values_keep_their_bits() -> None:

@@ -1,0 +1,100 @@
+"""A module of one's own is filled strictly: wholly, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ckpt
+from ckpt.core.errors import CkptWarning, IntegrityError, UsageError
+
+pytestmark = pytest.mark.usefixtures("proven_here")
+
+
+class Counting(nn.Module):
+    """Has a state beside its tensors."""
+
+    def __init__(self, count: int = 0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((4,), float(count)))
+        self.count = count
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.count = state["count"]
+
+
+def two() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+
+
+def on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return two()
+
+
+def overlapping() -> nn.Module:
+    net = two()
+    net[1].weight = nn.Parameter(torch.ones(1, 2).expand(2, 2))
+    return net
+
+
+def in_inference_mode() -> nn.Module:
+    net = two()
+    with torch.inference_mode():
+        net[1] = nn.Linear(2, 2)
+    return net
+
+
+@pytest.mark.parametrize("made", [on_meta, overlapping, in_inference_mode])
+def test_a_module_that_cannot_be_written_to_is_refused_unchanged(
+    repo: ckpt.Repository, made: Callable[[], nn.Module]
+) -> None:
+    repo.push(two(), "net")
+    net = made()
+    before = net.get_parameter("0.weight").clone()
+    with pytest.raises(IntegrityError) as caught:
+        repo.load_into(net, "net")
+    assert caught.value.code == "not-writable"
+    after = net.get_parameter("0.weight")
+    assert after.is_meta or torch.equal(after, before)
+
+
+def test_what_is_pulled_of_a_module_is_what_its_state_dict_gives(repo: ckpt.Repository) -> None:
+    net = two()
+    net[1].weight = net[0].weight
+    repo.push(net, "net")
+    for pulled in (repo.pull("net"), repo.pull("net", tensors="*")):
+        assert {type(one) for one in pulled.values()} == {torch.Tensor}
+        assert pulled["0.weight"] is pulled["1.weight"]
+        pulled["0.weight"].mul_(2)  # which a parameter would refuse
+        assert torch.equal(pulled["1.weight"], net.get_parameter("0.weight") * 2)
+
+
+def test_what_is_no_module_is_refused(repo: ckpt.Repository) -> None:
+    repo.push(two(), "net")
+    with pytest.raises(UsageError, match="a dict is no module"):
+        repo.load_into({}, "net")  # type: ignore[arg-type]
+
+
+def test_an_extra_state_that_was_pushed_comes_back(repo: ckpt.Repository) -> None:
+    repo.push(nn.Sequential(Counting(9)).state_dict(), "net")
+    inner = Counting()
+    repo.load_into(nn.Sequential(inner), "net")
+    assert (inner.count, inner.weight.tolist()) == (9, [9.0] * 4)
+
+
+def test_an_extra_state_that_was_not_pushed_is_named(repo: ckpt.Repository) -> None:
+    with pytest.warns(CkptWarning, match="get_extra_state of Counting is not asked"):
+        repo.push(Counting(9), "net")
+    net = Counting()
+    with pytest.warns(CkptWarning, match="the extra state of the module stays as it is"):
+        repo.load_into(net, "net")
+    assert (net.count, net.weight.tolist()) == (0, [9.0] * 4)
+    assert repo.load("net", trust=[Counting]).count == 9
