@@ -53,6 +53,8 @@ def check_alias(name: str) -> str:
 
 def check_aliases(names: str | Iterable[str]) -> tuple[str, ...]:
     """The aliases of one push, each checked, in order, without repeats."""
+    if names is not None and not isinstance(names, Iterable):
+        raise _invalid("alias", names, _NO_TEXT)
     given = (names,) if isinstance(names, str) else tuple(names or ())
     return tuple(dict.fromkeys(check_alias(name) for name in given))
 
@@ -81,11 +83,13 @@ def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
     if metrics is not None and not isinstance(metrics, Mapping):
         raise UsageError("metric-invalid", "metrics are no dict", hint='write {"loss": 0.5}')
     checked = {}
-    for key, value in sorted((metrics or {}).items()):
+    for key in metrics or {}:
         check_key("metric", key)
+    for key, value in sorted((metrics or {}).items()):
         try:
-            number = float(value) + 0.0  # no database keeps the sign of -0.0
-        except (TypeError, ValueError, OverflowError):
+            found = value.item() if hasattr(value, "item") else value  # of torch or NumPy
+            number = float(found) + 0.0  # no database keeps the sign of -0.0
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is torch's
             raise UsageError(
                 "metric-invalid",
                 f'metric "{key}" is {type(value).__name__}, not a number',
@@ -97,9 +101,12 @@ def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
 
 def check_labels(labels: Mapping[str, str] | None) -> dict[str, str]:
     """The labels, sorted by key; a value is any text, shown escaped."""
+    if labels is not None and not isinstance(labels, Mapping):
+        raise UsageError("label-invalid", "labels are no dict", hint='write {"host": "a"}')
     checked = {}
-    for key, value in sorted((labels or {}).items()):
+    for key in labels or {}:
         check_key("label", key)
+    for key, value in sorted((labels or {}).items()):
         if not isinstance(value, str):
             raise UsageError(
                 "label-invalid",
@@ -150,7 +157,7 @@ def _segment_fault(segment: str) -> str | None:
     return None
 
 
-def _invalid(kind: str, name: str, reason: str) -> UsageError:
+def _invalid(kind: str, name: object, reason: str) -> UsageError:
     return UsageError(
         "name-invalid",
         f'"{escape(str(name), 80)}" cannot name {_ARTICLES.get(kind, "a")} {kind}: {reason}',

@@ -79,6 +79,11 @@ def describe_class(reference: str) -> ModelClass:
     )
 
 
+def is_of_torch(value: Any) -> bool:
+    """Whether a class or function is defined in torch."""
+    return (getattr(value, "__module__", None) or "").partition(".")[0] == "torch"
+
+
 def live_object(reference: str) -> Any:
     """What a reference means in this process now, or None; imports nothing."""
     module, _, name = reference.partition(":")

@@ -16,7 +16,7 @@ from ckpt.core.documents import Module
 from ckpt.core.errors import UsageError
 from ckpt.core.printable import escape
 from ckpt.loader.capture import Captured, TensorTable, capture
-from ckpt.loader.classes import describe_class, is_plain_class, reference_of
+from ckpt.loader.classes import describe_class, is_of_torch, is_plain_class, reference_of
 from ckpt.loader.trust import STORED_HOOKS
 from ckpt.loader.values import Encoder, Path, RefusedError
 
@@ -29,7 +29,7 @@ _HOOKS = {
     "_backward_hooks": "backward hook",
     "_backward_pre_hooks": "backward pre-hook",
 }
-_STATE_HOOKS = (
+STATE_HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",
@@ -278,18 +278,14 @@ class _ModuleEncoder(Encoder):
         kind: Any = _own_class(module)
         where = escape(".".join(path)) or "<root>"
         for name in ("get_extra_state", "state_dict"):
-            if getattr(kind, name) is not getattr(nn.Module, name) and not _is_of_torch(kind):
+            if getattr(kind, name) is not getattr(nn.Module, name) and not is_of_torch(kind):
                 self.notes.append(f"{where}: {name} of {kind.__qualname__} is not asked")
-        for place in _STATE_HOOKS:
+        for place in STATE_HOOKS:
             for hook in getattr(module, place).values():
                 function = getattr(hook, "hook", hook)
                 name = getattr(function, "__qualname__", type(function).__qualname__)
-                if not _is_of_torch(function):
+                if not is_of_torch(function):
                     self.notes.append(f"{where}: state_dict hook {escape(name, 80)} is not stored")
-
-
-def _is_of_torch(value: Any) -> bool:
-    return (getattr(value, "__module__", None) or "").partition(".")[0] == "torch"
 
 
 def unwrap(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:

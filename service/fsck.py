@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ckpt.core.errors import IntegrityError
-from ckpt.core.records import Chunk, FinishedPack, Pack, PackState
+from ckpt.core.records import Chunk, FinishedPack, Pack, PackState, Version
 from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import copy_pending
 from ckpt.storage.chunks import Places, read_chunk, read_place
@@ -80,6 +80,19 @@ def check(
         if not needing and repair:
             del found.broken[pack]  # nobody needs it; gc removes it
     return found
+
+
+def mark_damaged(store: Store, registry: Registry, version: Version) -> None:
+    """Look at every byte of the packs of a version that could not be read, so that nothing that
+    is pushed from now on relies on what is wrong."""
+    needed, _ = registry.books.read_plan(version.push)
+    known = registry.repairs.packs()
+    places = Places.of(known)
+    for finished in known:
+        if finished.pack.id not in needed:
+            continue
+        if _fault(store, places, finished, Checked(), hashed=True) is not None:
+            registry.repairs.mark(finished.pack.id, broken=True)
 
 
 def _fault(

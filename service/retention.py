@@ -12,7 +12,7 @@ from ckpt.core.errors import ConflictError, NotFoundError, UsageError
 from ckpt.core.names import check_model
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
-from ckpt.core.rules import Rule
+from ckpt.core.rules import Best, Every, Latest, Rule, Within
 from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import acknowledge_event
 from ckpt.service.author import author
@@ -68,7 +68,7 @@ def prune_model(
     """
     check_model(model)
     check_newest(store, registry)
-    chosen = tuple(map(str, rules)) or registry.queries.policy(model)
+    chosen = tuple(check_rules(rules)) or registry.queries.policy(model)
     if not chosen:
         raise UsageError("no-rules", f"no rule says what to keep of {model}", hint=_HINT)
     keepers = {rule: parse_rule(rule) for rule in chosen}
@@ -116,9 +116,10 @@ def _remove(store: Store, registry: Registry, version: Version) -> bool:
     return True
 
 
-def check_rules(rules: Sequence[Rule | str]) -> list[str]:
-    """The rules as text; UsageError ``rule-invalid`` for what is none."""
-    said = [str(rule) for rule in rules]
+def check_rules(rules: Sequence[Rule | str] | Rule) -> list[str]:
+    """The rules as text, also of one alone; UsageError ``rule-invalid`` for what is none."""
+    given = [rules] if isinstance(rules, (str, Latest, Best, Every, Within)) else rules or ()
+    said = [str(rule) for rule in given]
     for rule in said:
         parse_rule(rule)
     return said

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import subprocess
 import sys
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ckpt.training.arena import Arena
 from ckpt.training.staging import Stage
 
 _PIPE_BYTES = 1 << 20  # a save's description fits, so that the loop does not wait for its reader
+_SET_PIPE_SIZE = getattr(fcntl, "F_SETPIPE_SZ", 1031)
 
 
 class Background:
@@ -37,6 +39,7 @@ class Background:
         self._arena = Arena()
         self._stage = Stage(self._arena)
         self._waiting: deque[Future[dict[str, Any]]] = deque()
+        self._saving: Future[dict[str, Any]] | None = None
         self._lock = threading.Lock()
         # In a session of its own, so that Ctrl-C in the terminal is for the trainer alone.
         self._process = subprocess.Popen(
@@ -44,10 +47,11 @@ class Background:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=[self._arena.handle],
-            pipesize=_PIPE_BYTES,
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # of numpy, which would only wait
             start_new_session=True,
         )
+        with contextlib.suppress(OSError):  # there may be no more for this user
+            fcntl.fcntl(self._process.stdin, _SET_PIPE_SIZE, _PIPE_BYTES)  # type: ignore[arg-type]
         self._reader = threading.Thread(target=self._read, name="ckpt-answers", daemon=True)
         self._reader.start()
         try:
@@ -63,6 +67,8 @@ class Background:
         said: Mapping[str, Any],
     ) -> Future[dict[str, Any]]:
         """Stage a state as it is now, and have it saved. The one before must be answered."""
+        if self._saving is not None:  # the writer reads the arena: whoever lost its answer waits
+            wait([self._saving])
         staged = [source for source in sources if source is not None]
         starts = iter(self._stage.copy(staged))
         places = [None if source is None else (next(starts), source.nbytes) for source in sources]
@@ -75,15 +81,21 @@ class Background:
 
     def _ask(self, head: Mapping[str, Any], body: bytes = b"") -> Future[dict[str, Any]]:
         answer: Future[dict[str, Any]] = Future()
-        with self._lock:
-            self._waiting.append(answer)
         pipe = self._process.stdin
         assert pipe is not None
         try:
+            with self._lock:
+                self._waiting.append(answer)
+            if head.get("act") == "save":
+                self._saving = answer
             pipe.write(msgspec.json.encode({**head, "document": len(body)}) + b"\n" + body)
             pipe.flush()
         except (BrokenPipeError, ValueError):
             self._end_all()
+        except BaseException:  # Ctrl-C: nobody knows how much of the frame the writer has
+            self._process.kill()
+            self._process.wait()
+            raise
         return answer
 
     def _read(self) -> None:
@@ -120,7 +132,11 @@ class Background:
     def close(self) -> None:
         """End the writer; what it has not begun to save is not saved."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended already
+        with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended already
+            # A child of the trainer, such as a worker of a DataLoader, may hold the pipe open.
+            self._process.stdin.write(b'{"act": "end"}\n')
+            self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         self._process.wait()
         self._reader.join()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from ckpt.core.errors import CkptWarning, IntegrityError, NotFoundError
+from ckpt.core.errors import CkptError, CkptWarning, IntegrityError, NotFoundError
 from ckpt.core.records import Version
+from ckpt.service.fsck import mark_damaged
 from ckpt.service.repository import Repository
 
 Pulled = TypeVar("Pulled")
@@ -17,7 +19,8 @@ def newest_whole(
     repo: Repository, model: str, run: str, pull: Callable[[Version], Pulled]
 ) -> tuple[Version, Pulled] | None:
     """The newest version that ``pull`` gives, with what it gave; None when the run has none. A
-    damaged version is told by a :class:`CkptWarning`, and the one before is taken.
+    damaged version is told by a :class:`CkptWarning`, and the one before is taken; what is wrong
+    is marked, so that no later save relies on it.
 
     Raises:
         IntegrityError: ``none-whole`` when every version is damaged.
@@ -28,6 +31,8 @@ def newest_whole(
             return version, pull(version)
         except IntegrityError as error:
             failed = error
+            with contextlib.suppress(CkptError):  # fsck can be run
+                mark_damaged(repo._store, repo._registry, version)
             warnings.warn(
                 f"{version.reference} is not whole and the one before is taken: {error}",
                 CkptWarning,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import signal
 import sys
@@ -12,8 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from types import FrameType, TracebackType
 from typing import Any, Literal, NoReturn, Self
-
-import torch
 
 from ckpt.core.documents import FORMAT, Document
 from ckpt.core.errors import CkptError, CkptWarning, NotFoundError, UsageError
@@ -110,6 +109,7 @@ class Run:
         self._spared: list[str] = []
         self._before: Any = None
         self._ended = False
+        self._process = os.getpid()
         if self._ranks.is_first:
             self._start()
 
@@ -202,26 +202,29 @@ class Run:
                 infinities are kept, and are never best.
 
         Raises:
-            UsageError: ``nothing-tracked``.
+            UsageError: ``nothing-tracked``, ``run-closed``.
             CkptError: what went wrong in the background since the last call.
         """
         began = time.monotonic()
+        self._check_open()
         if self._ranks.is_first and not self._parts:
             raise UsageError(
                 "nothing-tracked",
                 "nothing is tracked, so there is nothing to save",
                 hint="call track(model=…, optimizer=…) first",
             )
-        self._settle(None)
-        measured = {name: _number(value) for name, value in (metrics or {}).items()}
+        failed = self._settled()
+        measured = check_metrics(metrics)
         said = {
             "step": check_step(step),
-            "metrics": {n: str(v) for n, v in check_metrics(measured).items()},
-            "labels": dict(check_labels(labels or {})),
+            "metrics": {name: str(value) for name, value in measured.items()},
+            "labels": check_labels(labels),
             "aliases": list(check_aliases(alias)),
             "environment": self._environment,
         }
         state = self._ranks.gathered({**state_of(self._parts), "step": step})
+        if failed is not None:  # after the others were met, who wait for this one
+            raise failed
         if state is None:
             return Saved(self, step, _nothing(), time.monotonic() - began)
         captured = capture_state(state, ())
@@ -234,11 +237,23 @@ class Run:
             order=captured.order,
         )
         if self._writer is None or not self._writer.is_alive:
-            self._start()
+            try:
+                self._start()
+            except CkptError as error:
+                self._tell(step, error)
+                return Saved(self, step, _failed(error), time.monotonic() - began)
         assert self._writer is not None
         answer = self._writer.save(document, captured.sources, said)
         self._pending = Saved(self, step, answer, time.monotonic() - began)
         return self._pending
+
+    def _check_open(self) -> None:
+        if self._ended or os.getpid() != self._process:
+            raise UsageError(
+                "run-closed",
+                f"the run {self._name} of {self._model} is closed, or of another process",
+                hint="make another Run",
+            )
 
     def wait(self, timeout: float | None = None) -> None:
         """Return when everything that was saved is durable.
@@ -257,7 +272,7 @@ class Run:
         self._end(None)
 
     def _end(self, timeout: float | None) -> None:
-        if self._ended:
+        if self._ended or os.getpid() != self._process:  # a child that was forked has no part in it
             return
         self._ended = True
         try:
@@ -285,6 +300,14 @@ class Run:
         if self._spared:
             self._writer.spare(self._spared)
 
+    def _settled(self) -> CkptError | None:
+        """Why the save before failed, when that is to be raised."""
+        try:
+            self._settle(None)
+        except CkptError as error:
+            return error
+        return None
+
     def _settle(self, timeout: float | None) -> None:
         """Wait for the save that is under way and tell how it ended."""
         pending = self._pending
@@ -294,15 +317,19 @@ class Run:
             said = pending._answer.result(timeout)
         except CkptError as error:
             self._pending = None
-            if not self._warns:
-                raise
-            warnings.warn(f"step {pending.step} was not saved: {error}", CkptWarning, stacklevel=3)
+            self._tell(pending.step, error)
             return
         self._pending = None
         self._say(
             f"{said['reference']} step {pending.step}: "
             f"{_told(Added(**said['added']), said['nbytes'])}, stalled {pending.stalled:.3f} s"
         )
+
+    def _tell(self, step: int, error: CkptError) -> None:
+        """Raise what went wrong with a save, or only warn."""
+        if not self._warns:
+            raise error
+        warnings.warn(f"step {step} was not saved: {error}", CkptWarning, stacklevel=4)
 
     def _say(self, line: str) -> None:
         if not self._quiet and self._ranks.is_first:
@@ -316,10 +343,6 @@ def warns(on_error: str) -> bool:
     return on_error == "warn"
 
 
-def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, torch.Tensor) else value
-
-
 def _told(added: Added, nbytes: int) -> str:
     """Where the bytes of a save are, in megabytes."""
     new, shared, differences, coding = (
@@ -330,6 +353,12 @@ def _told(added: Added, nbytes: int) -> str:
         f"{new} of {nbytes / 1e6:.1f} MB new, {shared} shared, {differences} saved by differences"
     )
     return f"{told}, {coding} by coding" if added.by_coding else told
+
+
+def _failed(error: CkptError) -> Future[dict[str, Any]]:
+    answer: Future[dict[str, Any]] = Future()
+    answer.set_exception(error)
+    return answer
 
 
 def _nothing() -> Future[dict[str, Any]]:

@@ -55,6 +55,7 @@ class Stage:
             torch._foreach_copy_(targets, tensors)
         return self._places
 
+    @torch.inference_mode(False)  # its tensors would be of use in that mode alone
     def _lay_out(self, layout: _Layout) -> None:
         """One behind the other, each at the beginning of a page."""
         ends = accumulate((nbytes + -nbytes % PAGE for nbytes, _, _ in layout), initial=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,10 +12,18 @@ from torch.utils.data import DataLoader
 
 from ckpt.core.errors import IntegrityError, UsageError
 from ckpt.core.printable import escape
+from ckpt.loader.classes import is_of_torch
 from ckpt.loader.fill import fill_module
+from ckpt.loader.snapshot import STATE_HOOKS
 from ckpt.training.randomness import random_states, restore_random_states
 
 _PARAMETERS, _CLASS = "parameters", "class"
+_STATE_METHODS = (
+    "state_dict",
+    "load_state_dict",
+    "_save_to_state_dict",
+    "_load_from_state_dict",
+)
 RESERVED = ("step", "random", "ranks")
 
 
@@ -63,25 +72,30 @@ def restore(parts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
             hint="track the same objects under the same names",
         )
     names = parameter_names(parts)
+    for name, part in parts.items():  # before anything is changed
+        if isinstance(part, torch.optim.Optimizer):
+            with _said_of(name):
+                _check_optimizer(part, state[name], names)
     for name, part in sorted(parts.items(), key=lambda item: not isinstance(item[1], nn.Module)):
-        try:
-            _restore(part, state[name], names)
-        except IntegrityError as error:
-            raise IntegrityError(error.code, f"{name}: {error.message}", hint=error.hint) from error
+        with _said_of(name):
+            _restore(part, state[name])
     restore_random_states(state["random"])
 
 
-def _restore(part: Any, state: Any, names: Mapping[int, str]) -> None:
+@contextmanager
+def _said_of(name: str) -> Iterator[None]:
+    try:
+        yield
+    except IntegrityError as error:
+        raise IntegrityError(error.code, f"{name}: {error.message}", hint=error.hint) from error
+
+
+def _restore(part: Any, state: Any) -> None:
     if isinstance(part, torch.Generator):
         part.set_state(state.cpu())
     elif isinstance(part, torch.optim.Optimizer):
-        about = _about(part, names)
-        _check_class(state.get(_CLASS, about[_CLASS]), about[_CLASS])
-        check_parameters(state[_PARAMETERS], about[_PARAMETERS])
-        part.load_state_dict({key: state[key] for key in state if key not in about})
-    elif isinstance(part, nn.Module) and all(
-        isinstance(value, torch.Tensor) for value in state.values()
-    ):
+        _restore_optimizer(part, state)
+    elif isinstance(part, nn.Module) and _is_usual(part, state):
         fill_module(part, state)
     else:
         part.load_state_dict(state)
@@ -95,14 +109,55 @@ def _about(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[s
     return {_PARAMETERS: described, _CLASS: type(optimizer).__qualname__}
 
 
-def _check_class(saved: str, now: str) -> None:
+def _check_optimizer(part: torch.optim.Optimizer, state: Any, names: Mapping[int, str]) -> None:
     """One optimizer's moments mean nothing to another, and torch does not ask."""
+    about = _about(part, names)
+    saved, now = state.get(_CLASS, about[_CLASS]), about[_CLASS]
     if saved != now:
         raise IntegrityError(
             "optimizer-differs",
             f"saved was the state of {escape(saved, 80)}, the optimizer there is {now}",
             hint="go on with the same optimizer, or take the weights alone by repo.pull",
         )
+    check_parameters(state[_PARAMETERS], about[_PARAMETERS])
+    groups = [len(group["params"]) for group in part.param_groups]
+    if [len(group["params"]) for group in state["param_groups"]] != groups:
+        raise IntegrityError(
+            "parameters-differ",
+            f"the optimizer's groups were others; there are {groups} parameters in each",
+            hint="give the optimizer the same groups of parameters",
+        )
+
+
+def _restore_optimizer(part: torch.optim.Optimizer, state: Any) -> None:
+    """Give an optimizer its state. torch casts it to the dtype of each parameter; what was of
+    another, such as weights in full precision, is put back as it was."""
+    part.load_state_dict({key: state[key] for key in state if key not in (_PARAMETERS, _CLASS)})
+    every = [one for group in part.param_groups for one in group["params"]]
+    for number, saved in state["state"].items():
+        own = part.state[every[number]]
+        for key, value in saved.items():
+            loaded = own.get(key)
+            both = isinstance(value, torch.Tensor) and isinstance(loaded, torch.Tensor)
+            if both and loaded.dtype != value.dtype:
+                own[key] = value.to(loaded.device, copy=True)
+
+
+def _is_usual(module: nn.Module, state: Mapping[str, Any]) -> bool:
+    """Whether a module's state is its own tensors by name, which can be filled in place: no class
+    or hook makes something else of it."""
+    return all(isinstance(value, torch.Tensor) for value in state.values()) and not any(
+        not is_of_torch(found) for one in module.modules() for found in _makers_of_state(one)
+    )
+
+
+def _makers_of_state(module: nn.Module) -> Iterator[Any]:
+    """The code by which a module gives and takes its state."""
+    for name in _STATE_METHODS:
+        yield getattr(type(module), name)
+    for place in STATE_HOOKS:
+        for hook in getattr(module, place).values():
+            yield getattr(hook, "hook", hook)
 
 
 def parameter_names(parts: Mapping[str, Any]) -> dict[int, str]:

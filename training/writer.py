@@ -46,6 +46,8 @@ class Writer:
         self._spared: list[str] = []
         self._saved_rules = False
         self._kept: dict[str, memoryview] = {}
+        self._holding = threading.Lock()
+        self.closed = threading.Event()
         self._arena = Arena(setup["arena"])
         self._repository = reopen(location_of(setup["location"]))
         self._hold()
@@ -122,16 +124,18 @@ class Writer:
         self._saved_rules = True
         return len(done.victims)
 
-    def idle(self) -> None:
-        """Keep the run while nothing is to be saved."""
-        with contextlib.suppress(CkptError):  # told with the next save
-            self._hold()
+    def keep(self) -> None:
+        """Renew the lease, from a thread of its own."""
+        with self._holding, contextlib.suppress(CkptError):  # told with the next save
+            if not self.closed.is_set():
+                self._hold()
 
     def close(self) -> None:
         """Give the run up."""
-        with contextlib.suppress(CkptError):
+        with self._holding, contextlib.suppress(CkptError):
+            self.closed.set()
             self._repository._registry.runs.release(self._model, self._run, self._holder)
-        self._repository.close()
+            self._repository.close()
 
 
 def location_of(said: Mapping[str, Any]) -> Location:
@@ -153,6 +157,8 @@ def _read(stream: BinaryIO, frames: queue.Queue[_Frame | None]) -> None:
     with contextlib.suppress(ValueError, OSError, msgspec.MsgspecError):
         while line := stream.readline():
             head = msgspec.json.decode(line)
+            if head.get("act") == "end":
+                break
             frames.put((head, stream.read(head.get("document", 0))))
     frames.put(None)
     last = threading.Timer(LAST_SECONDS, os._exit, (1,))
@@ -181,7 +187,8 @@ def main() -> None:
     try:
         writer = Writer(first[0])
         _say(answers, {})
-        while (frame := _next(frames, writer)) is not None:
+        threading.Thread(target=_hold_on, args=(writer,), daemon=True).start()
+        while (frame := frames.get()) is not None:
             _say(answers, _tried(writer, frame))
     except CkptError as error:
         _say(answers, _failed(error))
@@ -190,12 +197,10 @@ def main() -> None:
             writer.close()
 
 
-def _next(frames: queue.Queue[_Frame | None], writer: Writer) -> _Frame | None:
-    while True:
-        try:
-            return frames.get(timeout=LEASE_SECONDS / 3)
-        except queue.Empty:
-            writer.idle()
+def _hold_on(writer: Writer) -> None:
+    """Keep the run, also while a save takes longer than its lease."""
+    while not writer.closed.wait(LEASE_SECONDS / 3):
+        writer.keep()
 
 
 def _tried(writer: Writer, frame: _Frame) -> dict[str, Any]:
