@@ -33,7 +33,7 @@ def prune(
 ) -> None:
     """Remove the versions of MODEL that no rule keeps.
 
-    The newest and every aliased version stay. Without rules, those that were saved are used. The
+    Rules look at each run by itself. Its newest and every aliased version stay. Without rules, those that were saved are used. The
     bytes go with the next gc.
     """
     rules = [f"best:{rule}" for rule in keep_best]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from ckpt.core.durations import seconds_of
@@ -22,6 +22,7 @@ from ckpt.storage.store import Store
 # What a rule keeps, as pushes, of versions that are given newest first, at a time of the registry.
 Keep = Callable[[Sequence[Version], int], Collection[str]]
 
+_BEST = re.compile(r"best:(.+):(min|max):([1-9]\d{0,8})")
 _HINT = "write last:3, best:val_loss:min:2, every:1000 or within:7d"
 
 
@@ -54,23 +55,29 @@ def prune_model(
     run: str | None = None,
     spared: Collection[str] = (),
 ) -> Pruned:
-    """Remove the versions of a model that no rule keeps. The newest and every aliased one stay.
+    """Remove the versions of a model that no rule keeps. Rules look at each run by itself; its
+    newest version and every aliased one stay.
 
     Args:
         rules: ``last:N``, ``best:METRIC:min|max:N``, ``every:STEPS``, ``within:7d``; none means
             those that were saved.
         save: keep these rules for the next time.
-        run: look only at the versions of this run.
+        run: look at this run alone.
         spared: pushes of versions that stay whatever the rules say.
 
     Raises:
         UsageError: ``rule-invalid``, or ``no-rules`` when there are none.
+        NotFoundError: ``metric-missing`` when no version has the metric of a rule that is given.
     """
     check_model(model)
     check_newest(store, registry)
     chosen = tuple(check_rules(rules)) or registry.queries.policy(model)
     if not chosen:
-        raise UsageError("no-rules", f"no rule says what to keep of {model}", hint=_HINT)
+        raise UsageError(
+            "no-rules",
+            f"no rule says what to keep of {model}",
+            hint="give --keep-last 3 or others, or keep=[…] from Python",
+        )
     keepers = {rule: parse_rule(rule) for rule in chosen}
     versions = registry.queries.log(model, None, 1 << 40)
     if run is not None:
@@ -78,7 +85,12 @@ def prune_model(
     if save and not dry_run:
         event = registry.changes.save_policy(model, chosen, author())
         acknowledge_event(store, registry, event)
-    kept = _kept(versions, keepers, registry.collector.now())
+    if rules and run is None:
+        _check_metrics(model, keepers, versions)
+    kept: dict[str, tuple[str, ...]] = {}
+    now = registry.collector.now()
+    for name in {version.run for version in versions}:
+        kept |= _kept([version for version in versions if version.run == name], keepers, now)
     staying = {*kept, *spared}
     victims = [version for version in reversed(versions) if version.push not in staying]
     freed = registry.usages.freed_by({version.push for version in victims})
@@ -86,6 +98,19 @@ def prune_model(
         victims = [version for version in victims if _remove(store, registry, version)]
     reasons = tuple((version, kept[version.push]) for version in versions if version.push in kept)
     return Pruned(model, tuple(victims), reasons, chosen, freed, dry_run)
+
+
+def _check_metrics(model: str, rules: Iterable[str], versions: Sequence[Version]) -> None:
+    """Refuse a rule by a metric that no version has: it would keep nothing."""
+    known = {name for version in versions for name in version.metrics}
+    for rule in rules:
+        best = _BEST.fullmatch(rule)
+        if versions and best is not None and best[1] not in known:
+            raise NotFoundError(
+                "metric-missing",
+                f'no version of {model} has the metric "{escape(best[1], 80)}"',
+                hint=f"there are {escape(', '.join(sorted(known)), 200) or 'none'}",
+            )
 
 
 def _kept(
@@ -145,8 +170,8 @@ def parse_rule(rule: str) -> Keep:
     seconds = seconds_of(rest)
     if word == "within" and seconds is not None:
         return lambda versions, now: _recent(versions, now, seconds)
-    best = re.fullmatch(r"(.+):(min|max):([1-9]\d{0,8})", rest)
-    if word == "best" and best is not None:
+    best = _BEST.fullmatch(rule)
+    if best is not None:
         metric, sign, count = best[1], 1 if best[2] == "min" else -1, int(best[3])
         return lambda versions, now: _best(versions, metric, sign, count)
     raise UsageError("rule-invalid", f'"{escape(rule, 80)}" is no rule', hint=_HINT)

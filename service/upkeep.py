@@ -59,7 +59,7 @@ class Upkeep:
         save: bool = False,
     ) -> Pruned:
         """Remove the versions of a model that no rule keeps; their bytes go with a later ``gc``.
-        The newest and every aliased one stay.
+        Rules look at each run by itself; its newest version and every aliased one stay.
 
         Args:
             keep: ``ckpt.Latest(3)``, ``Best("val_loss", "min", 2)``, ``Every(1000)``,
@@ -69,6 +69,7 @@ class Upkeep:
 
         Raises:
             UsageError: ``rule-invalid``, ``no-rules``.
+            NotFoundError: ``model-missing``, ``metric-missing``.
         """
         from ckpt.service.retention import prune_model
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ckpt
-from ckpt.core.errors import CkptError, UsageError
+from ckpt.core.errors import CkptError, NotFoundError, UsageError
 from ckpt.core.records import Version
 from ckpt.service.retention import parse_rule
 
@@ -44,7 +44,6 @@ def left(repo: ckpt.Repository) -> list[int]:
         (["within:1h"], list(range(1, 11))),
         (["within:0d"], [2, 10]),
         (["best:loss:min:1", "every:400"], [1, 2, 4, 5, 9, 10]),
-        (["best:none:min:3"], [2, 10]),
     ],
 )
 def test_what_a_rule_keeps_stays(
@@ -61,6 +60,29 @@ def test_what_a_rule_keeps_stays(
     assert trained.gc(grace=0).freed_bytes == foreseen.freed_bytes == pruned.freed_bytes
     for version in trained.log("net"):
         assert torch.equal(trained.pull(version)["shared"], torch.ones(500))
+
+
+def test_a_metric_that_no_version_has_removes_nothing(trained: ckpt.Repository) -> None:
+    with pytest.raises(NotFoundError, match='has the metric "lost"; there are loss'):
+        trained.prune("net", keep=["best:lost:min:3"])
+    assert left(trained) == list(range(1, 11))
+
+
+def test_rules_look_at_each_run_by_itself(repo: ckpt.Repository) -> None:
+    for number in range(4):
+        for name in ("a", "b"):
+            state = {"w": torch.tensor([number]), "run": name}
+            repo.push(state, "net", run=name, metrics={"loss": number + (name == "b") * 10})
+    repo.prune("net", keep=["last:1", "best:loss:min:1"], save=True)
+    assert left(repo) == [1, 2, 7, 8]
+    repo.push({"w": torch.tensor([9])}, "net", run="a")
+    repo.prune("net")
+    assert [(one.run, one.number) for one in repo.log("net")] == [
+        ("a", 9),
+        ("b", 8),
+        ("b", 2),
+        ("a", 1),
+    ]
 
 
 def test_within_is_measured_by_the_clock_that_dated_the_versions(
