@@ -87,6 +87,7 @@ class _Builder:
     trust: Trust
     decoder: _ModuleDecoder = field(init=False)
     _built: dict[int, nn.Module] = field(default_factory=dict)
+    _objects: dict[int, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         order = dict(self.document.order)
@@ -159,7 +160,10 @@ class _Builder:
                 f'attribute "{escape(name)}" would replace a method of {type(module).__qualname__}',
             )
 
-    def instance(self, reference: str, attributes: Mapping[str, Any]) -> Any:
+    def instance(
+        self, reference: str, attributes: Mapping[str, Any], number: int | None = None
+    ) -> Any:
+        """A plain object; one with a number is that of each ``$same`` with it."""
         kind = self.trust.resolve(Named("$object", reference))
         replaced = [name for name in attributes if callable(getattr(kind, name, None))]
         if replaced and reference in STORED_HOOKS:  # the forward calls their methods
@@ -168,7 +172,15 @@ class _Builder:
             )
         made = object.__new__(kind)
         vars(made).update({name: self.decoder.decode(item) for name, item in attributes.items()})
+        if number is not None:
+            if type(number) is not int or number in self._objects:
+                raise ValueError("an object's number is none, or another's")
+            self._objects[number] = made
         return made
+
+    def same(self, number: Any) -> Any:
+        """The object with that number, which comes before all that refer to it."""
+        return self._objects[number]
 
 
 @dataclass(slots=True)
@@ -186,6 +198,8 @@ class _ModuleDecoder(Decoder):
             return self.builder.trust.resolve(Named(tag, content[0]))[content[1]]
         if tag == "$object":
             return self.builder.instance(*content)
+        if tag == "$same":
+            return self.builder.same(content)
         if tag == "$partial":
             function, arguments, keywords = map(self.decode, content)
             if not isinstance(arguments, tuple) or not isinstance(keywords, dict):

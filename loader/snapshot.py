@@ -108,6 +108,9 @@ class _ModuleEncoder(Encoder):
     dropped: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     _seen: dict[int, int] = field(default_factory=dict)
+    # The descriptions of plain objects, which the module keeps alive, by identity.
+    _objects: dict[int, list[Any]] = field(default_factory=dict)
+    _numbers: int = 0
 
     def _encode_other(self, value: Any, path: Path) -> Any:
         if isinstance(value, nn.Module):
@@ -128,7 +131,20 @@ class _ModuleEncoder(Encoder):
         return self._encode_object(value, path)
 
     def _encode_object(self, value: Any, path: Path) -> Any:
-        """A plain object: its class by name, its attributes as values."""
+        """A plain object; one that several places refer to is described at the first of them,
+        and gets a number there for the others."""
+        if id(value) not in self._objects:
+            described = self._describe_object(value, path)
+            self._objects[id(value)] = described["$object"]
+            return described
+        content = self._objects[id(value)]
+        if len(content) == 2:
+            content.append(self._numbers)
+            self._numbers += 1
+        return {"$same": content[2]}
+
+    def _describe_object(self, value: Any, path: Path) -> dict[str, list[Any]]:
+        """Its class by name, its attributes as values."""
         kind = type(value)
         name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
         slots = any(vars(base).get("__slots__") for base in kind.__mro__)
@@ -264,13 +280,21 @@ class _ModuleEncoder(Encoder):
                 if _is_lazy(module) and getattr(hook, "__name__", "") == "_infer_parameters":
                     continue
                 if f"{kind.__module__}:{kind.__qualname__}" in STORED_HOOKS:
-                    stored.append((place, self._encode_object(hook, path)))
+                    stored.append((place, self._alone(hook, path)))
                     continue
                 name = getattr(hook, "__qualname__", kind.__qualname__)
                 reason = f"{word} {name} changes outputs and cannot be stored; remove it first"
                 self.refusals.append((path, reason))
         self._note_state_dict(module, path)
         return tuple(stored)
+
+    def _alone(self, hook: Any, path: Path) -> Any:
+        """A hook, which is rebuilt after everything else, shares no objects with it."""
+        others, self._objects = self._objects, {}
+        try:
+            return self._describe_object(hook, path)
+        finally:
+            self._objects = others
 
     def _note_state_dict(self, module: nn.Module, path: Path) -> None:
         """What a class or a hook makes of state_dict() changes no outputs: it is left out, and

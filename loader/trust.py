@@ -112,7 +112,10 @@ def _name_in(tag: str, content: Any) -> str:
     """The name in the content of a tag. Any other form is refused: what is not seen here would
     not be compared with what is allowed."""
     if tag in ("$enum", "$object"):
-        content = content[0] if isinstance(content, list) and len(content) == 2 else None
+        is_list = isinstance(content, list)
+        if is_list and tag == "$object" and len(content) == 3 and type(content[2]) is int:
+            content = content[:2]
+        content = content[0] if is_list and len(content) == 2 else None
     if not isinstance(content, str):
         raise _no_name(tag)
     return content

@@ -108,7 +108,12 @@ _INSIDE: dict[str, Any] = {
 # Forms in which a reader might find a name, and a check of names not.
 _FORMS: dict[str, Any] = {
     "object as a dict": {"$object": {"this:X": {}, "zz": {}}},
-    "object of three": {"$object": ["this:X", {}, 1]},
+    "object of four": {"$object": ["this:X", {}, 1, 1]},
+    "object with a name for a number": {"$object": ["this:X", {}, "os:system"]},
+    "same as nothing": {"$same": 7},
+    "same as a list": {"$same": [7]},
+    "same as what it is in": {"$object": ["torch.nn.utils.prune:Identity", {"a": {"$same": 0}}, 0]},
+    "two of one number": {"$tuple": [{"$object": ["torch.nn.utils.prune:Identity", {}, 0]}] * 2},
     "enum as text": {"$enum": "smtplib"},
     "enum as a dict": {"$enum": {"this:X": 1}},
     "enum alone": {"$enum": ["this:X"]},

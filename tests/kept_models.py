@@ -139,3 +139,10 @@ class Strange(nn.Module):
         whole: Any = self.whole
         y: Tensor = x + whole[0, :3] + self.sparse.to_dense()[0]
         return y
+
+
+class Shared:
+    """A plain object that several modules refer to."""
+
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)

@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from kept_models import Backward, Keeping, Locking, LockingAgain, NeedsArguments, Strange
+from kept_models import (
+    Backward,
+    Keeping,
+    Locking,
+    LockingAgain,
+    NeedsArguments,
+    Shared,
+    Strange,
+)
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
@@ -214,6 +222,21 @@ def test_what_cannot_be_stored_is_refused_with_its_path(repo: ckpt.Repository, n
         repo.push(make(), "m")
     assert repo.models() == []
     assert not list(repo.location.store.glob("packs/*/*"))
+
+
+def test_an_object_that_several_modules_share_is_one_again(repo: ckpt.Repository) -> None:
+    net: Any = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
+    shared, alone = Shared(width=3), Shared(width=3)
+    net[0].settings = net[1][0].settings = net.settings = shared
+    net[2].settings = [alone, Shared(inner=shared)]
+    repo.push(net, "m", inputs=(torch.rand(1, 2),))
+    loaded: Any = repo.load("m", trust=TRUST, require="outputs-exact")
+    assert loaded[0].settings is loaded[1][0].settings is loaded.settings
+    assert loaded[2].settings[1].inner is loaded.settings
+    assert loaded[2].settings[0] is not loaded.settings
+    assert (loaded.settings.width, loaded[2].settings[0].width) == (3, 3)
+    net[0].settings = Shared(width=3)  # other values nowhere, and another structure
+    assert repo.push(net, "m").number == 2
 
 
 def test_hooks_of_state_dict_are_named_and_refuse_nothing(repo: ckpt.Repository) -> None:
