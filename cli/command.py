@@ -39,7 +39,7 @@ class Settings:
 
 def _setter(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
     def set_value(context: click.Context, _: click.Parameter, value: Any) -> None:
-        if value:
+        if value not in (None, False):
             setattr(context.ensure_object(Settings), name, value)
 
     return set_value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from ckpt.cli.command import Settings, command
+from ckpt.cli.push import newest_push
 from ckpt.cli.render import print_json, progress, size, version_json
 
 
@@ -21,9 +22,13 @@ def copy(settings: Settings, reference: str, target: str, model: str | None) -> 
 
     with settings.open() as here, open_repository(target) as there:
         version = here.get(reference)
+        before = newest_push(there, model or version.model)
         with progress(settings, f"copy {version.reference}") as meter:
             copied = there.copy(here, version, model=model, progress=meter)
-    settings.say(f"{size(copied.nbytes)}, {size(copied.new_bytes)} of it added there")
+    if copied.push == before:
+        settings.say(f"{copied.reference} was there already, nothing is added")
+    else:
+        settings.say(f"{size(copied.nbytes)}, {size(copied.new_bytes)} of it added there")
     if settings.as_json:
         print_json(version_json(copied))
     else:

@@ -9,30 +9,41 @@ import click
 
 from ckpt.cli.command import Settings, command
 from ckpt.cli.render import print_json, progress, size, version_json
+from ckpt.core.errors import ConflictError, NotFoundError
+from ckpt.core.printable import escape
 
 
 @command("pull")
 @click.argument("reference", metavar="REF")
 @click.argument("destination", metavar="[DEST]", required=False)
 @click.option("-f", "--force", is_flag=True, help="Replace DEST if it exists.")
-@click.option("--tensors", metavar="PATTERN", help="Only these, such as 'encoder.*'.")
+@click.option(
+    "--tensors",
+    "patterns",
+    multiple=True,
+    metavar="PATTERN",
+    help="Only these, such as 'encoder.*'. Repeatable.",
+)
 def pull(
-    settings: Settings, reference: str, destination: str | None, force: bool, tensors: str | None
+    settings: Settings,
+    reference: str,
+    destination: str | None,
+    force: bool,
+    patterns: tuple[str, ...],
 ) -> None:
     """Write the version REF to the file DEST, every byte checked.
 
     DEST is ./<model>-<number>.safetensors by default; a folder takes that name in it. A pushed
-    .safetensors file comes back byte for byte, a pushed folder as the new folder DEST. Prints
-    the path on stdout.
+    .safetensors file comes back byte for byte, a pushed folder as the new folder DEST, which is
+    never replaced. Prints the path on stdout.
     """
+    tensors = patterns or None
     with settings.open() as repository:
         version = repository.get(reference)
         usual = f"{version.model.replace('/', '-')}-{version.number}"
         if version.state != "files" or tensors is not None:
             usual += ".safetensors"
-        path = Path(destination or usual)
-        if os.path.isdir(path):
-            path = path / usual
+        path = _place(destination, usual, is_folder=not usual.endswith(".safetensors"), force=force)
         with progress(settings, f"pull {version.reference}") as meter:
             repository.pull_file(version, path, tensors=tensors, force=force, progress=meter)
         left = 0 if tensors is not None else repository.unnamed_values(version)
@@ -46,6 +57,24 @@ def pull(
         print_json({"path": str(path), "version": version_json(version)})
     else:
         click.echo(os.fsencode(path))
+
+
+def _place(destination: str | None, usual: str, *, is_folder: bool, force: bool) -> Path:
+    """Where the file or folder goes: by its usual name into a folder that is there."""
+    path = Path(destination or usual)
+    if destination is None or not os.path.isdir(path):
+        if destination is not None and destination.endswith("/") and not is_folder:
+            raise NotFoundError(
+                "folder-missing", f"there is no folder {escape(destination)}", hint="make it first"
+            )
+        return path
+    if is_folder and force:
+        raise ConflictError(
+            "exists",
+            f"{escape(destination or usual)} exists, and a folder is not replaced in one step",
+            hint="remove it first, or leave --force out to write into it",
+        )
+    return path / usual
 
 
 COMMANDS = {"pull": pull}

@@ -61,7 +61,7 @@ def push(
     check_model(name)
     given = (alias, *aliases) if colon else aliases
     with settings.open(create=True) as repository, progress(settings, f"push {file.name}") as meter:
-        before = _newest(repository, name)
+        before = newest_push(repository, name)
         version = repository.push_file(
             file,
             name,
@@ -77,7 +77,9 @@ def push(
         )
         root = repository.location.root
     if version.push == before:
-        settings.say(f"{version.reference} in {root} was already committed, nothing is added")
+        lost = ", and the message is not kept" if message and message != version.message else ""
+        said = f"{version.reference} in {root} was already committed, nothing is added{lost}"
+        settings.say(said)
     else:
         added = f"{size(version.new_bytes)} of it added by this version"
         settings.say(f"{size(version.nbytes)} in {root}, {added}")
@@ -87,7 +89,7 @@ def push(
         click.echo(version.reference)
 
 
-def _newest(repository: Repository, model: str) -> str | None:
+def newest_push(repository: Repository, model: str) -> str | None:
     """The push that made the newest version of a model, or None."""
     try:
         newest = repository.log(model, limit=1)

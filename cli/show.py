@@ -35,14 +35,19 @@ def show(settings: Settings, reference: str, needs: bool, paths: tuple[str, ...]
         environment = repository.environment(version)
         module = repository.describe(version) if document.state == "module" else None
     if needs:
-        _show_needs(settings, version, module)
+        _show_needs(settings, version, module, paths)
     elif settings.as_json:
         print_json(_as_json(version, document, environment, module))
     else:
         _show_all(version, document, environment, module)
 
 
-def _show_needs(settings: Settings, version: Version, module: ModuleDescription | None) -> None:
+def _show_needs(
+    settings: Settings,
+    version: Version,
+    module: ModuleDescription | None,
+    paths: tuple[str, ...],
+) -> None:
     classes = module.classes if module else ()
     if settings.as_json:
         print_json([asdict(one) for one in classes])
@@ -55,7 +60,10 @@ def _show_needs(settings: Settings, version: Version, module: ModuleDescription 
     click.echo(table(head, rows))
     wanted = sorted({one.reference.partition(":")[0] for one in classes if not one.allowed})
     if wanted:
-        flags = " ".join(f"--trust {escape(name, 80)}" for name in wanted)
+        flags = " ".join(
+            [f"--trust {escape(name, 80)}" for name in wanted]
+            + [f"--path {escape(path, 80)}" for path in paths]
+        )
         settings.say(f"to load it: ckpt verify {version.reference} {flags}")
 
 

@@ -31,7 +31,10 @@ def train(repository: str, total: int) -> None:
             schedule.step()
             if step % 20 == 0 or step == total - 1:
                 run.save(step, metrics={"loss": loss})
-    print(f"steps {start} to {total - 1}, loss {loss.item() if start < total else 0:.4f}")
+    if start == total:
+        print(f"all {total} steps are done; give a larger number to go on")
+    else:
+        print(f"steps {start} to {total - 1}, loss {loss.item():.4f}")
 
 
 if __name__ == "__main__":

@@ -251,7 +251,8 @@ def _imported(reference: str) -> Any:
         raise NotFoundError(
             "class-missing",
             f"cannot import {module}: {error}",
-            hint="install it, or get the weights alone with pull",
+            hint="install it, name its folder (--path on the command line), or get the weights "
+            "alone with pull",
         ) from error
     for place, part in enumerate(qualified.split(".")):
         if place and not isinstance(found, type):  # another module's attributes may import more

@@ -76,7 +76,7 @@ def open_sqlite(path: Path, *, create: bool) -> Database:
         raise StorageError(
             "registry-missing",
             f"the registry {path} is missing",
-            hint="put its backup back, or run `ckpt registry rebuild`, which reads the store",
+            hint="run `ckpt registry rebuild`, which reads the store",
         )
     mode = "rwc" if create else "rw"
     url = f"sqlite:///file:{_quoted(path)}?mode={mode}&uri=true"

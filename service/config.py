@@ -73,6 +73,12 @@ def locate(repo: str | os.PathLike[str] | None) -> Location:
         if _is_file(root / CONFIG):
             _check_owner(root, root / CONFIG)
             return read_config(root, inside=True)
+        if _is_file(root / "registry.db"):  # what is meant is here, and not further up
+            raise IntegrityError(
+                "config-damaged",
+                f"{root / CONFIG} is missing",
+                hint=f"run `ckpt init` in {folder} with the same addresses as before",
+            )
     return read_config(_user_folder(), inside=False)
 
 
@@ -249,5 +255,7 @@ def no_repository(location: Location) -> NotFoundError:
 
 def _damaged(config: Path, reason: str) -> IntegrityError:
     return IntegrityError(
-        "config-damaged", f"{config} cannot be read: {reason}", hint="correct or remove it"
+        "config-damaged",
+        f"{config} cannot be read: {reason}",
+        hint="correct it, or remove it and run `ckpt init` with the same addresses",
     )

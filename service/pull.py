@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from ckpt.core.documents import Document, Tensor
-from ckpt.core.errors import CkptWarning, IntegrityError
+from ckpt.core.errors import CkptWarning, IntegrityError, UsageError
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
 from ckpt.core.state_dict import state_dict_names
@@ -19,9 +19,11 @@ from ckpt.registry.registry import Registry
 from ckpt.service.export import file_header, file_with, made_header, new_file, write_at
 from ckpt.service.fetch import Wanted, fetch
 from ckpt.service.folder import pull_folder
-from ckpt.service.selection import chosen_tensors
+from ckpt.service.selection import Patterns, chosen_tensors
 from ckpt.service.upload import Progress
 from ckpt.storage.store import Store
+
+_PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 if TYPE_CHECKING:
     from ckpt.loader.devices import DeviceMap
@@ -91,12 +93,12 @@ def pull_tensors(
     store: Store,
     registry: Registry,
     version: Version,
-    pattern: str,
+    patterns: Patterns,
     device: DeviceMap = None,
     progress: Progress | None = None,
     mmap: bool = False,
 ) -> dict[str, Any]:
-    """Only the tensors whose names match a pattern, by name, tied ones under each; only their
+    """Only the tensors whose names match one of the patterns, by name, tied ones under each; only their
     bytes are read.
 
     Raises:
@@ -107,7 +109,7 @@ def pull_tensors(
 
     check_devices(device)
     document = registry.queries.document(version)
-    chosen = chosen_tensors(version, document, pattern)
+    chosen = chosen_tensors(version, document, patterns)
     needed = sorted(with_bytes(document, chosen.values()))
     filled = fill(store, registry, version, document, needed, progress, mmap)
     restorer = Restorer(document, filled, device)
@@ -135,6 +137,7 @@ def pull_file(
     if document.state == "files":
         pull_folder(store, registry, version, document, destination, progress)
         return
+    _check_suffix(version, destination)
     if not all(_is_whole(tensor) for tensor in document.tensors):
         _pull_file_by_torch(store, registry, version, document, destination, force, progress)
         return
@@ -152,18 +155,19 @@ def pull_tensors_file(
     registry: Registry,
     version: Version,
     destination: Path,
-    pattern: str,
+    patterns: Patterns,
     *,
     force: bool = False,
     progress: Progress | None = None,
 ) -> int:
     """Like :func:`pull_file`, only the tensors whose names match a pattern, tied ones under each
     name; returns how many. Only their bytes are read."""
+    _check_suffix(version, destination)
     document = registry.queries.document(version)
-    chosen = chosen_tensors(version, document, pattern)
+    chosen = chosen_tensors(version, document, patterns)
     tensors = document.tensors
     if not all(_is_whole(tensors[index]) for index in chosen.values()):
-        pulled = pull_tensors(store, registry, version, pattern, "cpu", progress)
+        pulled = pull_tensors(store, registry, version, patterns, "cpu", progress)
         from ckpt.loader.sources import laid_out
 
         _write_file(destination, [laid_out(name, one) for name, one in pulled.items()], force)
@@ -176,6 +180,18 @@ def pull_tensors_file(
     with file_with(first, placed, destination, force) as wanted:
         fetch(store, registry, version, wanted, progress)
     return len(chosen)
+
+
+def _check_suffix(version: Version, destination: Path) -> None:
+    """Refuse a name by which everybody would take the file for one of ``torch.save``."""
+    if destination.suffix.lower() in _PICKLES:
+        raise UsageError(
+            "not-safetensors",
+            f"what is pulled is a safetensors file, and {escape(str(destination))} the name of a "
+            "pickle",
+            hint=f"run `ckpt export {version.reference} {escape(str(destination))}`, or give "
+            "another name",
+        )
 
 
 def _pull_file_by_torch(

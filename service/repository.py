@@ -22,6 +22,7 @@ from ckpt.core.names import (
     check_step,
     check_text,
 )
+from ckpt.core.printable import escape
 from ckpt.core.records import Version
 from ckpt.core.references import parse_reference
 from ckpt.registry.changes import Changes
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from ckpt.loader.trust import TrustLike
     from ckpt.loader.verify import Report
     from ckpt.service.push import Described, Said
+    from ckpt.service.selection import Patterns
     from ckpt.service.upload import Progress
 
 PathLike = str | os.PathLike[str]
@@ -110,6 +112,12 @@ class Repository(Lookup, Exchange, Upkeep):
             ConflictError: ``name-clash``, ``push-expired``.
             SpaceError, AccessError, StorageError: nothing was committed; run it again.
         """
+        if isinstance(state, os.PathLike) or (isinstance(state, str) and os.path.exists(state)):
+            raise UsageError(
+                "not-a-state",
+                f"{escape(str(state), 80)} is a path, not a state",
+                hint="push_file(path, model) stores the file or folder",
+            )
         from ckpt.service.describe import describe_state
 
         said = self._said(model, step, metrics, labels, alias, message, parent, run)
@@ -234,7 +242,7 @@ class Repository(Lookup, Exchange, Upkeep):
         self,
         ref: VersionLike,
         *,
-        tensors: str | None = None,
+        tensors: Patterns | None = None,
         device: DeviceMap = None,
         all: bool = False,
         mmap: bool = False,
@@ -244,8 +252,8 @@ class Repository(Lookup, Exchange, Upkeep):
         gave, ties as one object.
 
         Args:
-            tensors: a pattern such as ``"encoder.*"``: only these are read, and come as a dict
-                by canonical name.
+            tensors: a pattern such as ``"encoder.*"``, or several: only these are read, and come
+                as a dict by canonical name.
             device: a device, or a mapping from recorded to wanted devices. By default each
                 tensor goes where it was; where that device is absent, to the CPU with a
                 :class:`CkptWarning`.
@@ -331,7 +339,7 @@ class Repository(Lookup, Exchange, Upkeep):
         ref: VersionLike,
         destination: PathLike,
         *,
-        tensors: str | None = None,
+        tensors: Patterns | None = None,
         force: bool = False,
         progress: Progress | None = None,
     ) -> Version:
@@ -342,6 +350,7 @@ class Repository(Lookup, Exchange, Upkeep):
                 read.
 
         Raises:
+            UsageError: ``not-safetensors`` for the name of a pickle.
             ConflictError: ``exists`` without ``force``; TrustError: ``symlink``.
         """
         from ckpt.service.pull import pull_file, pull_tensors_file

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ckpt.core.documents import Document
@@ -12,27 +12,32 @@ from ckpt.core.printable import escape
 from ckpt.core.records import Version
 from ckpt.core.state_dict import state_dict_names
 
+# One pattern such as ``"encoder.*"``, or several.
+Patterns = str | Iterable[str]
+
 _MOST_NAMES = 1_000_000
 
 
-def chosen_tensors(version: Version, document: Document, pattern: str) -> dict[str, int]:
-    """The names that match, as ``fnmatch`` does, each with the number of its tensor entry.
+def chosen_tensors(version: Version, document: Document, patterns: Patterns) -> dict[str, int]:
+    """The names that match one of the patterns, as ``fnmatch`` does, each with the number of its
+    tensor entry.
 
     Raises:
-        NotFoundError: ``tensor-missing`` when none matches.
+        NotFoundError: ``tensor-missing`` when none matches one of them.
     """
-    found = {
-        name: index
-        for name, index in _names(document)
-        if document.tensors[index].has_values and fnmatch.fnmatchcase(name, pattern)
-    }
-    if not found:
-        raise NotFoundError(
-            "tensor-missing",
-            f'{version.reference} has no tensor like "{escape(pattern)}"',
-            hint=f"run `ckpt show {version.reference}` to see all",
-        )
-    return found
+    wanted = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    known = {name: index for name, index in _names(document) if document.tensors[index].has_values}
+    chosen: set[str] = set()
+    for pattern in wanted:
+        found = [name for name in known if fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            raise NotFoundError(
+                "tensor-missing",
+                f'{version.reference} has no tensor like "{escape(str(pattern))}"',
+                hint=f"run `ckpt show {version.reference}` to see all",
+            )
+        chosen.update(found)
+    return {name: index for name, index in known.items() if name in chosen}
 
 
 def _names(document: Document) -> Iterator[tuple[str, int]]:

@@ -193,6 +193,12 @@ ROWS: list[tuple[str, Prepare, list[str], int, str, str]] = [
     ("no version", nothing, ["pull", "known@99"], 3, "version-missing", "known@99"),
     ("no alias", nothing, ["pull", "known:nix"], 3, "alias-missing", "nix"),
     ("exists", nothing, ["pull", "known", OK], 5, "exists", "--force"),
+    ("a pickle's name", nothing, ["pull", "known", "out.pt"], 2, "not-safetensors", "ckpt export"),
+    ("some in a pickle", nothing, ["pull", "known", "o.ckpt", "--tensors", "*"], 2,
+     "not-safetensors", "ckpt export"),
+    ("no folder", nothing, ["pull", "known", "nowhere/"], 3, "folder-missing", "nowhere"),
+    ("one pattern of two", nothing, ["pull", "known", "--tensors", "*", "--tensors", "x*"], 3,
+     "tensor-missing", "x*"),
     ("symlink", link, ["pull", "known", "link.safetensors"], 9, "symlink", "link"),
     ("symlink forced", link, ["pull", "-f", "known", "link.safetensors"], 9, "symlink", "link"),
     ("symlink in a folder", taken, ["pull", "known", "l"], 9, "symlink", "l/known-1"),
@@ -262,6 +268,9 @@ ROWS: list[tuple[str, Prepare, list[str], int, str, str]] = [
     ("config bytes", lambda f: replace(f / ".ckpt/config.toml", b"\xff"), ["ls"], 4,
      "config-damaged", "config.toml"),
     ("config unknown", config('hook = "x"'), ["ls"], 4, "config-damaged", "hook"),
+    ("config gone", lambda f: (f / ".ckpt/config.toml").unlink(), ["ls"], 4, "config-damaged",
+     "ckpt init"),
+    ("empty repository", nothing, ["-r", "", "ls"], 2, "path-invalid", ""),
     ("config broken", config("store = "), ["ls"], 4, "config-damaged", "config.toml"),
 ]  # fmt: skip
 
@@ -385,6 +394,14 @@ def test_a_push_that_is_repeated_after_success_is_answered(folder: Path, shell: 
     assert (status, out) == (0, "known@1\n")
     assert "already committed" in err
     assert tree(folder / ".ckpt" / "store") == before
+
+
+def test_from_python_a_path_is_no_state(repo: ckpt.Repository, tmp_path: Path) -> None:
+    (tmp_path / "net.safetensors").touch()
+    for path in (tmp_path / "net.safetensors", str(tmp_path), tmp_path / "nowhere"):
+        with pytest.raises(UsageError, match="push_file"):
+            repo.push(path, "m")
+    assert repo.models() == []
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,28 @@ def shell(
     return shell
 
 
+def test_a_pushed_folder_is_pulled_beside_what_is_there(shell: Shell) -> None:
+    (shell.folder / "net").mkdir()
+    shell.save("net/model.safetensors", w=1)
+    shell("push", "net", "bert")
+    assert shell("pull", "bert") == "bert-1\n"
+    shell("pull", "bert", status=5)  # by its usual name it would be the same folder
+    assert shell("pull", "bert", "net") == "net/bert-1\n"
+    shell("pull", "bert", "net", "--force", status=5)
+    assert "not replaced" in shell.err
+    assert (shell.folder / "net/model.safetensors").exists()
+
+
+def test_what_is_not_done_is_not_told_as_done(shell: Shell) -> None:
+    shell("push", "net.safetensors", "net")
+    shell("push", "net.safetensors", "net", "-m", "a note")
+    assert "nothing is added, and the message is not kept" in shell.err
+    shell("copy", "net", "other")
+    assert "of it added there" in shell.err
+    shell("copy", "net", "other")
+    assert "was there already, nothing is added" in shell.err
+
+
 def test_push_prints_only_the_reference_on_stdout(shell: Shell) -> None:
     shell("init")
     assert shell("push", "net.safetensors", "net") == "net@1\n"

@@ -52,6 +52,7 @@ def test_a_tied_tensor_comes_under_each_of_its_names(repo: ckpt.Repository) -> N
     assert list(pulled) == ["head.weight"]
     assert torch.equal(pulled["head.weight"], net.wte.weight)
     assert sorted(repo.pull("net", tensors="*")) == ["head.weight", "wte.weight"]
+    assert list(repo.pull("net", tensors=["head.*", "wte.*"])) == list(repo.pull("net"))
 
     shared = torch.rand(4)
     repo.push({"a": {"x": shared}, "b": [shared, torch.ones(2)]}, "values")

@@ -344,14 +344,13 @@ def warns(on_error: str) -> bool:
 
 
 def _told(added: Added, nbytes: int) -> str:
-    """Where the bytes of a save are, in megabytes."""
+    """Where the bytes of a save are."""
+    unit, nbytes_of_one = ("MB", 1e6) if nbytes >= 1e6 else ("kB", 1e3)
     new, shared, differences, coding = (
-        f"{part / 1e6:.1f}"
+        f"{part / nbytes_of_one:.1f}"
         for part in (added.new, added.shared, added.by_differences, added.by_coding)
     )
-    told = (
-        f"{new} of {nbytes / 1e6:.1f} MB new, {shared} shared, {differences} saved by differences"
-    )
+    told = f"{new} of {nbytes / nbytes_of_one:.1f} {unit} new, {shared} shared, {differences} saved by differences"
     return f"{told}, {coding} by coding" if added.by_coding else told
 
 
