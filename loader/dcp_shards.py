@@ -64,7 +64,7 @@ def _gather(
             if piece.offsets[0] <= low < piece.offsets[0] + piece.values.shape[0]
         ]
         return _gather(inner, shape[1:], first - low * row, last - low * row)
-    rows = torch.empty((high - low, *shape[1:]), dtype=torch.uint8)
+    rows = torch.empty((high - low, *shape[1:]), dtype=torch.uint8, device="cpu")
     for piece in pieces:
         begin = max(piece.offsets[0], low)
         end = min(piece.offsets[0] + piece.values.shape[0], high)
@@ -124,7 +124,11 @@ def _placeholders(shapes: Mapping[str, ShardedShape]) -> dict[str, torch.Tensor]
     memory = mmap.mmap(-1, max(end, 1), flags=flags, prot=mmap.PROT_READ)
     for name, shape in shapes.items():
         count, dtype = math.prod(shape.size), getattr(torch, shape.dtype)
-        flat = _over(memory, dtype, count, starts[name]) if count else torch.empty(0, dtype=dtype)
+        flat = (
+            _over(memory, dtype, count, starts[name])
+            if count
+            else torch.empty(0, dtype=dtype, device="cpu")
+        )
         made[name] = flat.reshape(shape.size).requires_grad_(shape.requires_grad)
     return made
 

@@ -74,7 +74,7 @@ def _collect(value: Any, name: str, found: dict[str, torch.Tensor], above: set[i
         plain = value.detach() if value.layout == torch.strided else value.detach().to_dense()
         found[name] = plain.clone(memory_format=torch.contiguous_format)
     elif isinstance(value, (numpy.ndarray, numpy.generic, bool, int, float, complex)):
-        found[name] = torch.tensor(value)
+        found[name] = torch.tensor(value, device="cpu")
     elif id(value) in above or len(above) > _DEPTH_LIMIT:
         return
     else:
@@ -168,7 +168,7 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 
 def _special(tensor: torch.Tensor) -> torch.Tensor:
     """Where a tensor is not finite, and how."""
-    zero = torch.zeros((), dtype=tensor.dtype)
+    zero = torch.zeros((), dtype=tensor.dtype, device="cpu")
     return tensor.where(~tensor.isfinite(), zero).nan_to_num(nan=2, posinf=1, neginf=-1)
 
 

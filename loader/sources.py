@@ -105,7 +105,7 @@ class RegionTensor:
         return self._bytes[offset : offset + length]
 
     def _gather(self) -> torch.Tensor:
-        region = torch.zeros(self._align + self.nbytes, dtype=torch.uint8)
+        region = torch.zeros(self._align + self.nbytes, dtype=torch.uint8, device="cpu")
         for offset, view in self._views:
             bits = as_bits(view)
             window = typed_view(region, self._align + offset, bits.dtype)
@@ -125,9 +125,9 @@ def typed_view(region: torch.Tensor, offset: int, dtype: torch.dtype) -> torch.T
 
 def _element_offsets(view: torch.Tensor) -> torch.Tensor:
     """The distance of each logical element from the first one, in elements."""
-    offsets = torch.zeros((), dtype=torch.int64)
+    offsets = torch.zeros((), dtype=torch.int64, device="cpu")
     for size, step in zip(view.shape, view.stride(), strict=True):
-        offsets = offsets.unsqueeze(-1) + torch.arange(size) * step
+        offsets = offsets.unsqueeze(-1) + torch.arange(size, device="cpu") * step
     return offsets.reshape(-1)
 
 

@@ -28,10 +28,10 @@ class MemorySpace:
         nbytes = stored_nbytes(entry)
         try:
             if entry.align:
-                room = torch.empty(entry.align + nbytes, dtype=torch.uint8)
+                room = torch.empty(entry.align + nbytes, dtype=torch.uint8, device="cpu")
                 self.tensor = room[entry.align :]
             else:
-                self.tensor = torch.empty(entry.stored_shape, dtype=dtype_of(entry))
+                self.tensor = torch.empty(entry.stored_shape, dtype=dtype_of(entry), device="cpu")
                 use_huge_pages(self.tensor)
         except (RuntimeError, TypeError, OverflowError) as error:
             raise damaged(f'"{entry.name}": {error}') from None

@@ -111,7 +111,7 @@ class _Skeletons:
             return None
         entry: Tensor = self.document.tensors[index]
         dtype = getattr(torch, entry.dtype) if entry.dtype in ITEM_SIZES else torch.uint8
-        made = torch.zeros((), dtype=torch.uint8).to(dtype).expand(entry.shape)
+        made = torch.zeros((), dtype=torch.uint8, device="cpu").to(dtype).expand(entry.shape)
         return nn.Parameter(made, requires_grad=False) if entry.kind == "parameter" else made
 
 

@@ -85,6 +85,7 @@ def locate(repo: str | os.PathLike[str] | None) -> Location:
 def _given(text: str) -> Location:
     path = as_place(text, "repository")
     assert isinstance(path, Path)  # a repository has no address of its own
+    path = Path(os.path.abspath(path))  # the program may go elsewhere while it is open
     if _is_file(path / CONFIG):
         return read_config(path, inside=False)
     return read_config(path / FOLDER, inside=False)

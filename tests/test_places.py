@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ckpt
 from ckpt.core.durations import seconds_of
 from ckpt.core.errors import UsageError
 from ckpt.service.places import as_address, as_place, shown
@@ -67,3 +69,15 @@ def test_a_duration_is_its_number_of_its_unit(number: int, unit: str) -> None:
 @pytest.mark.parametrize("text", ["", "7", "d", "-1d", "1.5h", "7 d", "7y", "٣d", "1d\n"])
 def test_what_is_no_duration(text: str) -> None:
     assert seconds_of(text) is None
+
+
+def test_a_repository_stays_where_it_is_when_the_program_goes_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with ckpt.open("here") as repo:
+        monkeypatch.chdir(tmp_path / "else")
+        repo.push({"w": torch.ones(1)}, "m")
+        assert list(repo.pull("m")) == ["w"]
+    assert not list((tmp_path / "else").iterdir())

@@ -363,6 +363,25 @@ def compare(got: Any, wanted: Any) -> None:
             assert pairs[index][0].stride() == pairs[index][1].stride()
 
 
+def test_the_default_device_of_a_program_is_not_that_of_what_is_pulled(
+    repo: ckpt.Repository,
+) -> None:
+    base = torch.arange(6.0)
+    state: dict[str, Any] = {
+        "whole": torch.ones(3),
+        "views": [base[:4], base[2:]],
+        "empty": torch.empty(0),
+    }
+    try:
+        torch.set_default_device("meta")
+        repo.push(state, "m")
+        pulled = repo.pull("m")
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(pulled["whole"], state["whole"])
+    assert torch.equal(pulled["views"][1], base[2:])
+
+
 @settings(max_examples=2000)
 @given(state=states(), seed=st.integers(0, 10**6))
 def test_2000_random_states_come_back_with_one_digest_whatever_the_order(

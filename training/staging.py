@@ -66,7 +66,7 @@ class Stage:
             .view(dtype)
             .view(shape)
             if nbytes
-            else torch.empty(0, dtype=torch.uint8)
+            else torch.empty(0, dtype=torch.uint8, device="cpu")
             for (nbytes, dtype, shape), place in zip(layout, places, strict=True)
         ]
         self._layout, self._places, self._rooms = layout, places, rooms
