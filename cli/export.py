@@ -36,8 +36,11 @@ def export(
             done = repository.export_file(
                 version, destination, format=form, force=force, progress=meter
             )
+        left = 0 if done.exact or version.state == "files" else repository.unnamed_values(version)
     said = "importing it gives the same digest" if done.exact else "every tensor bit for bit"
     settings.say(f"{version.reference}: {size(version.nbytes)}, {said}")
+    if left:
+        settings.say(f"{left} plain values are not in it; a .pt file would have them")
     if settings.as_json:
         print_json(
             {

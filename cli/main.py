@@ -159,7 +159,8 @@ def _run(settings: Settings) -> int:
 def _usage(error: click.ClickException) -> int:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "ckpt"
-    return _fail("usage", f"{escape(error.format_message()).rstrip('.')}; see `{path} --help`", 2)
+    said = escape(" ".join(error.format_message().split())).rstrip(".")
+    return _fail("usage", f"{said}; see `{path} --help`", 2)
 
 
 def _ckpt_error(error: CkptError, settings: Settings) -> int:

@@ -184,7 +184,8 @@ class ClassUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One act in the history; ``said`` is what its kind says beside."""
+    """One act in the history; ``said`` is what its kind says beside, with ``version``, the
+    reference, where it is of one that is there."""
 
     id: str
     kind: str
@@ -196,7 +197,9 @@ class Event:
     @property
     def text(self) -> str:
         """``said`` in one line."""
-        return " ".join(f"{name}={value}" for name, value in self.said.items())
+        hidden = ("push", "version") if "version" in self.said else ()
+        rest = [f"{name}={value}" for name, value in self.said.items() if name not in hidden]
+        return " ".join([self.said["version"], *rest] if hidden else rest)
 
 
 class Point(NamedTuple):

@@ -34,7 +34,7 @@ def train(repository: str, total: int) -> None:
             if step % 20 == 0 or step == total - 1:
                 run.save(step, metrics={"loss": loss})
     if dist.get_rank() == 0:
-        print(f"steps {start} to {total - 1} on {dist.get_world_size()} processes")
+        print(f"steps {start} to {total - 1}, world size {dist.get_world_size()}")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def train(repository: str, total: int) -> None:
             if step % 20 == 0 or step == total - 1:
                 save(repo, model, optimizer, step, loss.item())
     if dist.get_rank() == 0:
-        print(f"steps {start} to {total - 1} on {dist.get_world_size()} processes")
+        print(f"steps {start} to {total - 1}, world size {dist.get_world_size()}")
 
 
 if __name__ == "__main__":

@@ -213,10 +213,9 @@ def _differ(what: str, changed: tuple[str, ...], child: str) -> IntegrityError:
     parts = [f"outputs differ: {escape(what)}"]
     if changed:
         parts.append(f"({', '.join(changed)}; a branch on values may have gone another way)")
-    if child:
-        parts.append(f"first differing child: {escape(child)}")
+    where = f"; first differing child: {escape(child)}" if child else ""
     return IntegrityError(
         "outputs-differ",
-        " ".join(parts),
+        " ".join(parts) + where,
         hint="every byte is intact; look at what changed in the code, or get the weights with pull",
     )

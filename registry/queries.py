@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,7 +15,7 @@ from ckpt.core.errors import IntegrityError
 from ckpt.core.records import ClassUse, Environment, Event, Model, Version
 from ckpt.core.references import Reference
 from ckpt.registry.bodies import decompress, read_json
-from ckpt.registry.engine import Database, batches
+from ckpt.registry.engine import Database, Transaction, batches
 from ckpt.registry.resolving import (
     MODEL,
     require_model,
@@ -204,6 +204,8 @@ class Queries:
         )
         with self._database.read() as transaction:
             rows = transaction.rows(query)
+            said = [_said(read_json(row.body)) for row in rows]
+            known = _references(transaction, {one["push"] for one in said if "push" in one})
         return [
             Event(
                 id=row.id,
@@ -211,9 +213,9 @@ class Queries:
                 model=row.name,
                 author=row.author,
                 time=datetime.fromtimestamp(row.created_at / 1e6, UTC),
-                said=_said(read_json(row.body)),
+                said=one | ({"version": known[one["push"]]} if one.get("push") in known else {}),
             )
-            for row in rows
+            for row, one in zip(rows, said, strict=True)
         ]
 
     def stored_bytes(self) -> int:
@@ -248,6 +250,18 @@ class Queries:
         if row is None:
             raise version_missing(version.reference)
         return Environment(row.digest, read_json(row.body))
+
+
+def _references(transaction: Transaction, pushes: Collection[str]) -> dict[str, str]:
+    """Of those pushes whose versions are there, the references."""
+    query = select(versions.c.push, models.c.name, versions.c.number).join(
+        models, models.c.id == versions.c.model
+    )
+    return {
+        row.push: f"{row.name}@{row.number}"
+        for some in batches(sorted(pushes))
+        for row in transaction.rows(query.where(versions.c.push.in_(some)))
+    }
 
 
 _EVERYWHERE = ("format", "id", "epoch", "counter", "kind", "author", "time", "model", "sequence")

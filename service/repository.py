@@ -398,14 +398,14 @@ class Repository(Lookup, Exchange, Upkeep):
         *,
         metrics: Mapping[str, float] | None = None,
         labels: Mapping[str, str] | None = None,
-        remove: Iterable[str] = (),
+        remove: str | Iterable[str] = (),
     ) -> Version:
         """Set metrics and labels of a version, and remove some by key."""
         event, version = self._changes.annotate(
             self._reference(ref),
             check_metrics(metrics),
             check_labels(labels),
-            sorted(set(remove)),
+            sorted({remove} if isinstance(remove, str) else set(remove)),
             author(),
         )
         acknowledge_event(self._store, self._registry, event)

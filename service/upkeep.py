@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
+from ckpt.core.durations import seconds_of
+from ckpt.core.errors import UsageError
 from ckpt.core.records import Event
 from ckpt.core.rules import Rule
 from ckpt.registry.registry import Registry
@@ -29,25 +31,30 @@ class Upkeep:
     def gc(
         self,
         *,
-        grace: float = 7 * 86400,
+        grace: float | str = 7 * 86400,
         dry_run: bool = False,
         allow: Collection[str] = (),
         repack: bool = False,
     ) -> Collected:
-        """Free the bytes that no version needs and has not needed for ``grace`` seconds; safe
-        beside pushes, pulls and other collectors.
+        """Free the bytes that no version needs and has not needed for ``grace``; safe beside
+        pushes, pulls and other collectors.
 
         Args:
+            grace: in seconds, or as text such as ``"7d"``.
             allow: reasons to refuse that are overruled: ``empty``, ``unknown``, ``much``.
             repack: first write packs again of which versions need less than half.
 
         Raises:
             ConflictError: ``gc-refused``, naming the reason.
+            UsageError: ``duration-invalid``.
         """
         from ckpt.service.gc import collect
 
+        seconds = seconds_of(grace) if isinstance(grace, str) else grace
+        if not isinstance(seconds, (int, float)):
+            raise UsageError("duration-invalid", f"{grace!r} is no time", hint='write "7d"')
         return collect(
-            self._store, self._registry, grace, dry_run=dry_run, allow=allow, repack=repack
+            self._store, self._registry, seconds, dry_run=dry_run, allow=allow, repack=repack
         )
 
     def prune(

@@ -396,6 +396,13 @@ def test_a_push_that_is_repeated_after_success_is_answered(folder: Path, shell: 
     assert tree(folder / ".ckpt" / "store") == before
 
 
+def test_from_python_a_time_is_taken_as_a_person_writes_it(repo: ckpt.Repository) -> None:
+    repo.gc(grace="7d")
+    with pytest.raises(UsageError) as caught:
+        repo.gc(grace="soon")
+    assert caught.value.code == "duration-invalid"
+
+
 def test_from_python_a_path_is_no_state(repo: ckpt.Repository, tmp_path: Path) -> None:
     (tmp_path / "net.safetensors").touch()
     for path in (tmp_path / "net.safetensors", str(tmp_path), tmp_path / "nowhere"):

@@ -55,17 +55,17 @@ def test_the_plain_loop_in_postgresql_and_s3(
 
 def test_ddp(tmp_path: Path) -> None:
     first = example("ddp.py", tmp_path, 21, processes=2)
-    assert first == "steps 0 to 20 on 2 processes\n"
+    assert first == "steps 0 to 20, world size 2\n"
     second = example("ddp.py", tmp_path, 41, processes=2)
-    assert second == "steps 21 to 40 on 2 processes\n"
+    assert second == "steps 21 to 40, world size 2\n"
     assert steps_of(tmp_path, "ddp") == {40, 20, 0}
 
 
 def test_fsdp2_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     first = example("fsdp2_dcp.py", tmp_path, 21, processes=2)
-    assert first == "steps 0 to 20 on 2 processes\n"
+    assert first == "steps 0 to 20, world size 2\n"
     second = example("fsdp2_dcp.py", tmp_path, 41, processes=1)
-    assert second == "steps 21 to 40 on 1 processes\n"
+    assert second == "steps 21 to 40, world size 1\n"
     assert steps_of(tmp_path, "sharded") == {0, 20, 40}
 
 

@@ -155,6 +155,7 @@ def test_the_command_line_asks_tells_and_keeps_a_history(trained: ckpt.Repositor
     history = run("events", "--since", "1h", "-n", "1000")
     for word in ("prune", "push", "policy", "tag"):
         assert word in history
+    assert "net@2 alias=paper" in history
     told = json.loads(run("events", "--json"))
     assert {event["kind"] for event in told} == {"push", "prune", "policy", "tag"}
     assert json.loads(run("events", "--since", "2999-01-01", "--json")) == []

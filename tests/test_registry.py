@@ -255,7 +255,8 @@ def test_metrics_come_back_also_those_that_are_not_finite(repo: ckpt.Repository)
 
 def test_labels_and_metrics_can_be_set_and_removed(repo: ckpt.Repository) -> None:
     repo.push({"w": torch.ones(1)}, "m", labels={"a": "1", "b": "2"}, metrics={"x": 1.0})
-    version = repo.annotate("m", labels={"b": "3", "c": "4"}, metrics={"y": 2.0}, remove=["a", "x"])
+    repo.annotate("m", remove="a")  # one alone, not letter by letter
+    version = repo.annotate("m", labels={"b": "3", "c": "4"}, metrics={"y": 2.0}, remove=["x"])
     assert version.labels == {"b": "3", "c": "4"}
     assert version.metrics == {"y": 2.0}
 

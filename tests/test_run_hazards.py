@@ -15,10 +15,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ckpt
-from ckpt.core.errors import CkptWarning, IntegrityError, UsageError
+from ckpt.core.errors import CkptWarning, IntegrityError, StorageError, UsageError
 from ckpt.training import writer as writing
 from ckpt.training.arena import Arena
 from ckpt.training.background import Background, location_of
+from ckpt.training.run import Saved
 
 SECONDS = 30
 
@@ -139,6 +140,29 @@ def test_a_run_that_is_closed_saves_no_more(repo: ckpt.Repository) -> None:
         job.save(0)
     assert caught.value.code == "run-closed"
     run(repo).close()
+
+
+def test_where_the_others_wait_a_failure_is_raised_after_they_were_met(
+    repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the others' random states would be one save behind from then on."""
+    met: list[int] = []
+
+    def meet(state: dict[str, Any]) -> dict[str, Any]:
+        met.append(state["step"])
+        return state
+
+    with run(repo) as job:
+        job.track(model=nn.Linear(1, 1))
+        monkeypatch.setattr(job._ranks, "gathered", meet)
+        assert job._writer is not None
+        job._writer._process.kill()
+        job._writer._process.wait()
+        job._pending = Saved(job, 0, job._writer._ask({"act": "spare", "pushes": []}), 0.0)
+        with pytest.raises(StorageError, match="has ended"):
+            job.save(1)
+        job.save(2)
+    assert met == [1, 2]
 
 
 def test_a_save_in_inference_mode_does_not_spoil_the_next(repo: ckpt.Repository) -> None:
