@@ -51,7 +51,7 @@ def push(
     compress: str,
 ) -> None:
     """Store PATH as the newest version of MODEL: a .safetensors file, or a folder with some,
-    such as save_pretrained writes; its other files are kept as they are.
+    such as save_pretrained writes; its other files are kept as they are, hidden folders left out.
 
     Prints the reference of the version, and nothing else, on stdout.
     """

@@ -147,8 +147,7 @@ class _ModuleEncoder(Encoder):
         """Its class by name, its attributes as values."""
         kind = type(value)
         name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
-        slots = any(vars(base).get("__slots__") for base in kind.__mro__)
-        if not is_plain_class(kind) or slots or not hasattr(value, "__dict__"):
+        if not is_plain_class(kind) or _has_slots(kind) or not hasattr(value, "__dict__"):
             raise RefusedError(
                 f"cannot store {name}; create it in __setstate__, or leave it out with "
                 f'drop=["{_attribute_path(path)}"]'
@@ -195,7 +194,7 @@ class _ModuleEncoder(Encoder):
             raise RefusedError(f"{name} carries generated code; push the original module")
         kind = _own_class(module)
         reference = self._refer(kind)
-        if any(vars(base).get("__slots__") for base in kind.__mro__):
+        if _has_slots(kind):
             raise RefusedError(
                 f"{kind.__qualname__} has __slots__, whose values are not in its dict; remove them"
             )
@@ -310,6 +309,13 @@ class _ModuleEncoder(Encoder):
                 name = getattr(function, "__qualname__", type(function).__qualname__)
                 if not is_of_torch(function):
                     self.notes.append(f"{where}: state_dict hook {escape(name, 80)} is not stored")
+
+
+def _has_slots(kind: type) -> bool:
+    """Whether instances keep values where their dict has none."""
+    slots = (vars(base).get("__slots__", ()) for base in kind.__mro__)
+    names = {name for some in slots for name in ((some,) if isinstance(some, str) else some)}
+    return not names <= {"__dict__", "__weakref__"}
 
 
 def unwrap(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:

@@ -144,7 +144,7 @@ class Repository(Lookup, Exchange, Upkeep):
 
         Pulling it as a file or folder gives the identical bytes; pulling its state gives the
         weights by name. Of a folder, such as ``save_pretrained`` writes, every other file is
-        kept as it is. For the other arguments see :meth:`push`.
+        kept as it is; hidden folders are left out. For the other arguments see :meth:`push`.
 
         Raises:
             IntegrityError: the file's header is damaged or hostile; the message says how.
