@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -111,29 +111,34 @@ class Line:
         return tuple(sorted(alias for alias, named in self.aliases.items() if named == number))
 
     def kept_by(self, rules: Iterable[str]) -> set[int]:
-        """The numbers that a prune leaves."""
-        kept = {*self.aliases.values(), max(self.versions)}
-        for rule in rules:
-            word, *given = rule.split(":")
-            if word == "last":
-                kept |= set(sorted(self.versions)[-int(given[0]) :])
-            elif word == "every":
-                steps = {number: kept.step for number, kept in self.versions.items()}
-                kept |= {
-                    n for n, step in steps.items() if step is not None and not step % int(*given)
-                }
-            else:
-                kept |= self._best(given[1], int(given[2]))
+        """The numbers that a prune leaves; rules look at each run by itself."""
+        kept = {*self.aliases.values()}
+        for run in {one.run for one in self.versions.values()}:
+            mine = {number: one for number, one in self.versions.items() if one.run == run}
+            kept.add(max(mine))
+            for rule in rules:
+                kept |= _kept_of_run(mine, *rule.split(":"))
         return kept
 
-    def _best(self, direction: str, count: int) -> set[int]:
-        sign = 1 if direction == "min" else -1
-        measured = [
-            (sign * kept.metrics["loss"], -number)
-            for number, kept in self.versions.items()
-            if math.isfinite(kept.metrics.get("loss", math.nan))
-        ]
-        return {-number for _, number in sorted(measured)[:count]}
+    def lacks_metric(self, rules: Iterable[str]) -> bool:
+        """Whether a rule is by a metric that no version has."""
+        has_loss = any("loss" in one.metrics for one in self.versions.values())
+        return not has_loss and any(rule.startswith("best:") for rule in rules)
+
+
+def _kept_of_run(mine: Mapping[int, Kept], word: str, *given: str) -> set[int]:
+    if word == "last":
+        return set(sorted(mine)[-int(given[0]) :])
+    if word == "every":
+        steps = {number: one.step for number, one in mine.items()}
+        return {n for n, step in steps.items() if step is not None and not step % int(*given)}
+    sign = 1 if given[1] == "min" else -1
+    measured = [
+        (sign * one.metrics["loss"], -number)
+        for number, one in mine.items()
+        if math.isfinite(one.metrics.get("loss", math.nan))
+    ]
+    return {-number for _, number in sorted(measured)[: int(given[2])]}
 
 
 @dataclass

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -213,6 +214,21 @@ def test_what_is_trained_again_after_damage_is_stored_anew(repo: ckpt.Repository
         train()
     assert repo.get("gpt").number == 4
     assert set(repo.pull("gpt")) >= {"model", "step"}
+
+
+def test_numpy_goes_on_with_the_generator_that_somebody_chose(repo: ckpt.Repository) -> None:
+    generators: Any = numpy.random  # whose types leave these two out
+    usual = generators.get_bit_generator()
+    try:
+        generators.set_bit_generator(numpy.random.PCG64(1))
+        with run(repo) as job:
+            job.track(model=nn.Linear(1, 1)).save(0)
+            job.wait()
+            expected = numpy.random.rand(3).tolist()
+            job.resume()
+        assert numpy.random.rand(3).tolist() == expected
+    finally:
+        generators.set_bit_generator(usual)
 
 
 class Own(nn.Module):

@@ -23,7 +23,7 @@ from shelved_place import Place
 
 import ckpt
 from ckpt.core.effects import observed
-from ckpt.core.errors import CkptError, ConflictError
+from ckpt.core.errors import CkptError, ConflictError, NotFoundError
 
 MOST_VERSIONS = 6
 
@@ -257,6 +257,10 @@ class VersionsMachine(RuleBasedStateMachine):
     def prune(self, who: int, pick: int, rules: tuple[str, ...], mode: str) -> None:
         place, actor, kept = self.choose(who, pick)
         line = place.shelf.lines[kept.model]
+        if line.lacks_metric(rules):
+            with pytest.raises(NotFoundError, match="has the metric"):
+                place.actor(actor).prune(kept.model, keep=rules)
+            return
         victims = sorted(line.versions.keys() - line.kept_by(rules))
         freed = place.freed_by([line.versions[number] for number in victims])
         repo = place.actor(actor)

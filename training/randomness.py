@@ -15,9 +15,12 @@ def random_states() -> dict[str, Any]:
     if "numpy" in sys.modules:
         import numpy
 
-        name, keys, *rest = numpy.random.get_state(legacy=True)
-        # Not as an array, which weights_only=True does not read after `ckpt export`.
-        states["numpy"] = (name, torch.from_numpy(numpy.asarray(keys).astype(numpy.int64)), *rest)
+        states["numpy"] = numpy.random.get_state(legacy=False)
+        if states["numpy"]["bit_generator"] == "MT19937":
+            name, keys, *rest = numpy.random.get_state(legacy=True)
+            # Not as an array, which weights_only=True does not read after `ckpt export`.
+            plain = torch.from_numpy(numpy.asarray(keys).astype(numpy.int64))
+            states["numpy"] = (name, plain, *rest)
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state_all()
     return states
@@ -30,8 +33,11 @@ def restore_random_states(states: dict[str, Any]) -> None:
     if "numpy" in states:
         import numpy
 
-        name, keys, *rest = states["numpy"]
-        numpy.random.set_state((name, numpy.asarray(keys).astype(numpy.uint32), *rest))
+        if isinstance(states["numpy"], dict):  # of a generator that somebody chose
+            numpy.random.set_state(states["numpy"])
+        else:
+            name, keys, *rest = states["numpy"]
+            numpy.random.set_state((name, numpy.asarray(keys).astype(numpy.uint32), *rest))
     if "cuda" in states and torch.cuda.is_available():
         for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state.cpu(), device)
