@@ -191,10 +191,11 @@ class _Canvas:
         return _LETTERS[self.owners[cell]].lower() if len(self.chart.lines) > 1 else "*"
 
     def _below(self, places: dict[int, str]) -> str:
-        """The labels of the steps, each under its tick where the one before leaves room."""
+        """The labels of the steps, each under its tick where the one before leaves room, and the
+        screen: a part of a number would be another one."""
         line = ""
         for column, label in places.items():
             start = min(max(0, column - len(label) // 2), max(0, self.columns - len(label)))
-            if not line or start > len(line):
+            if len(label) <= self.columns and (not line or start > len(line)):
                 line = line.ljust(start) + label
         return line

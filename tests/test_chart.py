@@ -9,7 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ckpt.cli.plot import Screen
@@ -73,6 +73,10 @@ def test_whatever_the_values_every_point_lies_between_axes_with_numbers(given: C
     assert chart.y.high + room >= min(max(point.value for point in points), 4e307)
 
 
+@example(
+    Curve("gpt", "loss", (Point(1, 10_190_506_964_810, "a", -9.090909091818184e153),), {}, ()),
+    *(1, 1, False),
+)
 @given(any_curve, st.integers(1, 200), st.integers(1, 60), st.booleans())
 def test_no_line_is_wider_than_the_terminal(
     given: Curve, width: int, height: int, unicode: bool
