@@ -115,7 +115,7 @@ def _check_fits(key: str, target: torch.Tensor, value: Any) -> None:
 
 
 def _not_writable(target: torch.Tensor) -> str:
-    """Why torch could not copy into a tensor, or nothing for the meta device."""
+    """Why torch could not copy into a tensor, or would copy nothing; else empty."""
     if target.is_meta:
         return "is on device meta, it has no memory; call module.to_empty(device=…) first"
     sizes = zip(target.shape, target.stride(), strict=True)

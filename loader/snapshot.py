@@ -108,8 +108,8 @@ class _ModuleEncoder(Encoder):
     dropped: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     _seen: dict[int, int] = field(default_factory=dict)
-    # The descriptions of plain objects, which the module keeps alive, by identity.
-    _objects: dict[int, list[Any]] = field(default_factory=dict)
+    # Plain objects by identity, kept alive as long as it counts, with their descriptions.
+    _objects: dict[int, tuple[Any, list[Any]]] = field(default_factory=dict)
     _numbers: int = 0
 
     def _encode_other(self, value: Any, path: Path) -> Any:
@@ -135,9 +135,9 @@ class _ModuleEncoder(Encoder):
         and gets a number there for the others."""
         if id(value) not in self._objects:
             described = self._describe_object(value, path)
-            self._objects[id(value)] = described["$object"]
+            self._objects[id(value)] = value, described["$object"]
             return described
-        content = self._objects[id(value)]
+        _, content = self._objects[id(value)]
         if len(content) == 2:
             content.append(self._numbers)
             self._numbers += 1

@@ -141,6 +141,17 @@ class Strange(nn.Module):
         return y
 
 
+class Fresh(nn.Module):
+    """Gives objects for its state that nothing else refers to."""
+
+    def __init__(self, number: int = 0) -> None:
+        super().__init__()
+        self.number = number
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "made": Shared(number=self.number)}
+
+
 class Shared:
     """A plain object that several modules refer to."""
 

@@ -94,8 +94,10 @@ def small_packs() -> Iterator[None]:
 
 
 def flip(path: Path) -> None:
+    """Change one bit of what a pack holds."""
     body = bytearray(path.read_bytes())
     body[5000] ^= 1
+    path.chmod(0o600)
     path.write_bytes(body)
 
 

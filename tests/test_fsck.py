@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from promise_scene import flip
 
 import ckpt
 from ckpt.core.errors import CkptError, IntegrityError
@@ -36,12 +37,6 @@ def filled(repo: ckpt.Repository) -> ckpt.Repository:
     repo.push(state(2), "b", alias="best")
     repo.tag("a@1", "first")
     return repo
-
-
-def flip(path: Path) -> None:
-    body = bytearray(path.read_bytes())
-    body[5000] ^= 1
-    path.write_bytes(body)
 
 
 def flip_header(path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from kept_models import (
     Backward,
+    Fresh,
     Keeping,
     Locking,
     LockingAgain,
@@ -237,6 +238,14 @@ def test_an_object_that_several_modules_share_is_one_again(repo: ckpt.Repository
     assert (loaded.settings.width, loaded[2].settings[0].width) == (3, 3)
     net[0].settings = Shared(width=3)  # other values nowhere, and another structure
     assert repo.push(net, "m").number == 2
+
+
+def test_objects_that_live_only_while_they_are_described_are_not_taken_for_one(
+    repo: ckpt.Repository,
+) -> None:
+    repo.push(nn.Sequential(*map(Fresh, range(20))), "m")
+    loaded: Any = repo.load("m", trust=TRUST)
+    assert [one.made.number for one in loaded] == list(range(20))
 
 
 def test_hooks_of_state_dict_are_named_and_refuse_nothing(repo: ckpt.Repository) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from promise_scene import flip
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -224,10 +225,7 @@ def test_a_damaged_version_is_told_and_the_one_before_taken(repo: ckpt.Repositor
             saving.save(step)
     push = repo.get("gpt@2").push
     (pack,) = repo.location.store.glob(f"packs/*/{push}*")
-    body = bytearray(pack.read_bytes())
-    body[-200] ^= 1
-    pack.chmod(0o600)
-    pack.write_bytes(body)
+    flip(pack)
     with run(repo) as resumed, pytest.warns(CkptWarning, match="gpt@2 is not whole"):
         assert resumed.track(model=net).resume() == 1
     assert torch.all(net.weight == 0)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from promise_scene import flip
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -166,6 +167,20 @@ def test_where_the_others_wait_a_failure_is_raised_after_they_were_met(
     assert met == [1, 2]
 
 
+def test_a_failure_is_not_lost_behind_a_wrong_argument(repo: ckpt.Repository) -> None:
+    with run(repo) as job:
+        job.track(model=nn.Linear(1, 1)).save(0)
+        job.wait()
+        assert job._writer is not None
+        job._writer._process.kill()
+        job._writer._process.wait()
+        job._pending = Saved(job, 0, job._writer._ask({"act": "spare", "pushes": []}), 0.0)
+        with pytest.raises(UsageError, match="not a number"):
+            job.save(1, {"loss": "low"})
+        with pytest.raises(StorageError, match="has ended"):
+            job.save(1)
+
+
 def test_a_save_in_inference_mode_does_not_spoil_the_next(repo: ckpt.Repository) -> None:
     with run(repo) as job:
         job.track(model=nn.Linear(1, 1))
@@ -206,10 +221,7 @@ def test_what_is_trained_again_after_damage_is_stored_anew(repo: ckpt.Repository
     train()
     push = repo.get("gpt@3").push
     (pack,) = repo.location.store.glob(f"packs/*/{push}*")
-    body = bytearray(pack.read_bytes())
-    body[-200] ^= 1
-    pack.chmod(0o600)
-    pack.write_bytes(body)
+    flip(pack)
     with pytest.warns(CkptWarning, match="gpt@3 is not whole"):
         train()
     assert repo.get("gpt").number == 4

@@ -50,8 +50,9 @@ class Background:
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # of numpy, which would only wait
             start_new_session=True,
         )
+        assert self._process.stdin is not None
         with contextlib.suppress(OSError):  # there may be no more for this user
-            fcntl.fcntl(self._process.stdin, _SET_PIPE_SIZE, _PIPE_BYTES)  # type: ignore[arg-type]
+            fcntl.fcntl(self._process.stdin, _SET_PIPE_SIZE, _PIPE_BYTES)
         self._reader = threading.Thread(target=self._read, name="ckpt-answers", daemon=True)
         self._reader.start()
         try:

@@ -213,7 +213,6 @@ class Run:
                 "nothing is tracked, so there is nothing to save",
                 hint="call track(model=…, optimizer=…) first",
             )
-        failed = self._settled()
         measured = check_metrics(metrics)
         said = {
             "step": check_step(step),
@@ -222,6 +221,7 @@ class Run:
             "aliases": list(check_aliases(alias)),
             "environment": self._environment,
         }
+        failed = self._settled()  # when nothing else can be wrong, or it would be lost
         state = self._ranks.gathered({**state_of(self._parts), "step": step})
         if failed is not None:  # after the others were met, who wait for this one
             raise failed
@@ -345,12 +345,13 @@ def warns(on_error: str) -> bool:
 
 def _told(added: Added, nbytes: int) -> str:
     """Where the bytes of a save are."""
-    unit, nbytes_of_one = ("MB", 1e6) if nbytes >= 1e6 else ("kB", 1e3)
+    unit, each = ("MB", 1e6) if nbytes >= 1e6 else ("kB", 1e3)
     new, shared, differences, coding = (
-        f"{part / nbytes_of_one:.1f}"
+        f"{part / each:.1f}"
         for part in (added.new, added.shared, added.by_differences, added.by_coding)
     )
-    told = f"{new} of {nbytes / nbytes_of_one:.1f} {unit} new, {shared} shared, {differences} saved by differences"
+    told = f"{new} of {nbytes / each:.1f} {unit} new, {shared} shared"
+    told += f", {differences} saved by differences"
     return f"{told}, {coding} by coding" if added.by_coding else told
 
 

@@ -135,6 +135,7 @@ class Writer:
         with self._holding, contextlib.suppress(CkptError):
             self.closed.set()
             self._repository._registry.runs.release(self._model, self._run, self._holder)
+        with contextlib.suppress(CkptError):  # the repository itself may be gone
             self._repository.close()
 
 
