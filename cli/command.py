@@ -45,6 +45,13 @@ def _setter(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
     return set_value
 
 
+def _tell_steps(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from ckpt.cli.steps import tell_steps
+
+        tell_steps()
+
+
 def _option(name: str, *declarations: str, **attributes: Any) -> Callable[[F], F]:
     return click.option(*declarations, expose_value=False, callback=_setter(name), **attributes)
 
@@ -53,6 +60,14 @@ def common_options(function: F) -> F:
     """Add the options that every command takes."""
     repo = "The repository: a folder. Default: $CKPT_REPO, the nearest .ckpt/, or your own."
     function = _option("debug", "--debug", is_flag=True, help="Show tracebacks.")(function)
+    function = click.option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        expose_value=False,
+        callback=_tell_steps,
+        help="Tell each step, with the seconds.",
+    )(function)
     function = _option("quiet", "-q", "--quiet", is_flag=True, help="Say only results.")(function)
     function = _option("as_json", "--json", is_flag=True, help="Print JSON.")(function)
     return _option("repo", "-r", "--repo", metavar="DIR", help=repo)(function)

@@ -8,6 +8,7 @@ tensors and its probe's, one after the other. It answers with one line of JSON.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -29,6 +30,8 @@ from ckpt.loader.replica import FULL_BYTES, Spaces, copied, copied_again, drafte
 from ckpt.loader.spaces import MemorySpace, stored_nbytes
 from ckpt.loader.trust import Trust
 from ckpt.loader.verify import check_structure
+
+_log = logging.getLogger(__name__)
 
 _SECONDS = 300.0
 
@@ -56,6 +59,7 @@ def prove(captured: Captured, recorded: RecordedProbe | None = None) -> Proof:
     if full and recorded is not None and recorded.probe.conditions.device == "cpu":
         document = replace(document, probe=_with_chunks(recorded))
         sources += recorded.captured.sources
+    _log.debug("proving in another interpreter that the module can be rebuilt")
     try:
         answer = _ask(document, sources)
     except (OSError, subprocess.SubprocessError, ValueError) as error:

@@ -3,10 +3,14 @@ again, still has it."""
 
 from __future__ import annotations
 
+import logging
+
 from ckpt.core.errors import CkptError, ConflictError
 from ckpt.core.records import Version
 from ckpt.registry.registry import Registry
 from ckpt.storage.store import Store
+
+_log = logging.getLogger(__name__)
 
 
 def copy_pending(store: Store, registry: Registry) -> None:
@@ -19,6 +23,7 @@ def copy_pending(store: Store, registry: Registry) -> None:
                 raise
             continue  # its version was removed, and a collection took what was just written
         registry.copies.note(copy)
+        _log.debug("wrote %s", copy.key)
 
 
 def acknowledge_push(store: Store, registry: Registry, push: str) -> Version:

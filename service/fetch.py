@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ from ckpt.service.mapping import Mappings
 from ckpt.service.upload import Progress
 from ckpt.storage.chunks import Places, read_chunk
 from ckpt.storage.store import Store
+
+_log = logging.getLogger(__name__)
 
 # Decoding takes memory beside the chunk, of which a pull may have 128 MiB, and the processors.
 _THREADS, _DECODING_THREADS = 4, 2
@@ -134,6 +137,13 @@ def _read_all(
     done = 0
     raw = [piece for piece in pieces if not piece.encoded]
     encoded = [piece for piece in pieces if piece.encoded]
+    _log.debug(
+        "reading %s: %d raw and %d encoded chunks, %d bytes when decoded",
+        version.reference,
+        len(raw),
+        len(encoded),
+        total,
+    )
 
     def read(batch: Sequence[_Piece]) -> int:
         for piece in batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import secrets
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from ckpt.service.acknowledge import copy_pending
 from ckpt.storage.chunks import Places, read_chunk, read_place
 from ckpt.storage.packs import read_places
 from ckpt.storage.store import Store
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -62,6 +65,7 @@ def check(
         found.packs += 1
         hashed = read_data >= 1 or random.random() < read_data
         reason = _fault(store, places, finished, found, hashed=hashed)
+        _log.debug("checked %s: %s", finished.pack.key, reason or "nothing is wrong")
         was = finished.pack.state is PackState.BROKEN
         if reason is not None:
             found.broken[finished.pack.id] = reason

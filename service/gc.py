@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from ckpt.service.acknowledge import copy_pending
 from ckpt.service.author import author
 from ckpt.service.repack import SHARE, write_sparse_again
 from ckpt.storage.store import Store
+
+_log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 7 * 86400
 _MOST_UNEXPLAINED = 0.3
@@ -192,6 +195,7 @@ def _delete(store: Store, registry: Registry) -> None:
     for dead in registry.collector.dead():
         if registry.copies.is_copied(dead.event) and registry.collector.may_delete(dead):
             store.delete(dead.key)
+            _log.debug("deleted %s", dead.key)
             gone.append(dead)
     # One that is written late, by a push that died, is found by the next sweep.
     registry.collector.forget(gone)
@@ -205,6 +209,7 @@ def _delete_documents(
     for push in sorted(listed.documents.keys() & ended):
         if registry.collector.may_forget(push, epoch):
             store.delete(listed.documents[push])
+            _log.debug("deleted %s", listed.documents[push])
 
 
 def gc_summary(collected: Collected) -> dict[str, Any]:

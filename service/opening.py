@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -14,6 +15,8 @@ from ckpt.service.places import Place, as_place, open_store, probe_store, shown
 from ckpt.service.repository import PathLike, Repository
 from ckpt.storage.identity import ensure_identity, read_identity
 from ckpt.storage.store import Store
+
+_log = logging.getLogger(__name__)
 
 
 def open_repository(
@@ -90,6 +93,11 @@ def _open_existing(location: Location) -> Repository:
 @contextmanager
 def _store_of(location: Location) -> Iterator[tuple[Store, Callable[[], object]]]:
     """The store, closed afterwards unless it was said to keep it: to connect takes a while."""
+    _log.debug(
+        "repository: registry %s, store %s",
+        shown(location.registry_place),
+        shown(location.store_place),
+    )
     with ExitStack() as stack:
         store = open_store(location.store_place, location.options)
         stack.callback(store.close)

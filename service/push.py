@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -42,6 +43,8 @@ from ckpt.service.bases import Compress, Kept, find_bases
 from ckpt.service.tripwire import check_newest
 from ckpt.service.upload import Progress, Upload
 from ckpt.storage.store import Store
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,6 +271,7 @@ def commit(
     """Commit a push; its version is there when this returns, and may not be told yet."""
     try:
         registry.commit(push, facts, document, environment, finished, needed, new_bytes)
+        _log.debug("committed push %s", push)
     except StorageError:
         # The connection may have broken after the commit: the push row knows, we never guess.
         if not registry.books.is_acknowledgeable(push):

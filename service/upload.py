@@ -7,6 +7,7 @@ any more is written again.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
@@ -30,6 +31,8 @@ from ckpt.storage.store import Store
 
 if TYPE_CHECKING:
     from ckpt.storage.codecs import Encoded
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
@@ -396,6 +399,7 @@ class Upload:
         finished = self._pack.finish()
         self._pack.upload.abort()  # only its temporary name and its handle are left
         self._pack = None
+        _log.debug("wrote %s: %d bytes", finished.pack.key, finished.pack.size)
         self.new_bytes += finished.pack.size
         self.needed.add(finished.pack.id)
         if last:

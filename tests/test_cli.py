@@ -239,6 +239,29 @@ def test_a_bug_is_one_line_and_exit_70(shell: Shell, monkeypatch: pytest.MonkeyP
     assert "Traceback" in shell.err
 
 
+def test_each_step_is_told_when_asked(shell: Shell) -> None:
+    def steps(*arguments: str) -> list[str]:
+        done = subprocess.run(
+            [Path(sys.executable).with_name("ckpt"), *arguments],
+            cwd=shell.folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return [text for line in done.stderr.splitlines() if (text := line.partition(" s  ")[2])]
+
+    assert steps("push", "net.safetensors", "net") == []
+    shell.save("net.safetensors", w=2)
+    told = steps("-v", "push", "net.safetensors", "net")
+    assert [line.split()[0] for line in told] == ["repository:", "wrote", "committed", "wrote"]
+    assert "packs/" in told[1]
+    assert "documents/" in told[3]
+    assert "1 raw and 0 encoded chunks, 12 bytes" in steps("pull", "net", "-qv")[1]
+    steps("rm", "-y", "net@1")
+    assert [line.split()[0] for line in steps("gc", "--grace", "0", "-v")].count("deleted") == 2
+    assert "nothing is wrong" in steps("fsck", "--verbose")[1]
+
+
 def test_every_command_has_help_and_is_documented() -> None:
     page = (ROOT / "docs" / "cli.md").read_text()
     for name in COMMANDS:

@@ -1,0 +1,24 @@
+"""``--verbose``: what the layers below log, as lines on stderr, with the seconds since the start."""
+
+from __future__ import annotations
+
+import logging
+
+import click
+
+from ckpt.core.printable import escape
+
+
+class _Steps(logging.Handler):
+    """Asks for stderr anew each time: a progress bar puts itself in its place while it is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = escape(record.getMessage(), limit=4000)
+        click.echo(f"{record.relativeCreated / 1000:7.3f} s  {text}", err=True)
+
+
+def tell_steps() -> None:
+    """Print each step from now on."""
+    logger = logging.getLogger("ckpt")
+    logger.setLevel(logging.DEBUG)
+    logger.handlers = [_Steps()]
