@@ -115,14 +115,12 @@ def _quoted(path: Path) -> str:
 
 
 def _set_pragmas(connection: sqlite3.Connection, _: object) -> None:
-    wal = wal_is_safe(sqlite3.sqlite_version_info)
-    mode = "wal" if wal else "delete"
+    mode = journal_mode(sqlite3.sqlite_version_info)
     answer = connection.execute(f"PRAGMA journal_mode={mode}").fetchone()[0]
     if answer != mode:
         raise StorageError("registry-journal", f"SQLite keeps journal mode {answer}, not {mode}")
-    # EXTRA also syncs the folder when a rollback journal is removed; a WAL needs FULL.
     for pragma in (
-        f"synchronous={'full' if wal else 'extra'}",
+        "synchronous=full",  # EXTRA would add the sync of a folder that a journal was removed from
         "foreign_keys=on",
         "trusted_schema=off",
         "cell_size_check=on",
@@ -131,11 +129,13 @@ def _set_pragmas(connection: sqlite3.Connection, _: object) -> None:
         connection.execute(f"PRAGMA {pragma}")
 
 
-def wal_is_safe(version: tuple[int, ...]) -> bool:
-    """Whether this SQLite version may use a write-ahead log with several writers."""
-    return version >= _WAL_SAFE or any(
+def journal_mode(version: tuple[int, ...]) -> str:
+    """A write-ahead log where this SQLite version may use one with several writers; else a
+    rollback journal that is emptied and not removed (docs/decisions/014)."""
+    safe = version >= _WAL_SAFE or any(
         version[:2] == branch[:2] and version >= branch for branch in _WAL_SAFE_BRANCHES
     )
+    return "wal" if safe else "truncate"
 
 
 def _begin(connection: Connection) -> None:

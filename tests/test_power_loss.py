@@ -23,11 +23,9 @@ from trials import Trials
 import ckpt
 from ckpt.core.errors import CkptError, IntegrityError, NotFoundError
 from ckpt.registry.sqlite import _set_pragmas as set_pragmas
-from ckpt.registry.sqlite import wal_is_safe
 
 SMALL_PACK = 4096
 REGISTRY = "registry.db"
-WAL = wal_is_safe(sqlite3.sqlite_version_info)
 MANY = 5  # up to so many acts, every subset of them is tried
 
 NAMES = {
@@ -474,7 +472,7 @@ def test_no_sync_can_be_left_out(name: str, dropped: str, tmp_path: Path) -> Non
     assert_something_is_lost(name, World(tmp_path / "disk", tmp_path / "files", 0), dropped)
 
 
-@pytest.mark.parametrize("weaker", ["normal", "off"] if WAL else ["full", "off"])
+@pytest.mark.parametrize("weaker", ["normal", "off"])
 def test_a_registry_that_syncs_less_loses_what_was_acknowledged(
     weaker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

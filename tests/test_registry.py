@@ -24,7 +24,7 @@ from ckpt.registry.engine import Database, Transaction
 from ckpt.registry.postgres import open_postgres
 from ckpt.registry.registry import Registry
 from ckpt.registry.schema import SCHEMA
-from ckpt.registry.sqlite import open_sqlite, wal_is_safe
+from ckpt.registry.sqlite import journal_mode, open_sqlite
 from ckpt.registry.tables import chunks, metadata, models, versions
 from ckpt.storage.codecs import NAMES
 
@@ -128,15 +128,14 @@ def test_half_a_surrogate_and_a_number_without_end_are_refused(database: Databas
 def test_a_write_ahead_log_is_used_only_where_sqlite_is_fixed(
     version: tuple[int, ...], safe: bool
 ) -> None:
-    assert wal_is_safe(version) is safe
+    assert journal_mode(version) == ("wal" if safe else "truncate")
 
 
 def test_sqlite_runs_with_the_durable_settings(tmp_path: Path) -> None:
     database = open_sqlite(tmp_path / "registry.db", create=True)
-    wal = wal_is_safe(sqlite3.sqlite_version_info)
     wanted = {
-        "journal_mode": "wal" if wal else "delete",
-        "synchronous": 2 if wal else 3,
+        "journal_mode": journal_mode(sqlite3.sqlite_version_info),
+        "synchronous": 2,
         "foreign_keys": 1,
         "trusted_schema": 0,
         "cell_size_check": 1,
