@@ -260,7 +260,7 @@ def test_a_save_is_done_although_nothing_could_be_kept_for_the_next(
     writer = Writer({**setup, "model": "m", "run": "main", "holder": "h", "keep": []})
     captured = capture_state(state(0))
     sources = [source for source in captured.sources if source is not None]
-    starts = Stage(arena).copy(sources)
+    starts, _ = Stage(arena).copy(sources)
     places = [(start, one.nbytes) for one, start in zip(sources, starts, strict=True)]
     document = Document(
         format=FORMAT,

@@ -28,7 +28,7 @@ def test_what_is_staged_for_the_writer_is_what_is_stored(saved: list[Any]) -> No
     stage = Stage(arena)
     for state in [saved[0], *saved]:
         sources = [source for source in capture(state).sources if source is not None]
-        places = stage.copy(sources)
+        places, _ = stage.copy(sources)
         for source, place in zip(sources, places, strict=True):
             staged = arena.room(place + source.nbytes)[place:]
             assert staged == b"".join(source.read(*span) for span in chunk_spans(source.nbytes))
@@ -54,12 +54,12 @@ def test_a_state_for_which_there_is_no_room_does_not_move_the_next_one(
     arena = Arena()
     stage = Stage(arena)
     small = [MemoryTensor(name, "", torch.ones(9)) for name in "ab"]
-    places = stage.copy(small)
+    places, _ = stage.copy(small)
     with monkeypatch.context() as patch:
         patch.setattr(arena, "room", _no_room)
         with pytest.raises(OSError, match="no room"):
             stage.copy([MemoryTensor("a", "", torch.zeros(5000)), small[1]])
-    assert stage.copy(small) == places
+    assert stage.copy(small) == (places, None)
     arena.close()
 
 
@@ -73,6 +73,6 @@ def test_a_slice_is_staged_wherever_it_begins(dtype: torch.dtype, begin: int) ->
     values = torch.arange(40).to(dtype).requires_grad_(dtype.is_floating_point)
     source = MemoryTensor("w", "", values[begin : begin + 24])
     arena = Arena()
-    assert Stage(arena).copy([source]) == [0]
+    assert Stage(arena).copy([source]) == ([0], None)
     assert arena.room(source.nbytes) == source.read(0, source.nbytes)
     arena.close()

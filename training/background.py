@@ -19,9 +19,11 @@ import msgspec
 from ckpt.core import errors
 from ckpt.core.documents import Document, encode_document
 from ckpt.core.errors import CkptError, StorageError
+from ckpt.core.printable import escape
 from ckpt.core.tensors import TensorBytes
 from ckpt.service.config import Location
 from ckpt.training.arena import Arena
+from ckpt.training.gpu_copies import Wait
 from ckpt.training.staging import Stage
 
 _PIPE_BYTES = 1 << 20  # a save's description fits, so that the loop does not wait for its reader
@@ -40,6 +42,7 @@ class Background:
         self._stage = Stage(self._arena)
         self._waiting: deque[Future[dict[str, Any]]] = deque()
         self._saving: Future[dict[str, Any]] | None = None
+        self._copying: threading.Thread | None = None
         self._lock = threading.Lock()
         # In a session of its own, so that Ctrl-C in the terminal is for the trainer alone.
         self._process = subprocess.Popen(
@@ -67,37 +70,75 @@ class Background:
         sources: Sequence[TensorBytes | None],
         said: Mapping[str, Any],
     ) -> Future[dict[str, Any]]:
-        """Stage a state as it is now, and have it saved. The one before must be answered."""
+        """Stage a state as it is now, and have it saved. The one before must be answered.
+
+        What GPUs still copy is handed over by a thread, when they have.
+        """
         if self._saving is not None:  # the writer reads the arena: whoever lost its answer waits
             wait([self._saving])
         staged = [source for source in sources if source is not None]
-        starts = iter(self._stage.copy(staged))
+        found, copied = self._stage.copy(staged)
+        starts = iter(found)
         places = [None if source is None else (next(starts), source.nbytes) for source in sources]
         head = {"act": "save", "places": places, **said}
-        return self._ask(head, encode_document(document))
+        return self._ask(head, encode_document(document), copied)
 
     def spare(self, pushes: Sequence[str]) -> None:
         """Let no rule remove the versions of these pushes."""
         self._ask({"act": "spare", "pushes": list(pushes)}).result()
 
-    def _ask(self, head: Mapping[str, Any], body: bytes = b"") -> Future[dict[str, Any]]:
+    def _ask(
+        self, head: Mapping[str, Any], body: bytes = b"", copied: Wait | None = None
+    ) -> Future[dict[str, Any]]:
         answer: Future[dict[str, Any]] = Future()
-        pipe = self._process.stdin
-        assert pipe is not None
+        frame = msgspec.json.encode({**head, "document": len(body)}) + b"\n" + body
+        self._end_copying()
         try:
             with self._lock:
                 self._waiting.append(answer)
             if head.get("act") == "save":
                 self._saving = answer
-            pipe.write(msgspec.json.encode({**head, "document": len(body)}) + b"\n" + body)
-            pipe.flush()
-        except (BrokenPipeError, ValueError):
-            self._end_all()
+            if copied is None:
+                self._write(frame)
+            else:
+                thread = threading.Thread(
+                    target=self._write_copied, args=(frame, copied, answer), name="ckpt-copies"
+                )
+                thread.start()
+                self._copying = thread
         except BaseException:  # Ctrl-C: nobody knows how much of the frame the writer has
             self._process.kill()
             self._process.wait()
             raise
         return answer
+
+    def _write(self, frame: bytes) -> None:
+        pipe = self._process.stdin
+        assert pipe is not None
+        try:
+            pipe.write(frame)
+            pipe.flush()
+        except (BrokenPipeError, ValueError):
+            self._end_all()
+
+    def _write_copied(self, frame: bytes, copied: Wait, answer: Future[dict[str, Any]]) -> None:
+        try:
+            copied()
+        except RuntimeError as error:
+            with self._lock:
+                is_ours = answer in self._waiting
+                if is_ours:
+                    self._waiting.remove(answer)
+            if is_ours:
+                answer.set_exception(_copy_failed(error))
+            return
+        self._write(frame)
+
+    def _end_copying(self) -> None:
+        """Frames are answered in the order of their futures: wait for one that is not written."""
+        if self._copying is not None:
+            self._copying.join()
+            self._copying = None
 
     def _read(self) -> None:
         pipe = self._process.stdout
@@ -133,6 +174,7 @@ class Background:
     def close(self) -> None:
         """End the writer; what it has not begun to save is not saved."""
         assert self._process.stdin is not None
+        self._end_copying()
         with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended already
             # A child of the trainer, such as a worker of a DataLoader, may hold the pipe open.
             self._process.stdin.write(b'{"act": "end"}\n')
@@ -143,6 +185,7 @@ class Background:
         self._reader.join()
         assert self._process.stdout is not None
         self._process.stdout.close()
+        self._stage.close()
         self._arena.close()
 
 
@@ -157,6 +200,14 @@ def location_of(location: Location) -> dict[str, Any]:
         ],
         "options": [options.endpoint, options.region, options.capabilities],
     }
+
+
+def _copy_failed(error: RuntimeError) -> StorageError:
+    return StorageError(
+        "copy-failed",
+        f"a GPU could not copy the state ({escape(' '.join(str(error).split()))})",
+        hint="the step is not saved; look for what the GPU reports",
+    )
 
 
 def _error(said: Mapping[str, Any]) -> CkptError:

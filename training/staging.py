@@ -10,6 +10,7 @@ import torch
 from ckpt.core.tensors import TensorBytes, chunk_spans
 from ckpt.loader.sources import MemoryTensor, as_copied
 from ckpt.training.arena import PAGE, Arena
+from ckpt.training.gpu_copies import GpuCopies, Wait
 
 # Of each source its bytes, and as what it is copied.
 _Layout = list[tuple[int, torch.dtype, tuple[int, ...]]]
@@ -24,13 +25,16 @@ class Stage:
         self._layout: _Layout = []
         self._places: list[int] = []
         self._rooms: list[torch.Tensor] = []
+        self._whole = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._gpus = GpuCopies()
 
     @torch.no_grad()
-    def copy(self, sources: Sequence[TensorBytes]) -> list[int]:
-        """Copy all sources as they are now, of any device; returns where each one begins.
+    def copy(self, sources: Sequence[TensorBytes]) -> tuple[list[int], Wait | None]:
+        """Copy all sources as they are now, of any device; returns where each one begins, and what
+        waits for those that GPUs are still copying, if there are any.
 
-        Tensors by one call of torch, which has its own threads: for a state of many small ones,
-        calls and hand-overs take longer than the copies.
+        Tensors on the CPU by one call of torch, which has its own threads: for a state of many
+        small ones, calls and hand-overs take longer than the copies.
         """
         copied = [
             as_copied(source.values) if isinstance(source, MemoryTensor) else None
@@ -44,16 +48,30 @@ class Stage:
         ]
         if layout != self._layout:
             self._lay_out(layout)
-        targets, tensors = [], []
+        targets: list[torch.Tensor] = []
+        tensors: list[torch.Tensor] = []
+        gpu_targets: list[torch.Tensor] = []
+        gpu_tensors: list[torch.Tensor] = []
         for source, values, room in zip(sources, copied, self._rooms, strict=True):
             if values is None:
                 _copy_pieces(source, room)
+            elif source.nbytes and self._gpus.takes(values):
+                gpu_targets.append(room)
+                gpu_tensors.append(values)
             elif source.nbytes:
                 targets.append(room)
                 tensors.append(values)
+        wait = None
+        if gpu_tensors:  # they copy while the processor does
+            self._gpus.pin(self._whole)
+            wait = self._gpus.begin(gpu_targets, gpu_tensors)
         if tensors:
             torch._foreach_copy_(targets, tensors)
-        return self._places
+        return self._places, wait
+
+    def close(self) -> None:
+        """Take the arena back from the GPUs."""
+        self._gpus.unpin()
 
     @torch.inference_mode(False)  # its tensors would be of use in that mode alone
     def _lay_out(self, layout: _Layout) -> None:
@@ -70,6 +88,7 @@ class Stage:
             for (nbytes, dtype, shape), place in zip(layout, places, strict=True)
         ]
         self._layout, self._places, self._rooms = layout, places, rooms
+        self._whole = torch.frombuffer(room, dtype=torch.uint8) if total else self._whole
 
 
 def _copy_pieces(source: TensorBytes, room: torch.Tensor) -> None:
