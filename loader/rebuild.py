@@ -37,11 +37,19 @@ def rebuild(document: Document, restorer: Restorer, trust: Trust) -> nn.Module:
         IntegrityError: ``document-damaged``, ``rebuild-failed``.
     """
     trust.check(document)
-    builder = _Builder(document, restorer, trust)
+    order = dict(document.order)
+    builder = _Builder(
+        restorer.tensor,
+        order,
+        restorer.generator,
+        document=document,
+        restorer=restorer,
+        trust=trust,
+    )
     try:
         if find_cycle(document.modules) is not None:
             raise IntegrityError("document-damaged", "a module of it is a child of itself")
-        root = builder.decoder.decode(document.root)
+        root = builder.decode(document.root)
         restorer.note_absent()
     except CkptError:
         raise
@@ -79,21 +87,33 @@ def _failed(path: str, error: Exception) -> IntegrityError:
 
 
 @dataclass(slots=True)
-class _Builder:
-    """Builds each module once, however often the tree refers to it."""
+class _Builder(Decoder):
+    """The value codec, and the tags that only a module may hold; builds each module once, however
+    often the tree refers to it."""
 
-    document: Document
-    restorer: Restorer
-    trust: Trust
-    decoder: _ModuleDecoder = field(init=False)
+    document: Document = field(kw_only=True)
+    restorer: Restorer = field(kw_only=True)
+    trust: Trust = field(kw_only=True)
     _built: dict[int, nn.Module] = field(default_factory=dict)
     _objects: dict[int, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        order = dict(self.document.order)
-        self.decoder = _ModuleDecoder(
-            self.restorer.tensor, order, self.restorer.generator, builder=self
-        )
+    def _decode_tag(self, tag: str, content: Any) -> Any:
+        if tag == "$module":
+            return self.module(content)
+        if tag in ("$class", "$function"):
+            return self.trust.resolve(Named(tag, content))
+        if tag == "$enum":
+            return self.trust.resolve(Named(tag, content[0]))[content[1]]
+        if tag == "$object":
+            return self.instance(*content)
+        if tag == "$same":
+            return self.same(content)
+        if tag == "$partial":
+            function, arguments, keywords = map(self.decode, content)
+            if not isinstance(arguments, tuple) or not isinstance(keywords, dict):
+                raise TypeError("the arguments of a partial are no tuple and dict")
+            return functools.partial(function, *arguments, **keywords)
+        return super(_Builder, self)._decode_tag(tag, content)
 
     def module(self, index: Any) -> nn.Module:
         if type(index) is not int or not 0 <= index < len(self.document.modules):
@@ -128,7 +148,7 @@ class _Builder:
         }
         for name, value in record.attrs.items():
             self._check_name(module, name)
-            state[name] = self.decoder.decode(value)
+            state[name] = self.decode(value)
         if isinstance(module, nn.RNNBase):
             _check_recurrent(module, state)
         kind: Any = type(module)
@@ -141,7 +161,7 @@ class _Builder:
                 raise _failed(record.path, error) from error
         for place, value in record.hooks:
             _check_hook(place, value)
-            hook = self.decoder.decode(value)
+            hook = self.decode(value)
             if place == "_forward_pre_hooks":
                 module.register_forward_pre_hook(hook)
             else:
@@ -171,7 +191,7 @@ class _Builder:
                 "document-damaged", f'attribute "{escape(replaced[0])}" would replace a method'
             )
         made = object.__new__(kind)
-        vars(made).update({name: self.decoder.decode(item) for name, item in attributes.items()})
+        vars(made).update({name: self.decode(item) for name, item in attributes.items()})
         if number is not None:
             if type(number) is not int or number in self._objects:
                 raise ValueError("an object's number is none, or another's")
@@ -181,31 +201,6 @@ class _Builder:
     def same(self, number: Any) -> Any:
         """The object with that number, which comes before all that refer to it."""
         return self._objects[number]
-
-
-@dataclass(slots=True)
-class _ModuleDecoder(Decoder):
-    """The value codec, and the tags that only a module may hold."""
-
-    builder: _Builder = field(kw_only=True)
-
-    def _decode_tag(self, tag: str, content: Any) -> Any:
-        if tag == "$module":
-            return self.builder.module(content)
-        if tag in ("$class", "$function"):
-            return self.builder.trust.resolve(Named(tag, content))
-        if tag == "$enum":
-            return self.builder.trust.resolve(Named(tag, content[0]))[content[1]]
-        if tag == "$object":
-            return self.builder.instance(*content)
-        if tag == "$same":
-            return self.builder.same(content)
-        if tag == "$partial":
-            function, arguments, keywords = map(self.decode, content)
-            if not isinstance(arguments, tuple) or not isinstance(keywords, dict):
-                raise TypeError("the arguments of a partial are no tuple and dict")
-            return functools.partial(function, *arguments, **keywords)
-        return super(_ModuleDecoder, self)._decode_tag(tag, content)
 
 
 def _check_hook(place: str, value: Any) -> None:

@@ -10,25 +10,24 @@ from ckpt.registry.books import Books
 from ckpt.storage.chunks import Places
 from ckpt.storage.store import Store
 
+# Claims packs, and returns those that it got.
+Claim = Callable[[set[str]], Sequence[Pack]]
 # The packs that a chunk can be read from together: its own, and that of its base.
 _Way = frozenset[str]
 
 
 class Sharing:
-    """The packs that one push has claimed; ``claim`` claims more and returns those it got."""
+    """The packs that one push has claimed."""
 
-    def __init__(
-        self, store: Store, books: Books, claim: Callable[[set[str]], Sequence[Pack]]
-    ) -> None:
+    def __init__(self, store: Store, books: Books) -> None:
         self._store = store
         self._books = books
-        self._claim = claim
         self._usable: dict[str, Pack] = {}
         self._refused: set[str] = set()
         self._bases: dict[str, list[Chunk]] = {}
 
     def settle(
-        self, hits: Mapping[str, Sequence[Chunk]], bases: Collection[str]
+        self, hits: Mapping[str, Sequence[Chunk]], bases: Collection[str], claim: Claim
     ) -> dict[str, set[str]]:
         """Claim packs that have these chunks, and the bases of differences to be written.
 
@@ -44,7 +43,7 @@ class Sharing:
             for digest, rows in hits.items()
         }
         wanted = {base: [frozenset({row.pack}) for row in alone.get(base, ())] for base in bases}
-        settled = self._settled({**wanted, **ways})
+        settled = self._settled({**wanted, **ways}, claim)
         for base in set(bases) & settled.keys():
             self._bases[base] = [row for row in alone[base] if row.pack in settled[base]]
         return {digest: set(settled[digest]) for digest in hits.keys() & settled.keys()}
@@ -57,7 +56,7 @@ class Sharing:
         """Where the claimed bases lie."""
         return Places(self._usable, self._bases)
 
-    def _settled(self, ways: dict[str, list[_Way]]) -> dict[str, _Way]:
+    def _settled(self, ways: dict[str, list[_Way]], claim: Claim) -> dict[str, _Way]:
         """For each chunk a way whose packs are all claimed and whole, if there is one."""
         settled: dict[str, _Way] = {}
         while ways:
@@ -70,14 +69,14 @@ class Sharing:
                 ways[digest] = [way for way in open_ways if not way & self._refused]
                 if not ways[digest]:
                     del ways[digest]
-            self._try(_fewest_packs(ways.values()) - self._usable.keys())
+            self._try(_fewest_packs(ways.values()) - self._usable.keys(), claim)
         return settled
 
-    def _try(self, wanted: set[str]) -> None:
+    def _try(self, wanted: set[str], claim: Claim) -> None:
         """Claim packs, then check that the store still has them whole."""
         if not wanted:
             return
-        for pack in self._claim(wanted):
+        for pack in claim(wanted):
             size = self._store.size(pack.key)
             if size == pack.size:
                 self._usable[pack.id] = pack

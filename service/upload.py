@@ -95,7 +95,7 @@ class Upload:
         self._chunks: list[tuple[int, int]] = []
         self._mine: set[str] = set()
         self._hits: dict[str, tuple[list[Chunk], tuple[int, int]]] = {}
-        self._sharing = Sharing(store, books, self._claim)
+        self._sharing = Sharing(store, books)
         self._pack: PackWriter | None = None
         self._packs = first_pack
         self._writes: deque[Future[None]] = deque()
@@ -246,7 +246,8 @@ class Upload:
         chunk to write."""
         bases = {self._base(*place) for place in self._chunks} - {None}
         hits = {digest: rows for digest, (rows, _) in self._hits.items()}
-        settled = self._sharing.settle(hits, {base for base in bases if base is not None})
+        relied_on = {base for base in bases if base is not None}
+        settled = self._sharing.settle(hits, relied_on, self._claim)
         self.needed.update(*settled.values())
         for digest, (_, place) in self._hits.items():
             if digest not in settled:

@@ -1,15 +1,23 @@
-"""From file to file a command takes 256 MiB in all, whatever the size and however it is stored."""
+"""From file to file a command takes 256 MiB in all, whatever the size and however it is stored;
+and no call keeps a state longer than its caller does."""
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
+
+import ckpt
 
 _MOST = 256  # MiB
 # The peak as the process itself knows it: what a parent is told counts from before it began.
@@ -47,3 +55,56 @@ def test_a_large_file_goes_in_and_out_in_little_memory(tmp_path: Path, compress:
     peaks.append(peak("pull", "m", str(pulled)))
     assert max(peaks) <= _MOST
     assert pulled.read_bytes() == second.read_bytes()
+
+
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    """A cycle would then keep a state for good; else until Python looks for cycles, which may be
+    after the next gigabyte."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+
+INPUTS = (torch.ones(1, 4),)
+CALLS: dict[str, Callable[[ckpt.Repository], Any]] = {
+    "push": lambda repo: pushed(repo, {"w": torch.rand(9)}),
+    "push of a module": lambda repo: pushed(repo, net()),
+    "push of a module with inputs": lambda repo: pushed(repo, net(), inputs=INPUTS),
+    "pull": lambda repo: repo.pull("m"),
+    "pull of some": lambda repo: repo.pull("m", tensors="0.*"),
+    "load": lambda repo: repo.load("m"),
+    "load_into": lambda repo: filled(repo, net()),
+}
+
+
+def pushed(repo: ckpt.Repository, state: Any, **options: Any) -> Any:
+    repo.push(state, "new", **options)
+    return state
+
+
+def filled(repo: ckpt.Repository, module: nn.Module) -> nn.Module:
+    repo.load_into(module, "m")
+    return module
+
+
+def tensor_of(state: Any) -> torch.Tensor:
+    values = state.state_dict() if isinstance(state, nn.Module) else state
+    found: torch.Tensor = next(iter(values.values()))
+    return found
+
+
+@pytest.mark.usefixtures("without_collector")
+@pytest.mark.parametrize("call", CALLS)
+def test_a_state_goes_when_its_caller_lets_go_of_it(call: str, repo: ckpt.Repository) -> None:
+    repo.push(net(), "m", inputs=INPUTS)
+    state = CALLS[call](repo)
+    memory = weakref.ref(tensor_of(state).untyped_storage())
+    assert memory() is not None
+    del state
+    assert memory() is None
