@@ -51,6 +51,15 @@ def check_mapping(devices: DeviceMap, document: Document) -> None:
     )
 
 
+def destination(recorded: str, devices: DeviceMap) -> torch.device | None:
+    """Where a tensor that was on ``recorded`` goes now; None when that device is absent."""
+    wanted = devices.get(recorded) if isinstance(devices, Mapping) else devices
+    if wanted is not None:
+        return parse_device(wanted)
+    device = parse_device(recorded)
+    return device if is_available(device) else None
+
+
 def is_available(device: torch.device) -> bool:
     if device.type == "cpu":
         return True

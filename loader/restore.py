@@ -13,10 +13,10 @@ import torch
 from ckpt.core.documents import Document, Tensor
 from ckpt.core.errors import CkptWarning
 from ckpt.loader.capture import UNINITIALIZED
-from ckpt.loader.devices import DeviceMap, is_available, parse_device
+from ckpt.loader.devices import DeviceMap, destination
 from ckpt.loader.geometry import contiguous_strides, is_dense
 from ckpt.loader.sources import as_bits, typed_view
-from ckpt.loader.spaces import MemorySpace, check_shape, damaged, dtype_of
+from ckpt.loader.spaces import Space, check_shape, damaged, dtype_of, not_made
 from ckpt.loader.values import MALFORMED, Decoder, numpy_dtype
 
 _UNINITIALIZED = {kind: made for made, kind in UNINITIALIZED.items()}
@@ -30,7 +30,7 @@ class Restorer:
     state refers to it."""
 
     document: Document
-    spaces: Mapping[int, MemorySpace]
+    spaces: Mapping[int, Space]
     devices: DeviceMap = None
     _built: dict[int, Any] = field(default_factory=dict)
     _bases: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -58,6 +58,7 @@ class Restorer:
 
         Raises:
             IntegrityError: ``document-damaged`` when the entry contradicts itself.
+            SpaceError: ``no-memory`` when its device is full.
         """
         if index not in self._built:
             if not isinstance(index, int) or not 0 <= index < len(self.document.tensors):
@@ -69,7 +70,7 @@ class Restorer:
             try:
                 self._built[index] = self._finish(entry, self._build(index, entry))
             except MALFORMED as error:
-                raise damaged(f'"{entry.name}": {error}') from None
+                raise not_made(entry, error) from None
             self._open.discard(index)
         return self._built[index]
 
@@ -115,7 +116,7 @@ class Restorer:
     def _placed(self, entry: Tensor, stored: torch.Tensor) -> torch.Tensor:
         device = self.device(entry.device)
         if entry.strides is None:
-            if device.type == "cpu":
+            if device.type == "cpu" or stored.device.type != "cpu":  # it was read to its device
                 return stored
             room = torch.empty(entry.align + stored.numel(), dtype=stored.dtype, device=device)
             return room[entry.align :].view(stored.shape).copy_(stored)
@@ -183,16 +184,11 @@ class Restorer:
 
     def device(self, recorded: str) -> torch.device:
         """Where a tensor that was on ``recorded`` goes now."""
-        wanted = self.devices
-        if isinstance(wanted, Mapping):
-            wanted = wanted.get(recorded)
-        if wanted is not None:
-            return parse_device(wanted)
-        device = parse_device(recorded)
-        if is_available(device):
-            return device
-        self._absent.add(recorded)
-        return torch.device("cpu")
+        device = destination(recorded, self.devices)
+        if device is None:
+            self._absent.add(recorded)
+            return torch.device("cpu")
+        return device
 
 
 _COMPRESSED = {

@@ -10,9 +10,10 @@ import torch
 
 from ckpt.core.documents import Part, Tensor
 from ckpt.core.dtypes import ITEM_SIZES
-from ckpt.core.errors import IntegrityError
+from ckpt.core.errors import CkptError, IntegrityError, SpaceError
 from ckpt.core.printable import escape
 from ckpt.core.tensors import CHUNK_BYTES
+from ckpt.loader.devices import DeviceMap, destination
 from ckpt.loader.huge_pages import use_huge_pages
 from ckpt.loader.sources import as_bits, as_bytes
 
@@ -34,7 +35,7 @@ class MemorySpace:
                 self.tensor = torch.empty(entry.stored_shape, dtype=dtype_of(entry), device="cpu")
                 use_huge_pages(self.tensor)
         except (RuntimeError, TypeError, OverflowError) as error:
-            raise damaged(f'"{entry.name}": {error}') from None
+            raise not_made(entry, error) from None
         self._view = as_bytes(self.tensor)
 
     def write(self, offset: int, data: memoryview) -> None:
@@ -51,6 +52,46 @@ class MemorySpace:
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
         self._view = as_bytes(self.tensor)
         return True
+
+
+class DeviceSpace:
+    """Room for the bytes of one entry on another device, where pieces are copied as they come: the
+    whole of it is never in memory here."""
+
+    def __init__(self, entry: Tensor, device: torch.device) -> None:
+        stored_nbytes(entry)
+        try:
+            self.tensor = torch.empty(entry.stored_shape, dtype=dtype_of(entry), device=device)
+        except (RuntimeError, TypeError, OverflowError) as error:
+            raise not_made(entry, error) from None
+        flat = self.tensor.as_strided((self.tensor.numel(),), (1,))
+        self._bytes = flat.view(torch.uint8)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        piece = torch.frombuffer(data, dtype=torch.uint8)
+        if self._bytes.is_cuda:  # which a GPU reads by itself, several times as fast
+            piece = torch.empty_like(piece, pin_memory=True).copy_(piece)
+        self._bytes[offset : offset + len(data)] = piece
+
+    def view(self, offset: int, length: int) -> memoryview | None:
+        return None
+
+
+Space = MemorySpace | DeviceSpace
+
+
+def space_for(entry: Tensor, devices: DeviceMap) -> Space:
+    """Room on the device that the tensor goes to, where its bytes are its elements in order."""
+    device = destination(entry.device, devices)
+    if device is None or device.type == "cpu" or not is_in_order(entry):
+        return MemorySpace(entry)
+    return DeviceSpace(entry, device)
+
+
+def is_in_order(entry: Tensor) -> bool:
+    """Whether the bytes of an entry are all that its tensor has, one after the other."""
+    plain = entry.kind in ("tensor", "parameter", "buffer")
+    return plain and entry.strides is None and not entry.parts
 
 
 class BoxSpace:
@@ -186,6 +227,17 @@ def _overlap(parts: Sequence[Part]) -> bool:
 def check_shape(entry: Tensor) -> None:
     if sum(size.bit_length() for size in entry.shape if size not in (0, 1)) > _SHAPE_BITS:
         raise damaged(f'"{entry.name}" has a shape that no tensor has')
+
+
+def not_made(entry: Tensor, error: Exception) -> CkptError:
+    """The error for a tensor that torch could not make: there was no room, or it cannot be one."""
+    if isinstance(error, RuntimeError) and "tried to allocate" in str(error).lower():
+        return SpaceError(
+            "no-memory",
+            f'there is no room for "{escape(entry.name)}" ({escape(str(error).splitlines()[0])})',
+            hint="free some memory, or give device= another one",
+        )
+    return damaged(f'"{entry.name}": {error}')
 
 
 def damaged(reason: str) -> IntegrityError:

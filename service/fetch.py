@@ -20,6 +20,7 @@ from ckpt.registry.registry import Registry
 from ckpt.service.mapping import Mappings
 from ckpt.service.upload import Progress
 from ckpt.storage.chunks import Places, read_chunk
+from ckpt.storage.scratch import scratch
 from ckpt.storage.store import Store
 
 _log = logging.getLogger(__name__)
@@ -169,7 +170,7 @@ def _read_piece(store: Store, version: Version, places: Places, piece: _Piece) -
     view = piece.wanted.space.view(piece.offset, piece.length)
     if piece.adopted and view is not None and digest_of(view) == piece.digest:
         return
-    target = memoryview(bytearray(piece.length)) if view is None else view
+    target = scratch("piece", piece.length) if view is None else view
     try:
         _read_again(lambda: read_chunk(store, places, piece.digest, target))
     except IntegrityError as error:

@@ -27,7 +27,7 @@ _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 if TYPE_CHECKING:
     from ckpt.loader.devices import DeviceMap
-    from ckpt.loader.spaces import MemorySpace
+    from ckpt.loader.spaces import MemorySpace, Space
 
 
 def pull_state(
@@ -48,7 +48,7 @@ def pull_state(
     if document.state == "module":
         return _pull_weights(store, registry, version, document, device, everything, progress, mmap)
     own = [index for index, tensor in enumerate(document.tensors) if tensor.has_bytes]
-    filled = fill(store, registry, version, document, own, progress, mmap)
+    filled = fill(store, registry, version, document, own, progress, mmap, device)
     return Restorer(document, filled, device).state()
 
 
@@ -85,7 +85,7 @@ def _pull_weights(
             stacklevel=4,
         )
     needed = sorted(with_bytes(document, [index for _, index in names]))
-    filled = fill(store, registry, version, document, needed, progress, mmap)
+    filled = fill(store, registry, version, document, needed, progress, mmap, device)
     return Restorer(document, filled, device).plain(names)
 
 
@@ -111,7 +111,7 @@ def pull_tensors(
     document = registry.queries.document(version)
     chosen = chosen_tensors(version, document, patterns)
     needed = sorted(with_bytes(document, chosen.values()))
-    filled = fill(store, registry, version, document, needed, progress, mmap)
+    filled = fill(store, registry, version, document, needed, progress, mmap, device)
     restorer = Restorer(document, filled, device)
     if document.state == "module":
         return restorer.plain(list(chosen.items()))
@@ -266,9 +266,9 @@ def _spaces(tensors: Sequence[Tensor]) -> dict[int, MemorySpace]:
 
 
 def _wanted(
-    tensors: Sequence[Tensor], spaces: Mapping[int, MemorySpace], mmap: bool = False
+    tensors: Sequence[Tensor], spaces: Mapping[int, Space], mmap: bool = False
 ) -> Iterator[Wanted]:
-    from ckpt.loader.spaces import part_spaces, stored_nbytes
+    from ckpt.loader.spaces import MemorySpace, part_spaces, stored_nbytes
 
     for index, space in spaces.items():
         tensor = tensors[index]
@@ -277,7 +277,9 @@ def _wanted(
             for room in part_spaces(tensor, space.tensor):
                 yield Wanted(tensor.name, *room)
         else:
-            adopt = space.adopt if mmap and not tensor.align else None
+            adopt = None
+            if mmap and not tensor.align and isinstance(space, MemorySpace):
+                adopt = space.adopt
             yield Wanted(tensor.name, nbytes, tensor.chunks, space, adopt)
 
 
@@ -289,12 +291,13 @@ def fill(
     indices: Iterable[int],
     progress: Progress | None,
     mmap: bool = False,
-) -> dict[int, MemorySpace]:
-    """Read the bytes of these entries, checked, into memory; with ``mmap`` they may stay in the
-    store's."""
-    from ckpt.loader.spaces import MemorySpace
+    device: DeviceMap = "cpu",
+) -> dict[int, Space]:
+    """Read the bytes of these entries, checked, into memory or to the device that they go to; with
+    ``mmap`` they may stay in the store's."""
+    from ckpt.loader.spaces import space_for
 
-    filled = {index: MemorySpace(document.tensors[index]) for index in indices}
+    filled = {index: space_for(document.tensors[index], device) for index in indices}
     fetch(store, registry, version, list(_wanted(document.tensors, filled, mmap)), progress)
     return filled
 

@@ -145,6 +145,22 @@ def test_the_values_at_the_call_are_saved_although_the_gpu_goes_on_at_once(
 
 
 @needs_gpu
+def test_what_is_pulled_to_a_gpu_is_what_was_pushed_from_it(repo: ckpt.Repository) -> None:
+    state = {
+        "large": torch.arange(20 << 20, device="cuda"),
+        "turned": torch.randn(30, 40, device="cuda").t(),
+        "half": torch.randn(3, 5, device="cuda").half(),
+        "none": torch.empty(0, device="cuda"),
+        "scalar": torch.tensor(2.5, device="cuda"),
+    }
+    repo.push(state, "m")
+    pulled = repo.pull("m")
+    for name, tensor in state.items():
+        assert pulled[name].device == tensor.device
+        assert torch.equal(pulled[name], tensor)
+
+
+@needs_gpu
 def test_gpus_write_into_the_arena_whatever_its_size() -> None:
     arena = Arena()
     stage = Stage(arena)

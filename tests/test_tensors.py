@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy
 import pytest
@@ -19,10 +22,12 @@ import ckpt
 from ckpt.core.documents import Document, Tensor, identity_bytes
 from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.errors import IntegrityError, UsageError
+from ckpt.core.tensors import CHUNK_BYTES
 from ckpt.loader.capture import capture
+from ckpt.loader.devices import DeviceMap
 from ckpt.loader.geometry import find_shared, is_dense
 from ckpt.loader.restore import Restorer
-from ckpt.loader.spaces import MemorySpace
+from ckpt.loader.spaces import DeviceSpace, MemorySpace, Space, is_in_order
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse:UserWarning"),
@@ -30,6 +35,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.quantize_per:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*quantized.*:UserWarning"),
 ]
+CPU = torch.device("cpu")
 STEPS = itertools.count()  # a state that comes twice is a version of its own
 DTYPES = [name for name in ITEM_SIZES if not name.startswith(("q", "bits"))]
 
@@ -408,6 +414,44 @@ def test_random_states_come_back_through_a_repository_with_one_digest_whatever_t
         torch.set_num_threads(threads)
     assert again.digest == first.digest
     compare(shared_repo.pull(first), state)
+
+
+@settings(max_examples=100)
+@given(state=states())
+def test_random_states_come_back_where_each_piece_is_copied_to_a_device(
+    state: Any, shared_repo: ckpt.Repository
+) -> None:
+    def space_for(entry: Tensor, _: DeviceMap) -> Space:
+        return DeviceSpace(entry, CPU) if is_in_order(entry) else MemorySpace(entry)
+
+    version = shared_repo.push(state, "pieces", step=next(STEPS))
+    with patch("ckpt.loader.spaces.space_for", space_for):
+        compare(shared_repo.pull(version), state)
+
+
+def test_a_tensor_of_several_chunks_is_copied_to_its_device_whole(repo: ckpt.Repository) -> None:
+    tensor = torch.arange(5 * CHUNK_BYTES // 8)  # of 8 bytes, in two chunks and a half
+    repo.push({"w": tensor}, "m", compress="none")
+    with patch("ckpt.loader.spaces.space_for", lambda entry, _: DeviceSpace(entry, CPU)):
+        assert torch.equal(repo.pull("m")["w"], tensor)
+
+
+def test_a_device_without_memory_takes_nothing_and_says_so(tmp_path: Path) -> None:
+    """Not that the document is damaged, which is what else torch raises RuntimeErrors for."""
+    script = """
+import resource, torch, ckpt
+repo = ckpt.open(".")
+repo.push({"w": torch.zeros(1 << 28)}, "m")
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 29), -1))
+try:
+    repo.pull("m")
+except ckpt.CkptError as error:
+    print(error.code, error.exit_code, error)
+"""
+    program = [sys.executable, "-c", script]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith('no-memory 8 there is no room for "w" (')
 
 
 def test_a_state_is_not_copied_on_its_way(tmp_path: Path) -> None:
