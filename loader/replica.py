@@ -19,7 +19,7 @@ from ckpt.loader.devices import DeviceMap
 from ckpt.loader.rebuild import rebuild
 from ckpt.loader.restore import Restorer
 from ckpt.loader.sources import MemoryTensor, as_bits
-from ckpt.loader.spaces import MemorySpace
+from ckpt.loader.spaces import MemorySpace, Space
 from ckpt.loader.trust import Trust
 
 # Up to this size a state is copied and proven in full (design, section 6).
@@ -77,7 +77,7 @@ def copy_of(entry: Tensor, source: TensorBytes) -> MemorySpace:
     return space
 
 
-def copied_again(document: Document, spaces: Mapping[int, MemorySpace]) -> Spaces:
+def copied_again(document: Document, spaces: Mapping[int, Space]) -> Spaces:
     """Spaces of their own with the same bytes."""
     again = {index: MemorySpace(document.tensors[index]) for index in spaces}
     for index, space in again.items():
@@ -86,7 +86,7 @@ def copied_again(document: Document, spaces: Mapping[int, MemorySpace]) -> Space
 
 
 def replicate(
-    document: Document, spaces: Mapping[int, MemorySpace], trust: Trust, device: DeviceMap = None
+    document: Document, spaces: Mapping[int, Space], trust: Trust, device: DeviceMap = None
 ) -> nn.Module:
     """A module of its own from a document and bytes, which are not copied again on the CPU."""
     return rebuild(document, Restorer(document, spaces, device), trust)

@@ -52,7 +52,7 @@ def load_module(
     check_mapping(device, document)
     allowed = Trust(trust)
     allowed.check(document)
-    spaces, probed = fill_document(store, registry, version, document)
+    spaces, probed = fill_document(store, registry, version, document, device)
     module = replicate(document, spaces, allowed, device)
     # What was read was checked; only foreign code could have written to it since.
     check_structure(document, module, digests=runs_own_code(document, allowed))

@@ -247,22 +247,32 @@ def _count_values(value: Any) -> int:
 
 
 def fill_document(
-    store: Store, registry: Registry, version: Version, document: Document
-) -> tuple[dict[int, MemorySpace], dict[int, MemorySpace]]:
-    """The bytes of all entries, and of the probe's, read at once and checked."""
-    own, probed = _spaces(document.tensors), _spaces(document.probe_tensors)
+    store: Store,
+    registry: Registry,
+    version: Version,
+    document: Document,
+    device: DeviceMap,
+) -> tuple[dict[int, Space], dict[int, MemorySpace]]:
+    """The bytes of all entries, on the devices that they go to, and of the probe's, read at once
+    and checked."""
+    from ckpt.loader.spaces import MemorySpace, space_for
+
+    own = {
+        index: space_for(tensor, device)
+        for index, tensor in enumerate(document.tensors)
+        if tensor.has_bytes
+    }
+    probed = {
+        index: MemorySpace(tensor)
+        for index, tensor in enumerate(document.probe_tensors)
+        if tensor.has_bytes
+    }
     wanted = [
         *_wanted(document.tensors, own),
         *_wanted(document.probe_tensors, probed),
     ]
     fetch(store, registry, version, wanted)
     return own, probed
-
-
-def _spaces(tensors: Sequence[Tensor]) -> dict[int, MemorySpace]:
-    from ckpt.loader.spaces import MemorySpace
-
-    return {index: MemorySpace(tensor) for index, tensor in enumerate(tensors) if tensor.has_bytes}
 
 
 def _wanted(

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import ckpt
 from ckpt.core.errors import StorageError
@@ -158,6 +159,15 @@ def test_what_is_pulled_to_a_gpu_is_what_was_pushed_from_it(repo: ckpt.Repositor
     for name, tensor in state.items():
         assert pulled[name].device == tensor.device
         assert torch.equal(pulled[name], tensor)
+
+
+@needs_gpu
+def test_a_module_that_is_loaded_to_a_gpu_is_proven_there(repo: ckpt.Repository) -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.GELU()).eval().cuda()
+    repo.push(net, "net", inputs=(torch.randn(4, 8, device="cuda"),))
+    loaded = repo.load("net", require="outputs-exact")
+    assert {tensor.device.type for tensor in loaded.state_dict().values()} == {"cuda"}
+    assert repo.verify("net", device="cpu").verdict == "outputs-close"
 
 
 @needs_gpu

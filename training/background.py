@@ -43,6 +43,7 @@ class Background:
         self._waiting: deque[Future[dict[str, Any]]] = deque()
         self._saving: Future[dict[str, Any]] | None = None
         self._copying: threading.Thread | None = None
+        self._is_over = False
         self._lock = threading.Lock()
         # In a session of its own, so that Ctrl-C in the terminal is for the trainer alone.
         self._process = subprocess.Popen(
@@ -154,6 +155,7 @@ class Background:
         self._end_all()
 
     def _end_all(self) -> None:
+        self._is_over = True  # before anybody is told: the process is seen to end a little later
         with self._lock:
             left = list(self._waiting)
             self._waiting.clear()
@@ -168,8 +170,8 @@ class Background:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the writer still runs."""
-        return self._process.poll() is None
+        """Whether the writer can be asked."""
+        return not self._is_over and self._process.poll() is None
 
     def close(self) -> None:
         """End the writer; what it has not begun to save is not saved."""
