@@ -6,6 +6,7 @@ real ones as well.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -112,6 +113,23 @@ def test_what_a_gpu_could_not_copy_is_not_saved_and_told_at_the_next_call(
                 job.wait()
         assert caught.value.code == "copy-failed"
         assert job.save(1).version(SECONDS) is not None
+    assert [version.step for version in repo.log("gpt")] == [1]
+
+
+def no_room(nbytes: int) -> memoryview:
+    raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+
+def test_a_state_that_there_is_no_room_to_copy_costs_its_step_and_not_the_training(
+    repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ckpt.Run(repo, "gpt", quiet=True, on_error="warn").track(weights=Weights()) as job:
+        assert job._writer is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(job._writer._arena, "room", no_room)
+            job.save(0)
+        with pytest.warns(ckpt.CkptWarning, match="step 0 .*Cannot allocate memory"):
+            job.save(1)
     assert [version.step for version in repo.log("gpt")] == [1]
 
 

@@ -78,7 +78,10 @@ class Background:
         if self._saving is not None:  # the writer reads the arena: whoever lost its answer waits
             wait([self._saving])
         staged = [source for source in sources if source is not None]
-        found, copied = self._stage.copy(staged)
+        try:
+            found, copied = self._stage.copy(staged)
+        except (RuntimeError, OSError, MemoryError) as error:
+            return failed(_copy_failed(error))
         starts = iter(found)
         places = [None if source is None else (next(starts), source.nbytes) for source in sources]
         head = {"act": "save", "places": places, **said}
@@ -125,7 +128,7 @@ class Background:
     def _write_copied(self, frame: bytes, copied: Wait, answer: Future[dict[str, Any]]) -> None:
         try:
             copied()
-        except RuntimeError as error:
+        except Exception as error:  # noqa: BLE001  whatever it is, somebody waits for the answer
             with self._lock:
                 is_ours = answer in self._waiting
                 if is_ours:
@@ -204,11 +207,17 @@ def location_of(location: Location) -> dict[str, Any]:
     }
 
 
-def _copy_failed(error: RuntimeError) -> StorageError:
+def failed(error: CkptError) -> Future[dict[str, Any]]:
+    """The answer to a save that was not made."""
+    answer: Future[dict[str, Any]] = Future()
+    answer.set_exception(error)
+    return answer
+
+
+def _copy_failed(error: Exception) -> StorageError:
+    said = escape(" ".join(str(error).split())) or type(error).__name__
     return StorageError(
-        "copy-failed",
-        f"a GPU could not copy the state ({escape(' '.join(str(error).split()))})",
-        hint="the step is not saved; look for what the GPU reports",
+        "copy-failed", f"the state could not be copied ({said})", hint="the step is not saved"
     )
 
 

@@ -65,6 +65,7 @@ class GpuCopies:
                 for target, tensor in zip(targets, tensors, strict=True):
                     if tensor.device == device:
                         target.copy_(tensor, non_blocking=True)
+                        tensor.record_stream(own)  # its memory is nobody else's until then
             end = own.record_event()
             loop.wait_event(end)
             ends.append(end)

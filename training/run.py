@@ -31,7 +31,7 @@ from ckpt.loader.snapshot import capture_state
 from ckpt.service.bases import check_compress
 from ckpt.service.repository import Repository
 from ckpt.service.retention import check_rules
-from ckpt.training.background import Background, location_of
+from ckpt.training.background import Background, failed, location_of
 from ckpt.training.newest import newest_whole
 from ckpt.training.ranks import Ranks
 from ckpt.training.tracking import check_part, restore, state_of
@@ -221,10 +221,10 @@ class Run:
             "aliases": list(check_aliases(alias)),
             "environment": self._environment,
         }
-        failed = self._settled()  # when nothing else can be wrong, or it would be lost
+        before = self._settled()  # when nothing else can be wrong, or it would be lost
         state = self._ranks.gathered({**state_of(self._parts), "step": step})
-        if failed is not None:  # after the others were met, who wait for this one
-            raise failed
+        if before is not None:  # after the others were met, who wait for this one
+            raise before
         if state is None:
             return Saved(self, step, _nothing(), time.monotonic() - began)
         captured = capture_state(state, ())
@@ -241,7 +241,7 @@ class Run:
                 self._start()
             except CkptError as error:
                 self._tell(step, error)
-                return Saved(self, step, _failed(error), time.monotonic() - began)
+                return Saved(self, step, failed(error), time.monotonic() - began)
         assert self._writer is not None
         answer = self._writer.save(document, captured.sources, said)
         self._pending = Saved(self, step, answer, time.monotonic() - began)
@@ -353,12 +353,6 @@ def _told(added: Added, nbytes: int) -> str:
     told = f"{new} of {nbytes / each:.1f} {unit} new, {shared} shared"
     told += f", {differences} saved by differences"
     return f"{told}, {coding} by coding" if added.by_coding else told
-
-
-def _failed(error: CkptError) -> Future[dict[str, Any]]:
-    answer: Future[dict[str, Any]] = Future()
-    answer.set_exception(error)
-    return answer
 
 
 def _nothing() -> Future[dict[str, Any]]:
