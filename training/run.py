@@ -134,9 +134,9 @@ class Run:
             return
         try:
             self._end(self._drain_seconds)
-        except CkptError as failed:
+        except CkptError as other:
             assert error is not None
-            error.add_note(f"the last save failed too: {failed}")
+            error.add_note(f"the last save failed too: {other}")
 
     def track(self, **parts: Any) -> Self:
         """Name what is saved: modules, optimizers, schedulers, scalers, loaders, generators, or
