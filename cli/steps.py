@@ -14,7 +14,10 @@ class _Steps(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = escape(record.getMessage(), limit=4000)
-        click.echo(f"{record.relativeCreated / 1000:7.3f} s  {text}", err=True)
+        try:
+            click.echo(f"{record.relativeCreated / 1000:7.3f} s  {text}", err=True)
+        except OSError:  # nobody reads any more: no reason to stop in the middle of an act
+            self.handleError(record)
 
 
 def tell_steps() -> None:

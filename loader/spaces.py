@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 
@@ -55,9 +56,10 @@ class MemorySpace:
 
 
 class DeviceSpace:
-    """Room for the bytes of one entry on another device, where pieces are copied as they come: the
-    whole of it is never in memory here."""
+    """Room for the bytes of one entry on a GPU, where pieces are copied as they come: the whole of
+    it is never in memory here."""
 
+    @torch.inference_mode(False)  # threads that write to it are never in that mode
     def __init__(self, entry: Tensor, device: torch.device) -> None:
         stored_nbytes(entry)
         try:
@@ -66,12 +68,18 @@ class DeviceSpace:
             raise not_made(entry, error) from None
         flat = self.tensor.as_strided((self.tensor.numel(),), (1,))
         self._bytes = flat.view(torch.uint8)
+        # Whoever had this memory before may still use it on the stream that it came from.
+        self._stream = torch.cuda.current_stream(device) if self.tensor.is_cuda else None
 
     def write(self, offset: int, data: memoryview) -> None:
         piece = torch.frombuffer(data, dtype=torch.uint8)
-        if self._bytes.is_cuda:  # which a GPU reads by itself, several times as fast
-            piece = torch.empty_like(piece, pin_memory=True).copy_(piece)
-        self._bytes[offset : offset + len(data)] = piece
+        if self._stream is None:
+            self._bytes[offset : offset + len(data)] = piece
+            return
+        with torch.cuda.stream(self._stream):
+            with contextlib.suppress(RuntimeError):  # there may be none to pin
+                piece = torch.empty_like(piece, pin_memory=True).copy_(piece)
+            self._bytes[offset : offset + len(data)] = piece
 
     def view(self, offset: int, length: int) -> memoryview | None:
         return None
@@ -81,11 +89,12 @@ Space = MemorySpace | DeviceSpace
 
 
 def space_for(entry: Tensor, devices: DeviceMap) -> Space:
-    """Room on the device that the tensor goes to, where its bytes are its elements in order."""
+    """Room on the GPU that the tensor goes to, where its bytes are its elements in order; else
+    here."""
     device = destination(entry.device, devices)
-    if device is None or device.type == "cpu" or not is_in_order(entry):
-        return MemorySpace(entry)
-    return DeviceSpace(entry, device)
+    if device is not None and device.type == "cuda" and is_in_order(entry):
+        return DeviceSpace(entry, device)
+    return MemorySpace(entry)
 
 
 def is_in_order(entry: Tensor) -> bool:

@@ -38,7 +38,7 @@ class LateCopies(GpuCopies):
     def takes(self, tensor: torch.Tensor) -> bool:
         return True
 
-    def pin(self, room: torch.Tensor) -> None:
+    def pin(self, room: torch.Tensor, device: torch.device) -> None:
         pass
 
     def begin(self, targets: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> Wait:
@@ -146,6 +146,36 @@ def test_a_writer_that_is_killed_before_the_copies_end_is_told_and_replaced(
         with pytest.raises(StorageError, match="has ended"):
             job.save(1)
         assert job.save(2).version(SECONDS) is not None
+
+
+def test_a_gpu_that_hangs_costs_no_more_than_the_time_to_drain(
+    repo: ckpt.Repository, late: type[LateCopies]
+) -> None:
+    def train() -> None:
+        with ckpt.Run(repo, "gpt", quiet=True, drain_seconds=0.1).track(weights=Weights()) as job:
+            job.save(0)
+            raise SystemExit
+
+    with pytest.raises(SystemExit):
+        train()
+    late.ended.set()
+    assert repo.log("gpt") == []
+    with ckpt.Run(repo, "gpt", quiet=True).track(weights=Weights()) as job:
+        assert job.save(1).version(SECONDS) is not None
+
+
+def test_a_machine_without_more_threads_has_the_loop_wait(
+    repo: ckpt.Repository, late: type[LateCopies], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    late.ended.set()
+    with ckpt.Run(repo, "gpt", quiet=True).track(weights=Weights()) as job:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            saved = job.save(0)
+        assert saved.version(SECONDS) is not None
 
 
 @needs_gpu

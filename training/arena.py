@@ -26,6 +26,11 @@ class Arena:
             self._map = mmap.mmap(self.handle, size)
         return memoryview(self._map)[:nbytes]
 
+    def whole(self) -> memoryview:
+        """All that is mapped."""
+        assert self._map is not None
+        return memoryview(self._map)
+
     def close(self) -> None:
         """Let go of the memory on this side."""
         self._map = None

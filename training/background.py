@@ -105,11 +105,7 @@ class Background:
             if copied is None:
                 self._write(frame)
             else:
-                thread = threading.Thread(
-                    target=self._write_copied, args=(frame, copied, answer), name="ckpt-copies"
-                )
-                thread.start()
-                self._copying = thread
+                self._write_later(frame, copied, answer)
         except BaseException:  # Ctrl-C: nobody knows how much of the frame the writer has
             self._process.kill()
             self._process.wait()
@@ -122,8 +118,22 @@ class Background:
         try:
             pipe.write(frame)
             pipe.flush()
-        except (BrokenPipeError, ValueError):
+        except (OSError, ValueError):  # it has ended; if not, nobody knows what it has of the frame
+            self._process.kill()
             self._end_all()
+
+    def _write_later(self, frame: bytes, copied: Wait, answer: Future[dict[str, Any]]) -> None:
+        given = (frame, copied, answer)
+        # A GPU that hangs does not keep the interpreter from its end.
+        thread = threading.Thread(
+            target=self._write_copied, args=given, name="ckpt-copies", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError:  # there are no more threads: the loop waits
+            self._write_copied(*given)
+        else:
+            self._copying = thread
 
     def _write_copied(self, frame: bytes, copied: Wait, answer: Future[dict[str, Any]]) -> None:
         try:
@@ -138,11 +148,15 @@ class Background:
             return
         self._write(frame)
 
-    def _end_copying(self) -> None:
-        """Frames are answered in the order of their futures: wait for one that is not written."""
+    def _end_copying(self, timeout: float | None = None) -> bool:
+        """Frames are answered in the order of their futures: wait for one that is not written.
+        Returns whether that is over."""
         if self._copying is not None:
-            self._copying.join()
+            self._copying.join(timeout)
+            if self._copying.is_alive():
+                return False
             self._copying = None
+        return True
 
     def _read(self) -> None:
         pipe = self._process.stdout
@@ -176,10 +190,11 @@ class Background:
         """Whether the writer can be asked."""
         return not self._is_over and self._process.poll() is None
 
-    def close(self) -> None:
-        """End the writer; what it has not begun to save is not saved."""
+    def close(self, timeout: float | None = None) -> None:
+        """End the writer; what it has not begun to save is not saved, nor what GPUs have not
+        copied after ``timeout`` seconds."""
         assert self._process.stdin is not None
-        self._end_copying()
+        copied = self._end_copying(timeout)
         with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended already
             # A child of the trainer, such as a worker of a DataLoader, may hold the pipe open.
             self._process.stdin.write(b'{"act": "end"}\n')
@@ -190,8 +205,9 @@ class Background:
         self._reader.join()
         assert self._process.stdout is not None
         self._process.stdout.close()
-        self._stage.close()
-        self._arena.close()
+        if copied:  # else the thread keeps the arena, which a GPU may still write into
+            self._stage.close()
+            self._arena.close()
 
 
 def location_of(location: Location) -> dict[str, Any]:

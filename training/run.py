@@ -275,13 +275,15 @@ class Run:
         if self._ended or os.getpid() != self._process:  # a child that was forked has no part in it
             return
         self._ended = True
+        patience = None
         try:
             self._settle(timeout)
         except TimeoutError:
+            patience = 0.0
             self._say(f"the last save was not done after {timeout} s; it is given up")
         finally:
             if self._writer is not None:
-                self._writer.close()
+                self._writer.close(patience)
                 self._writer = None
 
     def _start(self) -> None:

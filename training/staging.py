@@ -62,11 +62,16 @@ class Stage:
                 targets.append(room)
                 tensors.append(values)
         wait = None
-        if gpu_tensors:  # they copy while the processor does
-            self._gpus.pin(self._whole)
-            wait = self._gpus.begin(gpu_targets, gpu_tensors)
-        if tensors:
-            torch._foreach_copy_(targets, tensors)
+        try:
+            if gpu_tensors:  # they copy while the processor does
+                self._gpus.pin(self._whole, gpu_tensors[0].device)
+                wait = self._gpus.begin(gpu_targets, gpu_tensors)
+                self._gpus.await_loop(tensors)
+            if tensors:
+                torch._foreach_copy_(targets, tensors)
+        except BaseException:  # the rooms may be those of other tensors next time
+            self._gpus.settle()
+            raise
         return self._places, wait
 
     def close(self) -> None:
@@ -87,8 +92,8 @@ class Stage:
             else torch.empty(0, dtype=torch.uint8, device="cpu")
             for (nbytes, dtype, shape), place in zip(layout, places, strict=True)
         ]
+        self._whole = torch.frombuffer(self._arena.whole(), dtype=torch.uint8)
         self._layout, self._places, self._rooms = layout, places, rooms
-        self._whole = torch.frombuffer(room, dtype=torch.uint8) if total else self._whole
 
 
 def _copy_pieces(source: TensorBytes, room: torch.Tensor) -> None:
