@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -48,15 +49,18 @@ def take_turns(
     rounds: int = ROUNDS,
     between: Callable[[], None] = lambda: None,
 ) -> Turns:
-    """Time every contestant once a round; ``between`` runs, untimed, before each one.
+    """Time every contestant once a round, in another order each time: who comes after whom decides
+    whose memory and page cache are fresh. ``between`` runs, untimed, before each one.
 
     The first round only warms up. A peer that fails in it takes part no more, and is absent with
     the reason; ckpt may not fail.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     absent: dict[str, str] = {}
+    order, chance = list(contestants), random.Random(0)
     for turn in range(rounds + 1):
-        for name, act in contestants.items():
+        for name in order:
+            act = contestants[name]
             if name in absent:
                 continue
             between()
@@ -69,6 +73,7 @@ def take_turns(
                 absent[name] = shown_reason(error)
             else:
                 seconds[name].append(time.perf_counter() - start)
+        chance.shuffle(order)
     timings = {name: Timing(tuple(values[1:])) for name, values in seconds.items() if values}
     return Turns(timings, absent)
 

@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
-_THREADS = 2
+_THREADS = 2  # that hash and encode, and as many that wait for what they write
 _HASHED_AHEAD = 12
 _WRITES_AHEAD = 24
 _ENCODED_AHEAD = 2 * CHUNK_BYTES  # beside each lie its base and what is made of them
@@ -103,6 +103,7 @@ class Upload:
         self._meter = _Meter(progress, sum(source.nbytes for source in sources))
         self._stack = ExitStack()
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="ckpt-push")
+        self._writers = ThreadPoolExecutor(_THREADS, thread_name_prefix="ckpt-write")
 
     def __enter__(self) -> Self:
         return self
@@ -113,7 +114,8 @@ class Upload:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._pool, self._writers):
+            pool.shutdown(wait=True, cancel_futures=True)
         self._stack.close()
 
     def hash(self) -> None:
@@ -370,7 +372,7 @@ class Upload:
     def _submit(self, act: Callable[[], None]) -> None:
         if len(self._writes) >= _WRITES_AHEAD:
             self._writes.popleft().result()
-        self._writes.append(self._pool.submit(act))
+        self._writes.append(self._writers.submit(act))
 
     def _drain(self) -> None:
         while self._writes:

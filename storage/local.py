@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ckpt.core.effects import perform
 from ckpt.core.errors import SpaceError, StorageError, from_os_error
+from ckpt.storage.direct import BLOCK, DirectFile
 from ckpt.storage.store import (
     ObjectInfo,
     Store,
@@ -23,7 +24,6 @@ from ckpt.storage.store import (
     missing,
     short,
 )
-from ckpt.storage.writeback import begin_writeback
 
 _TEMPORARY = ".tmp"
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
@@ -198,14 +198,22 @@ class _LocalUpload(Upload):
             with contextlib.suppress(OSError):
                 perform("unlink", os.unlink, self._path)
             raise
+        self._direct = DirectFile(self._path)
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         view = memoryview(data).cast("B")
+        first = -offset % BLOCK
         with _typed(f"writing {self._key} in {self._store.root}"):
-            while view:
-                count = perform("write", os.pwrite, self._handle, view, offset)
-                begin_writeback(self._handle, offset, count)
-                view, offset = view[count:], offset + count
+            done = self._direct.write(offset + first, view[first:])
+            if done:
+                self._write(offset, view[:first])
+                view, offset = view[first + done :], offset + first + done
+            self._write(offset, view)
+
+    def _write(self, offset: int, view: memoryview) -> None:
+        while view:
+            count = perform("write", os.pwrite, self._handle, view, offset)
+            view, offset = view[count:], offset + count
 
     def publish(self, size: int) -> None:
         with _typed(f"writing {self._key} in {self._store.root}"):
@@ -250,7 +258,10 @@ class _LocalUpload(Upload):
                     with contextlib.suppress(FileNotFoundError):  # tidied away: its push is over
                         perform("unlink", os.unlink, path)
             finally:
-                perform("close", os.close, handle)
+                try:
+                    self._direct.close()
+                finally:
+                    perform("close", os.close, handle)
 
 
 @contextlib.contextmanager
