@@ -8,6 +8,7 @@ third of the processor time.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import threading
 from pathlib import Path
@@ -15,7 +16,8 @@ from pathlib import Path
 from ckpt.core.effects import perform
 from ckpt.storage.scratch import scratch
 
-BLOCK = 4096  # what a disk's own blocks divide
+# What a disk's own blocks divide; and no page of the cache has bytes that are written past it.
+BLOCK = max(4096, mmap.PAGESIZE)
 _LEAST = 1 << 20
 _FLAG = getattr(os, "O_DIRECT", None)
 
@@ -31,7 +33,7 @@ class DirectFile:
 
     def write(self, offset: int, view: memoryview) -> int:
         """Write as much of ``view`` as are whole blocks from its beginning on, ``offset`` being
-        where a block begins; returns how many bytes that were. None where it is little, or where
+        where a block begins; returns how many bytes that were: none where it is little, or where
         the filesystem has no way past the cache."""
         length = len(view) // BLOCK * BLOCK
         if length < _LEAST or (handle := self._opened()) is None:
