@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-
-import click
+import sys
 
 from ckpt.core.printable import escape
 
@@ -15,7 +14,7 @@ class _Steps(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         text = escape(record.getMessage(), limit=4000)
         try:
-            click.echo(f"{record.relativeCreated / 1000:7.3f} s  {text}", err=True)
+            print(f"{record.relativeCreated / 1000:7.3f} s  {text}", file=sys.stderr)
         except OSError:  # nobody reads any more: no reason to stop in the middle of an act
             self.handleError(record)
 
