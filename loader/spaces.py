@@ -73,9 +73,6 @@ class DeviceSpace:
 
     def write(self, offset: int, data: memoryview) -> None:
         piece = torch.frombuffer(data, dtype=torch.uint8)
-        if self._stream is None:
-            self._bytes[offset : offset + len(data)] = piece
-            return
         with torch.cuda.stream(self._stream):
             with contextlib.suppress(RuntimeError):  # there may be none to pin
                 piece = torch.empty_like(piece, pin_memory=True).copy_(piece)

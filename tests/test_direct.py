@@ -1,5 +1,5 @@
 """Large writes go past the page cache where the filesystem lets them, and what is there is the
-same; the disk of the tests may be memory, which has no such way, so both are tried."""
+same. The folder of the tests may lie in memory, so a disk is tried as well."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def is_direct(handle: int) -> bool:
 
 
 def has_direct(folder: Path) -> bool:
-    """Whether the filesystem takes what its own handle says is direct."""
+    """Whether a file in this folder can be opened for writes past the page cache."""
     probe = folder / "probe"
     try:
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_DIRECT))

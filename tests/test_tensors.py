@@ -430,7 +430,7 @@ def test_random_states_come_back_where_each_piece_is_copied_to_a_device(
 
 
 def test_a_tensor_of_several_chunks_is_copied_to_its_device_whole(repo: ckpt.Repository) -> None:
-    tensor = torch.arange(5 * CHUNK_BYTES // 8)  # of 8 bytes, in two chunks and a half
+    tensor = torch.arange(5 * CHUNK_BYTES // 16)  # of 8 bytes, in two chunks and a half
     repo.push({"w": tensor}, "m", compress="none")
     with (
         patch("ckpt.loader.spaces.space_for", lambda entry, _: DeviceSpace(entry, CPU)),
