@@ -71,7 +71,7 @@ def _row(model: str, cells: list[str]) -> str:
 
 
 def follow_curve(
-    settings: Settings, model: str, metric: str, limit: int | None, output: str | None
+    settings: Settings, model: str, metric: str, limit: int | None, picture: Path | None
 ) -> None:
     """Draw a metric of a model, and again whenever there are new versions; as JSON one line for
     each version that has it."""
@@ -93,8 +93,8 @@ def follow_curve(
             else:
                 click.clear()  # of a terminal; in a file the drawings follow each other
                 click.echo(f"{draw(curve, Screen.of_output())}\n")
-            if output is not None:
-                write_chart(curve, Path(output))
+            if picture is not None:
+                write_chart(curve, picture)
             told = curve.points[-1].number
 
 

@@ -26,7 +26,7 @@ _MOST = {"auto": 0.90, "max": 0.98}
 _DIFFERENCE_GAIN = 0.98
 # What pcodec has to leave of what planes take: it is many times slower.
 _PCO_GAIN = 0.998
-_SAMPLES, _SAMPLE_LENGTH = 16, {"auto": 1024, "max": 2048}  # elements
+_SAMPLES, _SAMPLE_LENGTH = 16, {"auto": 512, "max": 2048}  # elements
 _LEAST = 4096  # bytes; what a shorter chunk saves, its description in the pack costs
 _SCALE = struct.Struct("<f")
 

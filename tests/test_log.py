@@ -180,6 +180,24 @@ def test_a_plot_fits_the_width_and_says_what_it_leaves_out(
 
 
 @pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize(
+    ("arguments", "numbers"),
+    [
+        (("--where", "loss < 1 and step >= 60"), [10, 8, 7]),
+        (("--order-by", "loss", "-n", "3"), [10, 8, 7]),
+        (("--order-by", "-loss", "--where", "step < 40"), [1, 2, 3, 4]),
+        (("--where", "loss < 0"), []),
+    ],
+)
+def test_versions_are_found_and_ordered_by_their_metrics(
+    shell: Callable[..., tuple[str, str]], arguments: tuple[str, ...], numbers: list[int]
+) -> None:
+    out, told = shell("log", "gpt", *arguments)
+    assert [line.split()[0] for line in out.splitlines()[1:]] == [f"gpt@{one}" for one in numbers]
+    assert told == ("" if numbers else "no version of gpt matches\n")
+
+
+@pytest.mark.usefixtures("trained")
 def test_the_json_of_a_plot_has_every_point(shell: Callable[..., tuple[str, str]]) -> None:
     shown = json.loads(shell("log", "gpt", "--plot", "loss", "--json", "-n", "2")[0])
     nan = {"version": "gpt@9", "step": 80, "run": "main", "value": "nan"}
@@ -210,10 +228,14 @@ def test_a_picture_is_written_beside_the_drawing(
         (("--plot", "loss", "--output", "no/loss.svg"), 3, "error[no-folder]: "),
         (("--output", "loss.svg"), 2, "error[usage]: --output needs --plot METRIC"),
         (("--follow", "--before", "3"), 2, "error[usage]: --follow and --before"),
+        (("--where", "loss<1", "--plot", "loss"), 2, "error[usage]: --where excludes --follow"),
+        (("--order-by", "loss", "--follow"), 2, "error[usage]: --order-by excludes --follow"),
+        (("--where", "loss"), 2, "error[where-invalid]: "),
+        (("--order-by", ""), 2, "error[name-invalid]: "),
         (("--plot", "loss", "-n", "0"), 2, "error[usage]: "),
     ],
 )
-def test_what_cannot_be_drawn_is_one_clear_line(
+def test_what_cannot_be_shown_is_one_clear_line(
     shell: Callable[..., tuple[str, str]], arguments: tuple[str, ...], status: int, said: str
 ) -> None:
     _, told = shell("log", "gpt", *arguments, status=status)
