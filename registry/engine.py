@@ -119,6 +119,7 @@ class Database(ABC):
     def __init__(self, engine: Engine, name: str) -> None:
         self.engine = engine
         self.name = name
+        self._is_closed = False
 
     @abstractmethod
     def is_passing(self, error: DBAPIError) -> bool:
@@ -131,7 +132,7 @@ class Database(ABC):
     @contextmanager
     def read(self) -> Iterator[Transaction]:
         """A consistent snapshot; nothing is written."""
-        with self._typed(), self.engine.connect() as connection:
+        with self._typed(), self._connect() as connection:
             yield Transaction(connection.execution_options(**self.read_options))
             connection.commit()  # after a rollback psycopg forgets what it has prepared
 
@@ -149,7 +150,7 @@ class Database(ABC):
     def _asking(self) -> Iterator[Transaction]:
         """For one statement, which is a snapshot without a transaction, whose begin and end would
         be two or three more ways to a server and back."""
-        with self._typed(), self.engine.connect() as connection:
+        with self._typed(), self._connect() as connection:
             yield Transaction(connection.execution_options(**self.ask_options))
 
     def write(self, act: Callable[[Transaction], T]) -> T:
@@ -169,7 +170,7 @@ class Database(ABC):
         raise AssertionError("unreachable")
 
     def _once(self, act: Callable[[Transaction], T]) -> T:
-        with self.engine.connect() as connection:
+        with self._connect() as connection:
             writing = connection.execution_options(ckpt_writes=True)
             with writing.begin() as transaction:
                 result = act(Transaction(writing))
@@ -186,8 +187,18 @@ class Database(ABC):
             raise value_invalid(str(error)) from error
 
     def close(self) -> None:
-        """Close all connections."""
+        """Close all connections; none is made afterwards."""
+        self._is_closed = True
         self.engine.dispose()
+
+    def _connect(self) -> Connection:
+        if self._is_closed:
+            raise UsageError(
+                "repository-closed",
+                f"the repository of the registry {self.name} is closed",
+                hint="use it within its `with`, or open it again",
+            )
+        return self.engine.connect()
 
 
 def value_invalid(reason: str) -> UsageError:

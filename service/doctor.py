@@ -66,7 +66,7 @@ def _versions() -> Finding:
 
 def _store(store: Store) -> Finding:
     """Whether objects can be written, read and deleted."""
-    key = f"doctor/{secrets.token_hex(16)}.json"
+    key = f"doctor-{secrets.token_hex(16)}.json"
     store.put(key, b"{}")
     try:
         fine = store.get(key) == b"{}"

@@ -431,7 +431,8 @@ class Repository(Lookup, Exchange, Upkeep):
         return parse_reference(ref.reference if isinstance(ref, Version) else ref)
 
     def close(self) -> None:
-        """Close the registry and the store; the repository cannot be used afterwards."""
+        """Close the registry and the store; what is called afterwards is refused with the
+        UsageError ``repository-closed``."""
         try:
             self._registry.close()
         finally:

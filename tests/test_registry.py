@@ -55,6 +55,24 @@ def test_the_models_and_the_migrated_schema_agree(database: Database) -> None:
         assert compare_metadata(context, metadata) == []
 
 
+def test_a_closed_repository_refuses_every_call(repo: ckpt.Repository) -> None:
+    repo.push({"w": torch.ones(2)}, "net")
+    repo.close()
+    calls: tuple[Callable[[], object], ...] = (
+        repo.models,
+        lambda: repo.get("net"),
+        lambda: repo.pull("net"),
+        lambda: repo.push({"w": torch.zeros(2)}, "net"),
+        lambda: repo.tag("net", "best"),
+        repo.gc,
+    )
+    for call in calls:
+        with pytest.raises(UsageError) as caught:
+            call()
+        assert caught.value.code == "repository-closed"
+    repo.close()
+
+
 def test_only_migrations_make_tables() -> None:
     root = Path(__file__).parents[1]
     layers = ("core", "storage", "registry", "loader", "service", "cli", "migrations")
