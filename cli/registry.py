@@ -7,8 +7,8 @@ import sys
 import click
 
 from ckpt.cli.command import Settings, command
-from ckpt.cli.render import print_json
-from ckpt.core.errors import UsageError
+from ckpt.cli.render import count, print_json
+from ckpt.core.errors import IntegrityError, UsageError
 from ckpt.core.printable import escape
 
 
@@ -22,8 +22,9 @@ def registry() -> None:
 def rebuild(settings: Settings, yes: bool) -> None:
     """Make the registry anew from the store alone, and keep the old one beside it.
 
-    Every version that was acknowledged comes back, and what was removed does not. Stop whatever
-    uses the repository first: what it does meanwhile is refused or lost.
+    Every version that was acknowledged comes back, and what was removed does not. Where a
+    document or an event is missing or damaged nothing is replaced. Stop whatever uses the
+    repository first: what it does meanwhile is refused or lost.
     """
     from ckpt.service.config import locate
     from ckpt.service.places import open_store
@@ -46,14 +47,19 @@ def rebuild(settings: Settings, yes: bool) -> None:
                 "kept": found.kept,
             }
         )
-        return
-    click.echo(f"rebuilt: {found.versions} versions, epoch {found.epoch}")
-    for reference in found.damaged:
-        settings.say(f"{reference} is damaged: not all of its bytes are in the store")
-    for line in found.unreadable:
-        settings.say(f"left alone: {escape(line)}")
-    if found.kept is not None:
-        settings.say(f"the old registry is {found.kept}")
+    else:
+        click.echo(f"rebuilt: {count(found.versions, 'version')}, epoch {found.epoch}")
+        for line in found.unreadable:
+            settings.say(f"left alone: {escape(line)}")
+        if found.kept is not None:
+            settings.say(f"the old registry is {found.kept}")
+    if found.damaged:
+        raise IntegrityError(
+            "damaged",
+            f"the store has not all bytes of {', '.join(found.damaged)}",
+            hint="put the packs back and run this again, or push the same content again, then run "
+            "`ckpt fsck --repair`",
+        )
 
 
 def _confirm(yes: bool) -> None:

@@ -21,7 +21,15 @@ from ckpt.core.documents import canonical, join_document
 from ckpt.core.records import StoreCopy
 from ckpt.registry.bodies import decompress, read_json
 from ckpt.registry.engine import Database, Transaction, batches
-from ckpt.registry.tables import documents, environments, events, meta, structures, versions
+from ckpt.registry.tables import (
+    documents,
+    environments,
+    events,
+    meta,
+    models,
+    structures,
+    versions,
+)
 
 
 class Copies:
@@ -56,6 +64,14 @@ class Copies:
             found = [_document_copy(row) for row in transaction.rows(_VERSIONS)]
             found += [_event_copy(row) for row in transaction.rows(_EVENTS)]
         return found
+
+    def copied(self) -> dict[str, str]:
+        """What was noted to be in the store, by id: references of versions, kinds of acts."""
+        with self._database.read() as transaction:
+            there = {
+                row.push: f"{row.name}@{row.number}" for row in transaction.rows(_COPIED_VERSIONS)
+            }
+            return there | {row.id: f"a {row.kind}" for row in transaction.rows(_COPIED_EVENTS)}
 
     def is_wanted(self, copy: StoreCopy) -> bool:
         """Whether the version or the event is still there."""
@@ -147,6 +163,14 @@ _EVENTS = select(
     events.c.body.label("said"),
     *(cast(null(), LargeBinary).label(name) for name in ("document", "structure", "environment")),
 ).where(events.c.counter.is_not(None))
+_COPIED_VERSIONS = (
+    select(versions.c.push, models.c.name, versions.c.number)
+    .join(models, models.c.id == versions.c.model)
+    .where(versions.c.copied == true())
+)
+_COPIED_EVENTS = select(events.c.id, events.c.kind).where(
+    events.c.copied == true(), events.c.counter.is_not(None)
+)
 # Of both at one moment: else a later one could be copied before an earlier one.
 _UNCOPIED = union_all(
     _VERSIONS.where(versions.c.copied == false()), _EVENTS.where(events.c.copied == false())

@@ -11,7 +11,7 @@ from sqlalchemy import func, insert, select, update
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import Document, canonical, structure_bytes
 from ckpt.core.errors import IntegrityError
-from ckpt.core.records import Chunk, FinishedPack, PushState
+from ckpt.core.records import Chunk, FinishedPack, Pack, PushState
 from ckpt.registry.books import insert_pack
 from ckpt.registry.commit import (
     insert_document,
@@ -51,13 +51,20 @@ class StoredVersion:
 
 @dataclass(frozen=True, slots=True)
 class StoreContents:
-    """What a store holds that counts; ``epoch`` is the new one."""
+    """What a store holds that counts; ``epoch`` is the new one. ``keys`` are those of all packs,
+    and ``lost`` by their ids those that versions name and that are missing or damaged."""
 
     epoch: int
     versions: Sequence[StoredVersion]
     events: Sequence[Mapping[str, Any]]
     packs: Sequence[FinishedPack]
     keys: frozenset[str]
+    lost: Mapping[str, Pack]
+
+    @property
+    def removed(self) -> set[str]:
+        """The pushes whose versions were removed by an act."""
+        return {event["push"] for event in self.events if event["kind"] in _ENDINGS}
 
 
 def fence(database: Database) -> None:
@@ -90,6 +97,7 @@ class _Rebuild:
     models: dict[str, int] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)
     _places: dict[str, list[Chunk]] = field(default_factory=dict)
+    _broken: set[str] = field(default_factory=set)
 
     def run(self) -> list[str]:
         every = [version.facts["counter"] for version in self.contents.versions]
@@ -97,7 +105,7 @@ class _Rebuild:
         counter = max(every, default=0) + 1
         values = {"epoch": self.contents.epoch, "next_counter": counter}
         self.transaction.run(update(meta).values(**values))
-        removed = {event["push"] for event in self.contents.events if event["kind"] in _ENDINGS}
+        removed = self.contents.removed
         self._check_numbers()
         self._make_models()
         self._make_events()
@@ -201,13 +209,28 @@ class _Rebuild:
         }
         made = self.transaction.run(insert(versions).returning(versions.c.id), row).scalar_one()
         note_classes(self.transaction, made, document)
-        packs, whole = self._choose_packs(version)
+        needed, whole = self._choose_packs(version)
         if not whole:
             self.damaged.append(f"{facts['model']}@{facts['number']}")
-        if packs:
-            rows = [{"version": made, "pack": pack} for pack in sorted(packs)]
+            needed |= self._make_lost(facts["packs"])
+        if needed:
+            rows = [{"version": made, "pack": pack} for pack in sorted(needed)]
             self.transaction.run(insert(refs), rows)
         return int(made)
+
+    def _make_lost(self, named: Sequence[str]) -> set[str]:
+        """Rows for the lost ones of ``named``, as broken packs: what is put back in their places
+        is needed then, and no leftover of a push. Returns them."""
+        lost = self.contents.lost.keys() & named
+        for pack in sorted(lost - self._broken):
+            found = self.contents.lost[pack]
+            row = {"id": found.push, "kind": "push", "state": PushState.ABORTED.value}
+            self.transaction.insert_absent(
+                pushes, {**row, "expires_at": 0, "epoch": self.contents.epoch}
+            )
+            insert_pack(self.transaction, FinishedPack(found, ()))
+        self._broken |= lost
+        return lost
 
     def _choose_packs(self, version: StoredVersion) -> tuple[set[str], bool]:
         """Packs from which every digest can be read, those that the push named first, bases

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,9 +22,14 @@ from ckpt.registry.rebuild import StoreContents, fence, rebuild
 from ckpt.registry.repack import Repacks
 from ckpt.registry.repair import Repairs
 from ckpt.registry.runs import Runs
-from ckpt.registry.schema import check_schema, migrate
+from ckpt.registry.schema import check_made, check_schema, migrate
 from ckpt.registry.sqlite import open_sqlite
 from ckpt.registry.usage import Usages
+
+# What is said of a registry that others may be using; one with other faults can do no more harm.
+_IN_USE = frozenset(
+    {"foreign-store", "schema-newer", "registry", "registry-busy", "registry-unreachable"}
+)
 
 
 class Registry:
@@ -65,9 +70,14 @@ class Registry:
 
     @classmethod
     def upgrade(cls, where: Path | str, store: str) -> None:
-        """Bring the schema of an existing registry up to date."""
+        """Bring the schema of an existing registry up to date.
+
+        Raises:
+            StorageError: ``registry-missing``, also when there are no tables.
+        """
         database = _database(where, create=False)
         try:
+            check_made(database)
             migrate(database, store)
         finally:
             database.close()
@@ -78,7 +88,7 @@ class Registry:
         from it any more.
 
         Raises:
-            StorageError: it may be used by others still, and could not be closed.
+            StorageError, IntegrityError: it may be used by others still, and was not closed.
         """
         try:
             database = _database(where, create=False)
@@ -91,9 +101,31 @@ class Registry:
             if error.code == "registry":  # a disk that fails now may serve others, or later
                 more = "; if it stays so, move it away and run `ckpt registry rebuild`"
                 raise StorageError(error.code, error.message, hint=f"run again{more}") from error
-            if error.code in ("registry-busy", "registry-unreachable"):
+            if error.code in _IN_USE:
                 raise
-            # too damaged to do any harm
+        finally:
+            database.close()
+
+    @classmethod
+    def copied(cls, where: Path | str, store: str) -> Mapping[str, str]:
+        """What an old registry knows to be in the store, if it can be read: of every version and
+        every act, by the id of the push or of the event, what to call it.
+
+        Raises:
+            IntegrityError: ``foreign-store``; StorageError: ``schema-newer``, and what says that
+                it may be readable another time.
+        """
+        try:
+            database = _database(where, create=False)
+        except (StorageError, AccessError):
+            return {}
+        try:
+            check_schema(database, store)
+            return Copies(database).copied()
+        except (StorageError, IntegrityError) as error:
+            if error.code in _IN_USE:
+                raise
+            return {}
         finally:
             database.close()
 

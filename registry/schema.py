@@ -41,6 +41,21 @@ def check_schema(database: Database, store: str) -> None:
         )
 
 
+def check_made(database: Database) -> None:
+    """Refuse a database without tables.
+
+    Raises:
+        StorageError: ``registry-missing``.
+    """
+    with database.read() as transaction:
+        if not _is_made(transaction):
+            raise StorageError(
+                "registry-missing",
+                f"the registry {database.name} has no tables",
+                hint="run `ckpt registry rebuild`, which reads the store",
+            )
+
+
 def migrate(database: Database, store: str) -> None:
     """Bring the schema up to date and, the first time, note the store that it belongs to.
 

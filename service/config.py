@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckpt.core.effects import perform
-from ckpt.core.errors import IntegrityError, NotFoundError, TrustError, UsageError, from_os_error
+from ckpt.core.errors import (
+    IntegrityError,
+    NotFoundError,
+    StorageError,
+    TrustError,
+    UsageError,
+    from_os_error,
+)
 from ckpt.core.printable import escape
 from ckpt.service.approval import approve, is_approved
 from ckpt.service.places import Place, S3Options, as_place, shown
@@ -251,6 +258,15 @@ def no_repository(location: Location) -> NotFoundError:
         "no-repository",
         f"there is no repository at {location.root}",
         hint="run `ckpt init`, or name one with --repo",
+    )
+
+
+def store_missing(location: Location) -> StorageError:
+    """The error for a repository whose store is not where its configuration says."""
+    return StorageError(
+        "store-missing",
+        f"the store {shown(location.store_place)} is missing, or its file FORMAT",
+        hint="put it back, or correct config.toml",
     )
 
 

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ckpt.core.errors import CkptError
+from ckpt.registry.epochs import check_not_closed
 from ckpt.registry.registry import Registry
 from ckpt.service.config import Location
 from ckpt.service.places import shown
@@ -37,6 +38,7 @@ def examine(location: Location, store: Store, registry: Registry) -> list[Findin
         _versions(),
         *_guarded("store", lambda: _store(store)),
         *_guarded("clock", lambda: _clock(registry)),
+        *_guarded("epoch", lambda: _epoch(registry)),
         *_guarded("copies", lambda: _copies(registry)),
         *_guarded("agreement", lambda: _agreement(store, registry)),
         *_guarded("packs", lambda: _packs(store, registry)),
@@ -80,6 +82,13 @@ def _clock(registry: Registry) -> Finding:
     fine = abs(skew) < _SKEW_SECONDS
     todo = "" if fine else "set the clocks; nothing is lost by it, but times and graces are wrong"
     return Finding("clock", fine, f"{skew:+.1f} s from the registry's", todo)
+
+
+def _epoch(registry: Registry) -> Finding:
+    """Whether anything can be written, or a rebuild was stopped after it had closed the registry."""
+    epoch, _ = registry.copies.position()
+    check_not_closed(epoch)
+    return Finding("epoch", True, str(epoch))
 
 
 def _copies(registry: Registry) -> Finding:

@@ -12,6 +12,7 @@ from ckpt.core.errors import IntegrityError
 from ckpt.core.records import Chunk, FinishedPack, Pack, PackState, Version
 from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import copy_pending
+from ckpt.service.tripwire import check_newest
 from ckpt.storage.chunks import Places, read_chunk, read_place
 from ckpt.storage.packs import read_places
 from ckpt.storage.store import Store
@@ -57,7 +58,12 @@ def check(
         read_data: the share of the packs whose every chunk is read and hashed, from 0 to 1.
         repair: write missing documents and events again, and move versions from broken packs to
             whole ones that have the same chunks.
+
+    Raises:
+        ConflictError: ``registry-old``, ``registry-closed``, with ``repair``.
     """
+    if repair:
+        check_newest(store, registry)
     found = Checked()
     known = registry.repairs.packs()
     places = Places.of(known)
@@ -104,6 +110,8 @@ def _fault(
 ) -> str | None:
     """What is wrong with a pack, or None."""
     pack = finished.pack
+    if not pack.header:
+        return "it was missing or damaged at a rebuild; another one looks again"
     size = store.size(pack.key)
     if size is None:
         return "it is missing"
@@ -113,8 +121,10 @@ def _fault(
         header, named = read_places(store, pack)
         if header != pack.header:
             return "its header has other bytes"
-        if not {chunk.digest for chunk in finished.chunks} <= {place.digest for place in named}:
-            return "its header names other chunks than the registry"
+        # A digest that comes twice has one row: of its first place.
+        first = {place.digest: place for place in reversed(named)}
+        if first != {chunk.digest: chunk for chunk in finished.chunks}:
+            return "the registry has other chunks than its header; a registry rebuild reads that"
         return _data_fault(store, places, pack, named, found) if hashed else None
     except IntegrityError as error:
         return error.message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -10,9 +11,10 @@ from pathlib import Path
 
 from ckpt.core.errors import StorageError, UsageError
 from ckpt.registry.registry import Registry
-from ckpt.service.config import Location, complete, locate, no_repository, prepare
+from ckpt.service.config import Location, complete, locate, no_repository, prepare, store_missing
 from ckpt.service.places import Place, as_place, open_store, probe_store, shown
 from ckpt.service.repository import PathLike, Repository
+from ckpt.service.tripwire import check_newest
 from ckpt.storage.identity import ensure_identity, read_identity
 from ckpt.storage.store import Store
 
@@ -22,8 +24,8 @@ _log = logging.getLogger(__name__)
 def open_repository(
     repo: PathLike | None = None,
     *,
-    registry: str | None = None,
-    store: str | None = None,
+    registry: PathLike | None = None,
+    store: PathLike | None = None,
     create: bool = True,
 ) -> Repository:
     """Open a repository; the public name is ``ckpt.open``.
@@ -45,10 +47,10 @@ def open_repository(
             raise UsageError(
                 "usage", "a repository is one folder, or a registry and a store", hint="give both"
             )
-        return _open_parts(as_place(registry, "registry"), as_place(store, "store"), create)
+        return _open_parts(_part(registry, "registry"), _part(store, "store"), create)
     location = locate(repo)
     if location.exists:
-        return _open_existing(location)
+        return reopen(location)
     if not create:
         raise no_repository(location)
     return make_repository(location)
@@ -61,8 +63,10 @@ def make_repository(location: Location) -> Repository:
     location = replace(location, options=options)
     prepare(location)
     with _store_of(location) as (store, keep):
+        _check_not_lost(location, store)
         opened = Registry.create(location.registry_place, ensure_identity(store))
         try:
+            check_newest(store, opened)
             complete(location)
         except BaseException:
             opened.close()
@@ -72,19 +76,11 @@ def make_repository(location: Location) -> Repository:
 
 
 def reopen(location: Location) -> Repository:
-    """Another opening of a repository that is open somewhere."""
-    return _open_existing(location)
-
-
-def _open_existing(location: Location) -> Repository:
+    """Open a repository that is there, and may be open elsewhere."""
     with _store_of(location) as (store, keep):
         identity = read_identity(store)
         if identity is None:
-            raise StorageError(
-                "store-missing",
-                f"the store {shown(location.store_place)} is missing",
-                hint="put it back, or correct config.toml",
-            )
+            raise store_missing(location)
         opened = Registry.open(location.registry_place, identity)
         keep()
         return Repository(location, opened, store)
@@ -102,6 +98,13 @@ def _store_of(location: Location) -> Iterator[tuple[Store, Callable[[], object]]
         store = open_store(location.store_place, location.options)
         stack.callback(store.close)
         yield store, stack.pop_all
+
+
+def _part(given: PathLike, what: str) -> Place:
+    place = as_place(os.fspath(given), what)
+    if not isinstance(place, Path):
+        return place
+    return Path(os.path.abspath(place))  # the program may go elsewhere while it is open
 
 
 def _open_parts(registry: Place, store: Place, create: bool) -> Repository:
@@ -122,9 +125,24 @@ def _open_parts(registry: Place, store: Place, create: bool) -> Repository:
                 return Repository(location, found, opened)
         if not create:
             raise no_repository(location)
+        _check_not_lost(location, opened)
         made = Registry.create(registry, ensure_identity(opened))
         keep()
         return Repository(replace(location, exists=True), made, opened)
+
+
+def _check_not_lost(location: Location, store: Store) -> None:
+    """Refuse an empty registry over a store that has versions."""
+    place = location.registry_place
+    if not isinstance(place, Path) or place.exists():
+        return  # what is in it is looked at when it is open
+    if any(store.list("documents/")) or any(store.list("events/")):
+        raise StorageError(
+            "registry-missing",
+            f"the store {shown(location.store_place)} has versions, and the registry {place} is "
+            "missing",
+            hint="put it back, or make it anew: `ckpt --repo … registry rebuild`",
+        )
 
 
 def upgrade_registry(repo: PathLike | None = None) -> str:

@@ -103,10 +103,7 @@ def push_described(
     The newest version of the model is answered instead when it has the same run, content, step,
     metrics and labels.
     """
-    check_newest(store, registry)
-    taken = registry.queries.taken_name(said.model)
-    if taken is not None and taken != said.model:
-        raise name_clash(said.model, taken)
+    check_may_push(store, registry, said.model)
     sources = [source for source in described.sources if source is not None]
     probed = [source for source in described.probe_sources if source is not None]
     recorded = Environment(digest_of(canonical(environment)), environment)
@@ -150,6 +147,19 @@ def push_described(
                 abort(registry, upload.push, error)
             raise
     return acknowledge_push(store, registry, upload.push), upload.added
+
+
+def check_may_push(store: Store, registry: Registry, model: str) -> None:
+    """Refuse what no commit could make good.
+
+    Raises:
+        ConflictError: ``registry-old``, ``registry-closed``; ``name-clash`` when another model has
+            this name but for the case.
+    """
+    check_newest(store, registry)
+    taken = registry.queries.taken_name(model)
+    if taken is not None and taken != model:
+        raise name_clash(model, taken)
 
 
 def _document(

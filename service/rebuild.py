@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -14,14 +15,29 @@ from ckpt.core.digests import digest_of
 from ckpt.core.documents import canonical, decode_document
 from ckpt.core.effects import perform
 from ckpt.core.errors import IntegrityError, StorageError, from_os_error
-from ckpt.core.records import FinishedPack, Pack
+from ckpt.core.printable import escape
+from ckpt.core.records import FinishedPack, Pack, PackState
 from ckpt.registry.rebuild import StoreContents, StoredVersion
 from ckpt.registry.registry import Registry
 from ckpt.registry.sqlite import copy_database
-from ckpt.service.config import Location, no_repository
+from ckpt.service.config import Location, complete, no_repository, prepare, store_missing
 from ckpt.storage.identity import read_identity
-from ckpt.storage.packs import read_pack
+from ckpt.storage.packs import pack_key, read_pack
 from ckpt.storage.store import ObjectInfo, Store
+
+T = TypeVar("T")
+
+_COPY = re.compile(r"\d+-(?P<id>[0-9a-f]{32})\.json")
+# What reading an object that has other bytes than it should ends with.
+_DAMAGED = (
+    IntegrityError,
+    msgspec.MsgspecError,
+    AttributeError,
+    KeyError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +47,7 @@ class Rebuilt:
     Attributes:
         versions: how many there are.
         damaged: versions whose bytes are not all there; kept, for the rest of them.
-        unreadable: keys in the store that say nothing valid, with the reason; left alone.
+        unreadable: packs in the store that are damaged, with the reason; left alone.
         kept: where the old registry is now, if there was one.
     """
 
@@ -46,22 +62,46 @@ def rebuild_registry(location: Location, store: Store) -> Rebuilt:
     """Make the registry anew from the store alone; the old one is kept beside it.
 
     Raises:
-        NotFoundError: ``no-repository``; StorageError, AccessError, SpaceError: the old registry
-            is still in its place, and it is safe to run this again.
+        NotFoundError: ``no-repository``.
+        IntegrityError: ``copy-damaged``, ``copy-missing``: the store lacks what was acknowledged.
+            ``foreign-store``, ``number-twice``, ``epoch-damaged``.
+        StorageError, AccessError, SpaceError: it is safe to run this again.
+
+    Until all of the store was read, the old registry is as it was; after an error that comes later
+    it takes no more writes.
     """
     identity = read_identity(store)
     if identity is None:
-        raise no_repository(location)
-    unreadable: list[str] = []
-    epoch, before = _epochs(store)
+        raise store_missing(location) if location.exists else no_repository(location)
+    reader = _Reader(store)
+    _check_complete(reader.contents(), Registry.copied(location.registry_place, identity))
     # First the old registry is cut off, then the store is listed: nothing is acknowledged between.
     Registry.fence(location.registry_place, identity)
-    contents = _read(store, epoch, before, unreadable)
+    contents = reader.contents()
     _write_epoch(store, contents)
     damaged, kept = _make(location.registry_place, identity, contents)
-    ended = {event["push"] for event in contents.events if event["kind"] in ("rm", "prune")}
-    count = sum(version.facts["push"] not in ended for version in contents.versions)
-    return Rebuilt(contents.epoch, count, tuple(damaged), tuple(unreadable), kept)
+    if not location.exists:
+        prepare(location)
+        complete(location)
+    removed = contents.removed
+    count = sum(version.facts["push"] not in removed for version in contents.versions)
+    unreadable = tuple(f"{key}: {reason}" for key, reason in reader.unreadable.items())
+    return Rebuilt(contents.epoch, count, tuple(damaged), unreadable, kept)
+
+
+def _check_complete(contents: StoreContents, copied: Mapping[str, str]) -> None:
+    """Refuse to replace a registry that knows more than its store; ``copied`` is what it says by
+    the ids of pushes and events."""
+    known = {version.facts["push"] for version in contents.versions} | contents.removed
+    known |= {event["id"] for event in contents.events}
+    missing = sorted(said for one, said in copied.items() if one not in known)
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise IntegrityError(
+            "copy-missing",
+            f"the store lacks what the registry knows: {', '.join(missing[:3])}{more}",
+            hint="run `ckpt fsck --repair`, which writes it again, or move the registry away",
+        )
 
 
 def _make(
@@ -103,46 +143,76 @@ def _epochs(store: Store) -> tuple[int, dict[str, Any]]:
         ) from None
 
 
-def _read(store: Store, epoch: int, before: dict[str, Any], unreadable: list[str]) -> StoreContents:
-    versions = [
-        version
-        for info in _counted(store, "documents/", epoch, set(before["documents"]))
-        if (version := _tried(info, lambda info: _read_version(store, info), unreadable))
-    ]
-    events = [
-        event
-        for info in _counted(store, "events/", epoch, set(before["events"]))
-        if (event := _tried(info, lambda info: _read_event(store, info), unreadable))
-    ]
-    listed = list(store.list("packs/"))
-    dead = {event["key"] for event in events if event["kind"] == "dead"}
-    packs = [
-        finished
-        for info in listed
-        if info.key not in dead
-        and (finished := _tried(info, lambda info: _read_finished(store, info), unreadable))
-    ]
-    keys = frozenset(info.key for info in listed)
-    return StoreContents(epoch + 1, versions, events, packs, keys)
+class _Reader:
+    """Reads a store, as often as asked, each of its objects once: none of them ever changes."""
+
+    def __init__(self, store: Store) -> None:
+        self.unreadable: dict[str, str] = {}
+        self._store = store
+        self._read: dict[str, Any] = {}
+
+    def contents(self) -> StoreContents:
+        """What the store holds now.
+
+        Raises:
+            IntegrityError: ``copy-damaged`` for a document or an event, without which a version,
+                a removal or a name would be gone for good.
+        """
+        store = self._store
+        epoch, before = _epochs(store)
+        documents = _counted(store, "documents/", epoch, set(before["documents"]))
+        versions = [self._once(info, _read_version) for info in documents]
+        acts = _counted(store, "events/", epoch, set(before["events"]))
+        events = [self._once(info, _read_event) for info in acts]
+        listed = {info.key: info for info in store.list("packs/")}
+        dead = {event["key"] for event in events if event["kind"] == "dead"}
+        packs = [
+            finished
+            for info in listed.values()
+            if info.key not in dead and (finished := self._pack(info)) is not None
+        ]
+        named = {pack for version in versions for pack in version.facts["packs"]}
+        lost = {
+            pack: _lost_pack(pack, listed.get(pack_key(pack)))
+            for pack in named - {finished.pack.id for finished in packs}
+            if pack_key(pack) not in dead
+        }
+        return StoreContents(epoch + 1, versions, events, packs, frozenset(listed), lost)
+
+    def _once(self, info: ObjectInfo, read: Callable[[Store, ObjectInfo], T]) -> T:
+        if info.key not in self._read:
+            try:
+                self._read[info.key] = read(self._store, info)
+            except _DAMAGED as error:
+                raise IntegrityError(
+                    "copy-damaged",
+                    f"{info.key} in the store is damaged: {escape(str(error), 200)}",
+                    hint="run `ckpt fsck --repair` if the registry is whole, restore the file from "
+                    "a backup, or, to go on without what it says, move it away",
+                ) from None
+        found: T = self._read[info.key]
+        return found
+
+    def _pack(self, info: ObjectInfo) -> FinishedPack | None:
+        """A pack, or None where it is damaged. Of a disk or server that fails nothing follows, so
+        that the rebuild ends: what it leaves out is out for ever."""
+        if info.key not in self._read:
+            try:
+                self._read[info.key] = _read_finished(self._store, info)
+            except _DAMAGED as error:
+                self.unreadable[info.key] = str(error)
+                self._read[info.key] = None
+        found: FinishedPack | None = self._read[info.key]
+        return found
 
 
 def _counted(store: Store, place: str, epoch: int, named: set[str]) -> Iterator[ObjectInfo]:
     """(k): what lies in the newest epoch, and of earlier ones what its file names."""
     for info in store.list(place):
         number, _, name = info.key.removeprefix(place).partition("/")
-        identity = name.rpartition("-")[2].removesuffix(".json")
-        if number == str(epoch) or identity in named:
+        copy = _COPY.fullmatch(name)
+        if copy is not None and (number == str(epoch) or copy["id"] in named):
             yield info
-
-
-def _tried(info: ObjectInfo, read: Callable[[ObjectInfo], Any], unreadable: list[str]) -> Any:
-    """What it says; of a disk or server that fails nothing follows, so that the rebuild ends: what
-    it leaves out is out for ever."""
-    try:
-        return read(info)
-    except (IntegrityError, msgspec.MsgspecError, KeyError, TypeError, ValueError) as error:
-        unreadable.append(f"{info.key}: {error}")
-        return None
 
 
 def _read_version(store: Store, info: ObjectInfo) -> StoredVersion:
@@ -160,12 +230,21 @@ def _read_event(store: Store, info: ObjectInfo) -> dict[str, Any]:
     event: dict[str, Any] = msgspec.json.decode(store.get(info.key))
     if not info.key.endswith(f"-{event['id']}.json"):
         raise ValueError("it is of another event than its name")
+    absent = {"kind", "epoch", "counter", "time", "author"} - event.keys()
+    if absent:
+        raise ValueError(f"it does not say its {min(absent)}")
     return event
 
 
 def _read_finished(store: Store, info: ObjectInfo) -> FinishedPack:
     name = info.key.rpartition("/")[2].removesuffix(".safetensors")
     return read_pack(store, Pack(name, info.key, info.size, name.partition("-")[0]))
+
+
+def _lost_pack(pack: str, info: ObjectInfo | None) -> Pack:
+    """A pack of which nothing is known but its name, and its size if it is there."""
+    size = 0 if info is None else info.size
+    return Pack(pack, pack_key(pack), size, pack.partition("-")[0], state=PackState.BROKEN)
 
 
 def _write_epoch(store: Store, contents: StoreContents) -> None:

@@ -18,12 +18,11 @@ from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.errors import NotFoundError
 from ckpt.core.records import Chunk, Environment, Version
 from ckpt.core.tensors import TensorBytes
-from ckpt.registry.commit import name_clash
 from ckpt.service.acknowledge import acknowledge_push
 from ckpt.service.bases import Bases, check_compress
 from ckpt.service.fetch import Wanted, fetch
 from ckpt.service.pull import fill, with_bytes
-from ckpt.service.push import Said, abort, commit, describe_push, same_version
+from ckpt.service.push import Said, abort, check_may_push, commit, describe_push, same_version
 from ckpt.service.upload import Upload
 
 if TYPE_CHECKING:
@@ -67,11 +66,9 @@ class JointPush:
         """Begin the push, and its lease; returns its id.
 
         Raises:
-            ConflictError: ``name-clash`` when another model has this name but for the case.
+            ConflictError: as :func:`~ckpt.service.push.check_may_push`.
         """
-        taken = self._registry.queries.taken_name(self.said.model)
-        if taken is not None and taken != self.said.model:
-            raise name_clash(self.said.model, taken)
+        check_may_push(self._store, self._registry, self.said.model)
         push = secrets.token_hex(16)
         self._registry.books.open_push(push, "push")
         return push

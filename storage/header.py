@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
@@ -125,6 +126,12 @@ def parse_header(text: bytes, file_size: int) -> Header:
     data_start = _LENGTH_BYTES + len(text)
     _check_layout(entries, file_size - data_start)
     return Header(tuple(entries), metadata, data_start)
+
+
+def takes_shape(code: str, shape: Sequence[int]) -> bool:
+    """Whether this reader takes an entry of that dtype with that shape."""
+    nbytes = prod(size for size in shape if size) * ITEM_SIZES[CODES[code]]
+    return len(shape) <= _RANK_LIMIT and nbytes <= _SIZE_LIMIT
 
 
 def _refuse(code: str, message: str, hint: str = _SAVE_AGAIN) -> NoReturn:

@@ -16,7 +16,7 @@ from ckpt.core.errors import IntegrityError
 from ckpt.core.printable import is_printable
 from ckpt.core.records import Chunk, FinishedPack, Pack
 from ckpt.core.tensors import CHUNK_BYTES, TensorBytes, chunk_spans
-from ckpt.storage.header import Entry, header_length, parse_header
+from ckpt.storage.header import Entry, header_length, parse_header, takes_shape
 from ckpt.storage.store import Store
 
 PACK_BYTES = 512 << 20
@@ -87,6 +87,8 @@ class PackWriter:
             code, shape = PACK_CODES[source.dtype], source.shape
         else:
             code, shape = "U8", (*source.shape, ITEM_SIZES[source.dtype])
+        if not takes_shape(code, shape):
+            code, shape = "U8", (source.nbytes,)
         spans = chunk_spans(source.nbytes)
         chunks = [
             Chunk(digest, self.id, at, length, length)

@@ -350,9 +350,9 @@ OTHERS = (
     Mutant(
         "a rebuild that uses dead keys",
         "a_rebuild_never_uses_a_dead_key",
-        "ckpt.service.rebuild:_read",
-        "if info.key not in dead\n",
-        "if True\n",
+        "ckpt.service.rebuild:_Reader.contents",
+        "if info.key not in dead and",
+        "if",
     ),
     Mutant(
         "a rebuild that forgets dead keys",
@@ -365,15 +365,15 @@ OTHERS = (
         "a rebuild that ignores removals",
         "a_rebuild_brings_nothing_back",
         _REBUILD + "run",
-        'if event["kind"] in _ENDINGS}',
-        "if False}",
+        "self.contents.removed",
+        "set()",
     ),
     Mutant(
         "a rebuild that counts what lands late",
         "a_rebuild_counts_nothing_that_lands_late",
         "ckpt.service.rebuild:_counted",
-        "if number == str(epoch) or identity in named:",
-        "if True:",
+        '(number == str(epoch) or copy["id"] in named)',
+        "True",
     ),
     Mutant(
         "a rebuild that counts only what is there",

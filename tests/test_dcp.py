@@ -285,6 +285,18 @@ def test_a_successor_is_stored_as_a_difference(repo: ckpt.Repository) -> None:
     assert torch.equal(repo.pull("m")["w"], changed)
 
 
+def test_nothing_is_saved_through_an_old_registry(repo: ckpt.Repository) -> None:
+    save(repo, "m", {"w": torch.ones(2)})
+    repo.close()
+    backup = repo.location.registry.read_bytes()
+    with ckpt.open(repo.location.root) as newer:
+        save(newer, "m", {"w": torch.zeros(2)})
+    repo.location.registry.write_bytes(backup)
+    with ckpt.open(repo.location.root) as older, pytest.raises(CheckpointException) as found:
+        save(older, "m", {"w": torch.full((2,), 3.0)})
+    assert raised(found.value).code == "registry-old"
+
+
 def test_what_cannot_be_stored_is_refused_with_its_name(repo: ckpt.Repository) -> None:
     state = {"a": {"code": print}, "b": (lambda: 0,), "c": torch.eye(3).to_sparse()}
     with pytest.raises(CheckpointException) as found:

@@ -16,6 +16,8 @@ from servers import BUCKET, Server
 
 import ckpt
 from ckpt.core.effects import observed
+from ckpt.registry.registry import Registry
+from ckpt.storage.identity import read_identity
 from ckpt.storage.s3_probe import Capabilities
 
 pytest_plugins = ("servers",)
@@ -41,6 +43,14 @@ def test_a_missing_pack_and_a_store_that_knows_more_are_told(repo: ckpt.Reposito
     assert not found.pop("packs")
     assert not found.pop("agreement")
     assert all(found.values())
+
+
+def test_a_registry_that_a_stopped_rebuild_closed_is_told(repo: ckpt.Repository) -> None:
+    repo.push({"w": torch.ones(5)}, "a")
+    Registry.fence(repo.location.registry, str(read_identity(repo._store)))
+    found = {one.name: one for one in repo.doctor()}
+    assert [name for name, one in found.items() if not one.fine] == ["epoch"]
+    assert "registry rebuild" in found["epoch"].todo
 
 
 def test_a_clock_that_is_wrong_is_told(

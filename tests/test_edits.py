@@ -33,7 +33,13 @@ SPACED = {("environments", "body"), ("versions", "facts")}
 COMPARED = {
     *COMPRESSED,
     *SPACED,
+    ("chunks", "base"),
+    ("chunks", "codec"),
     ("chunks", "digest"),
+    ("chunks", "length"),
+    ("chunks", "offset"),
+    ("chunks", "pack"),
+    ("chunks", "raw_length"),
     ("events", "body"),
     ("meta", "store"),
     ("packs", "header"),

@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from promise_scene import flip
+from sqlalchemy import update
 
 import ckpt
 from ckpt.core.errors import CkptError, IntegrityError
+from ckpt.registry.tables import chunks
+from ckpt.service.rebuild import rebuild_registry
 
 
 def state(seed: int) -> dict[str, torch.Tensor]:
@@ -92,6 +95,19 @@ def test_the_next_push_of_the_content_heals_it(filled: ckpt.Repository, name: st
         assert torch.equal(filled.pull(reference)["w2"], state(1)["w2"])
     assert len(filled.gc(grace=0).freed) == 1
     assert filled.fsck(read_data=1).is_clean
+
+
+def test_a_row_that_says_another_place_is_found_and_a_rebuild_puts_it_right(
+    filled: ckpt.Repository,
+) -> None:
+    moved = update(chunks).values(offset=chunks.c.offset + 64)
+    filled._registry._database.write(lambda transaction: transaction.run(moved))
+    assert sorted(filled.fsck().damaged) == ["a@1", "a@2", "b@1"]
+    filled.close()
+    rebuild_registry(filled.location, filled._store)
+    with ckpt.open(filled.location.root) as again:
+        assert again.fsck(read_data=1).is_clean
+        assert torch.equal(again.pull("b")["w0"], state(2)["w0"])
 
 
 def test_what_nobody_has_any_more_stays_damaged_and_is_told(filled: ckpt.Repository) -> None:

@@ -207,5 +207,25 @@ class TestPushedPacks:
         assert repo.pull("m") == state
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1,) * 65, torch.float32),
+        ((1,) * 64, torch.complex32),  # which safetensors lacks: as bytes, one dimension more
+        ((0, 2**31, 2**31), torch.float32),
+    ],
+)
+def test_a_shape_that_no_header_can_carry_is_stored_flat(
+    repo: ckpt.Repository, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    state = {"odd": torch.zeros(shape, dtype=dtype), "usual": torch.ones(3)}
+    repo.push(state, "net")
+    assert repo.fsck(read_data=1).is_clean
+    pulled = repo.pull("net")
+    assert pulled["odd"].shape == shape
+    assert pulled["odd"].dtype == dtype
+
+
 def test_keys_fan_out_by_the_push() -> None:
     assert pack_key(f"{PUSH}-12") == f"packs/01/{PUSH}-12.safetensors"

@@ -81,3 +81,17 @@ def test_a_repository_stays_where_it_is_when_the_program_goes_elsewhere(
         repo.push({"w": torch.ones(1)}, "m")
         assert list(repo.pull("m")) == ["w"]
     assert not list((tmp_path / "else").iterdir())
+
+
+def test_a_registry_and_a_store_stay_where_they_are_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with ckpt.open(registry="here.db", store=Path("store")) as repo:
+        monkeypatch.chdir(tmp_path / "else")
+        repo.push({"w": torch.ones(1)}, "m")
+        assert repo.fsck(read_data=1).is_clean
+    assert not list((tmp_path / "else").iterdir())
+    with ckpt.open(registry=tmp_path / "here.db", store=tmp_path / "store") as repo:
+        assert list(repo.pull("m")) == ["w"]

@@ -7,6 +7,8 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from torch import nn
 
 import ckpt
 from ckpt.core.effects import observed
-from ckpt.core.errors import CkptError, ConflictError, StorageError
+from ckpt.core.errors import CkptError, ConflictError, IntegrityError, StorageError
 from ckpt.service import push
 from ckpt.service.config import locate
+from ckpt.service.opening import upgrade_registry
 from ckpt.service.rebuild import Rebuilt, rebuild_registry
 from ckpt.storage.local import LocalStore
 
@@ -200,15 +203,139 @@ def test_a_pack_that_is_missing_is_told_and_its_version_kept(filled: Path) -> No
         assert torch.equal(repo.pull(again)["w0"], state(3)["w0"])
 
 
-def test_what_cannot_be_read_is_left_alone_and_told(filled: Path) -> None:
+def test_a_pack_that_is_put_back_after_a_rebuild_is_needed_and_no_leftover(filled: Path) -> None:
+    packs, away = filled / ".ckpt" / "store" / "packs", filled / "away"
+    packs.rename(away)
+    assert len(rebuilt(filled).damaged) == 5
+    away.rename(packs)
+    before = set(packs.glob("*/*"))
+    with ckpt.open(filled) as repo:
+        repo.gc(grace=0)
+        assert sorted(repo.fsck().damaged) == ["a@1", "a@2", "a@3", "net@1", "net@2"]
+    assert len(before - set(packs.glob("*/*"))) == 1  # that of the version that was removed
+    assert rebuilt(filled).damaged == ()
+    with ckpt.open(filled) as repo:
+        assert torch.equal(repo.pull("a@3")["w1"], state(3)["w1"])
+        assert repo.fsck(read_data=1).is_clean
+
+
+def test_a_version_whose_pack_a_rebuild_missed_is_repaired_by_its_content(filled: Path) -> None:
+    with ckpt.open(filled) as repo:
+        push = repo.get("a@3").push
+    (pack,) = (filled / ".ckpt" / "store").glob(f"packs/*/{push}-0.safetensors")
+    pack.unlink()
+    rebuilt(filled)
+    with ckpt.open(filled) as repo:
+        assert repo.fsck().damaged == ["a@3"]
+        repo.push(state(3), "other")
+        assert repo.fsck(repair=True).repaired == ["a@3"]
+        assert torch.equal(repo.pull("a@3")["w0"], state(3)["w0"])
+
+
+def damage(path: Path, body: bytes) -> None:
+    path.chmod(0o644)
+    path.write_bytes(body)
+
+
+def copies(folder: Path, place: str) -> list[Path]:
+    return sorted((folder / ".ckpt" / "store" / place / "1").iterdir())
+
+
+HARM: dict[str, Callable[[Path], None]] = {
+    "missing": Path.unlink,
+    "cut": lambda path: damage(path, path.read_bytes()[:-1]),
+    "other": lambda path: damage(path, path.read_bytes().replace(b'"', b"'", 1)),
+    "a number": lambda path: damage(path, b"5"),
+    "empty": lambda path: damage(path, b"{}"),
+    "deep": lambda path: damage(path, b"[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+@pytest.mark.parametrize("place", ["documents", "events"])
+def test_a_registry_that_knows_more_than_its_store_is_not_replaced(
+    filled: Path, place: str, harm: str
+) -> None:
+    before = told(filled)
+    HARM[harm](copies(filled, place)[-1])
+    with pytest.raises(IntegrityError, match=r"in the store is damaged|the store lacks") as caught:
+        rebuilt(filled)
+    assert caught.value.code in ("copy-missing", "copy-damaged")
+    assert told(filled) == before
+    with ckpt.open(filled) as repo:
+        assert not repo.fsck(repair=True).damaged
+        repo.push(state(9), "a")
+    rebuilt(filled)
+    with ckpt.open(filled) as repo:
+        assert [version.number for version in repo.log("a")] == [5, 3, 2, 1]
+
+
+def test_without_a_registry_a_damaged_document_is_not_passed_over(filled: Path) -> None:
+    (filled / ".ckpt" / "registry.db").unlink()
+    (document,) = (one for one in copies(filled, "documents") if b'"number":3' in one.read_bytes())
+    whole = document.read_bytes()
+    damage(document, whole[:-1])
+    for _ in range(2):
+        with pytest.raises(IntegrityError, match="restore the file from a backup"):
+            rebuilt(filled)
+    damage(document, whole)
+    assert rebuilt(filled).versions == 5
+
+
+def test_the_registry_of_another_store_is_not_replaced(filled: Path, tmp_path: Path) -> None:
+    with ckpt.open(tmp_path / "other") as other:
+        other.push(state(1), "mine")
+        theirs = other.location.registry
+    location = replace(locate(filled), registry_place=theirs)
+    with pytest.raises(IntegrityError) as caught:
+        rebuild_registry(location, LocalStore(location.store))
+    assert caught.value.code == "foreign-store"
+    with ckpt.open(tmp_path / "other") as other:
+        assert other.get("mine").reference == "mine@1"
+
+
+def test_a_store_that_is_put_in_place_alone_becomes_a_repository(
+    filled: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(filled / ".ckpt" / "store", tmp_path / "new" / ".ckpt" / "store")
+    rebuilt(tmp_path / "new")
+    assert told(tmp_path / "new")["models"] == told(filled)["models"]
+
+
+@pytest.mark.parametrize("left", [None, b""])
+def test_no_empty_registry_is_made_over_a_full_store(
+    filled: Path, tmp_path: Path, left: bytes | None
+) -> None:
+    root = tmp_path / "new" / ".ckpt"
+    shutil.copytree(filled / ".ckpt" / "store", root / "store")
+    if left is not None:
+        (root / "registry.db").write_bytes(left)
+    openings: tuple[Callable[[], object], ...] = (
+        lambda: ckpt.open(tmp_path / "new"),
+        lambda: ckpt.open(registry=root / "registry.db", store=root / "store").fsck(repair=True),
+    )
+    for opening in openings:
+        with pytest.raises((StorageError, ConflictError), match="registry rebuild"):
+            opening()
+    rebuilt(tmp_path / "new")
+    assert told(tmp_path / "new")["models"] == told(filled)["models"]
+
+
+def test_an_upgrade_makes_no_tables(filled: Path) -> None:
+    (filled / ".ckpt" / "registry.db").write_bytes(b"")
+    with pytest.raises(StorageError, match="has no tables; run `ckpt registry rebuild`"):
+        upgrade_registry(filled)
+
+
+def test_what_is_no_copy_is_left_alone(filled: Path) -> None:
     store = filled / ".ckpt" / "store"
-    bad = store / "documents" / "1" / f"000000000099-{'f' * 32}.json"
-    bad.write_bytes(b'{"document": 1}')
-    (store / "events" / "1" / f"000000000098-{'e' * 32}.json").write_bytes(b"not json")
+    (store / "documents" / "1" / "notes.txt").write_text("not ours")
+    pack = next(store.glob("packs/*/*"))
+    damage(pack, b"\0" * 100)
     found = rebuilt(filled)
-    assert len(found.unreadable) == 2
+    assert len(found.unreadable) == 1
     assert found.versions == 5
-    assert bad.exists()
+    assert pack.exists()
 
 
 def test_a_copy_that_lands_late_from_before_does_not_count(filled: Path) -> None:
@@ -247,3 +374,13 @@ def test_the_command_line_asks_and_tells(filled: Path) -> None:
     assert "the old registry is" in done.stderr
     again = subprocess.run([*command, "-y", "--json"], capture_output=True, text=True, check=True)
     assert json.loads(again.stdout)["epoch"] == 3
+
+
+def test_the_command_line_ends_with_4_when_bytes_are_missing(filled: Path) -> None:
+    shutil.rmtree(filled / ".ckpt" / "store" / "packs")
+    program = str(Path(sys.executable).with_name("ckpt"))
+    command = [program, "-r", str(filled), "registry", "rebuild", "-y"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 4
+    assert done.stdout == "rebuilt: 5 versions, epoch 2\n"
+    assert done.stderr.splitlines()[-1].startswith("error[damaged]: the store has not all bytes of")
