@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import Document, Tensor, structure_bytes
@@ -14,20 +14,29 @@ from ckpt.core.records import Environment, Version
 from ckpt.core.tensors import CHUNK_BYTES
 from ckpt.registry.registry import Registry
 from ckpt.service.push import Described, Said, push_described
+from ckpt.service.sharded import JointPush, Shard
 from ckpt.service.upload import Progress
 from ckpt.storage.chunks import Places, read_chunk
 from ckpt.storage.store import Store
 
 
 class StoredTensor:
-    """The bytes of one tensor entry in a store, every chunk checked when it is read."""
+    """Bytes of one tensor entry in a store, all of it or a part; every chunk is checked when it is
+    read."""
 
-    def __init__(self, entry: Tensor, store: Store, places: Places) -> None:
+    def __init__(
+        self,
+        entry: Tensor,
+        shape: tuple[int, ...],
+        chunks: Sequence[str],
+        store: Store,
+        places: Places,
+    ) -> None:
         self.name = entry.name
         self.dtype = entry.dtype
-        self.shape = entry.stored_shape
-        self.nbytes = math.prod(self.shape) * ITEM_SIZES[entry.dtype]
-        self._entry = entry
+        self.shape = shape
+        self.nbytes = math.prod(shape) * ITEM_SIZES[entry.dtype]
+        self._chunks = chunks
         self._store = store
         self._places = places
 
@@ -37,7 +46,7 @@ class StoredTensor:
             return memoryview(b"")
         body = memoryview(bytearray(length))
         try:
-            read_chunk(self._store, self._places, self._entry.chunks[offset // CHUNK_BYTES], body)
+            read_chunk(self._store, self._places, self._chunks[offset // CHUNK_BYTES], body)
         except IntegrityError as error:
             said = f'"{escape(self.name, 80)}": {error.message}'
             raise IntegrityError(
@@ -63,12 +72,6 @@ def copy_version(
     document = registry.queries.document(version)
     environment: Environment = registry.queries.environment(version)
     places = Places(*registry.books.read_plan(version.push))
-
-    def stored(entries: Sequence[Tensor]) -> list[StoredTensor | None]:
-        return [
-            StoredTensor(entry, store, places) if entry.has_bytes else None for entry in entries
-        ]
-
     said = Said(
         model=model,
         step=version.step,
@@ -77,10 +80,34 @@ def copy_version(
         message=version.message,
         run=version.run,
     )
+    if any(entry.parts for entry in document.tensors):
+        shards = list(_shards(document, store, places))
+        joint = JointPush(*target, said)
+        return joint.push_alone(document, environment.body, shards, progress)
+
+    def stored(entries: Sequence[Tensor]) -> list[StoredTensor | None]:
+        return [
+            StoredTensor(entry, entry.stored_shape, entry.chunks, store, places)
+            if entry.has_bytes
+            else None
+            for entry in entries
+        ]
+
     described = _described(
         document, version, stored(document.tensors), stored(document.probe_tensors)
     )
     return push_described(*target, described, said, environment.body, progress)[0]
+
+
+def _shards(document: Document, store: Store, places: Places) -> Iterator[Shard]:
+    """The parts of every entry: chunked anew as wholes, they would make another version."""
+    for entry in document.tensors:
+        if not entry.has_bytes:
+            continue
+        for part, chunks in entry.pieces():
+            shape = part.shape if entry.parts else entry.stored_shape
+            stored = StoredTensor(entry, shape, chunks, store, places)
+            yield Shard(entry.name, part.offset, stored)
 
 
 def _described(

@@ -13,7 +13,7 @@ from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.errors import IntegrityError, UsageError
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
-from ckpt.core.tensors import CHUNK_BYTES
+from ckpt.core.tensors import CHUNK_BYTES, chunk_spans
 from ckpt.registry.registry import Registry
 from ckpt.service.diff_contents import (
     Contents,
@@ -252,28 +252,50 @@ def _tensor(name: str, before: _Entries, after: _Entries) -> TensorDifference:
 
 def _changed_bytes(old: Tensor, new: Tensor) -> int:
     """The bytes of the second in chunks that differ from those of the first."""
-    nbytes = stored_nbytes(new)
-    if stored_nbytes(old) != nbytes:
-        return nbytes
-    pairs = enumerate(zip(old.chunks, new.chunks, strict=True))
+    runs, before = stored_runs(new), stored_runs(old)
+    if [run.nbytes for run in before] != [run.nbytes for run in runs]:
+        return sum(run.nbytes for run in runs)
     return sum(
-        min(CHUNK_BYTES, nbytes - number * CHUNK_BYTES)
-        for number, (one, other) in pairs
-        if one != other
+        length
+        for one, other in zip(before, runs, strict=True)
+        for was, now, (_, length) in zip(
+            one.chunks, other.chunks, chunk_spans(other.nbytes), strict=True
+        )
+        if was != now
     )
 
 
-def stored_nbytes(entry: Tensor) -> int:
-    """The bytes in an entry's chunks; a dimension of stride 0 is stored once."""
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Bytes that follow each other in an entry, with their chunks: all of it, or a part."""
+
+    nbytes: int
+    chunks: tuple[str, ...]
+
+
+def stored_runs(entry: Tensor) -> list[Run]:
+    """The bytes that an entry has itself, part by part; a dimension of stride 0 is stored once.
+
+    Raises:
+        ValueError: it contradicts itself.
+    """
     if not entry.has_bytes:
-        return 0
-    shape = entry.stored_shape
-    if sum(map(int.bit_length, shape)) > _SHAPE_BITS:
-        raise ValueError(f'"{entry.name}" has a shape that no tensor has')
-    nbytes = math.prod(shape) * ITEM_SIZES[entry.dtype]
-    if nbytes < 0 or -(-nbytes // CHUNK_BYTES) != len(entry.chunks):
-        raise ValueError(f'"{entry.name}" has {len(entry.chunks)} chunks for {nbytes} bytes')
-    return nbytes
+        return []
+    runs = []
+    for part, chunks in entry.pieces():
+        shape = part.shape if entry.parts else entry.stored_shape
+        if sum(map(int.bit_length, shape)) > _SHAPE_BITS:
+            raise ValueError(f'"{entry.name}" has a shape that no tensor has')
+        nbytes = math.prod(shape) * ITEM_SIZES[entry.dtype]
+        if nbytes < 0 or -(-nbytes // CHUNK_BYTES) != len(chunks):
+            raise ValueError(f'"{entry.name}" has {len(chunks)} chunks for {nbytes} bytes')
+        runs.append(Run(nbytes, chunks))
+    return runs
+
+
+def stored_nbytes(entry: Tensor) -> int:
+    """The bytes in an entry's chunks."""
+    return sum(run.nbytes for run in stored_runs(entry))
 
 
 def _facts(before: Version, after: Version) -> Iterator[Difference]:

@@ -12,7 +12,7 @@ from ckpt.core.records import Version
 from ckpt.core.tensors import CHUNK_BYTES
 from ckpt.loader.statistics import NUMBERS, Sums
 from ckpt.registry.registry import Registry
-from ckpt.service.diff import Diff, TensorDifference, stored_nbytes
+from ckpt.service.diff import Diff, Run, TensorDifference, stored_nbytes, stored_runs
 from ckpt.service.fetch import Wanted, fetch
 from ckpt.storage.store import Store
 
@@ -92,8 +92,13 @@ def _is_measurable(tensor: TensorDifference) -> bool:
 def _sums(tensor: TensorDifference) -> Sums:
     before, after = _both(tensor)
     paired = before.shape == after.shape and before.stored_shape == after.stored_shape
+    paired &= _boxes(before) == _boxes(after)
     elements = stored_nbytes(after) // ITEM_SIZES[after.dtype]
     return Sums((before.dtype, after.dtype), paired, elements)
+
+
+def _boxes(entry: Tensor) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    return [(part.offset, part.shape) for part in entry.parts]
 
 
 def _both(tensor: TensorDifference) -> tuple[Tensor, Tensor]:
@@ -111,28 +116,30 @@ def _pieces(tensor: TensorDifference, sums: Sums) -> Iterator[_Piece]:
     entries = _both(tensor)
     if not sums.paired:
         for side, entry in enumerate(entries):
-            for first in range(0, stored_nbytes(entry), CHUNK_BYTES):
-                yield _Piece(sums, (_slice(side, entry, first, CHUNK_BYTES),))
+            for run in stored_runs(entry):
+                for first in range(0, run.nbytes, CHUNK_BYTES):
+                    yield _Piece(sums, (_slice(side, entry, run, first, CHUNK_BYTES),))
         return
+    sizes = [ITEM_SIZES[entry.dtype] for entry in entries]
     # Item sizes are powers of two, so that no such run of elements crosses a chunk's end.
-    step = CHUNK_BYTES // max(ITEM_SIZES[entry.dtype] for entry in entries)
-    for first in range(0, sums.elements, step):
-        sizes = [ITEM_SIZES[entry.dtype] for entry in entries]
-        yield _Piece(
-            sums,
-            tuple(
-                _slice(side, entry, first * size, step * size)
-                for side, (entry, size) in enumerate(zip(entries, sizes, strict=True))
-            ),
-        )
+    step = CHUNK_BYTES // max(sizes)
+    for runs in zip(*map(stored_runs, entries), strict=True):
+        sides = list(enumerate(zip(entries, runs, sizes, strict=True)))
+        for first in range(0, runs[0].nbytes // sizes[0], step):
+            yield _Piece(
+                sums,
+                tuple(
+                    _slice(side, entry, run, first * size, step * size)
+                    for side, (entry, run, size) in sides
+                ),
+            )
 
 
-def _slice(side: int, entry: Tensor, first: int, length: int) -> _Slice:
-    nbytes = stored_nbytes(entry)
+def _slice(side: int, entry: Tensor, run: Run, first: int, length: int) -> _Slice:
     number, start = divmod(first, CHUNK_BYTES)
-    whole = min(CHUNK_BYTES, nbytes - number * CHUNK_BYTES)
+    whole = min(CHUNK_BYTES, run.nbytes - number * CHUNK_BYTES)
     stop = min(start + length, whole)
-    return _Slice(side, entry.name, (entry.chunks[number], whole), start, stop)
+    return _Slice(side, entry.name, (run.chunks[number], whole), start, stop)
 
 
 def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:

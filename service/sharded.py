@@ -18,12 +18,14 @@ from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.errors import NotFoundError
 from ckpt.core.records import Chunk, Environment, Version
 from ckpt.core.tensors import TensorBytes
+from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import acknowledge_push
 from ckpt.service.bases import Bases, check_compress
 from ckpt.service.fetch import Wanted, fetch
 from ckpt.service.pull import fill, with_bytes
 from ckpt.service.push import Said, abort, check_may_push, commit, describe_push, same_version
-from ckpt.service.upload import Upload
+from ckpt.service.upload import Progress, Upload
+from ckpt.storage.store import Store
 
 if TYPE_CHECKING:
     from ckpt.loader.restore import Restorer
@@ -56,10 +58,12 @@ class JointPush:
     """What each process of a push knows of it. One of them opens it and tells the others its id;
     each writes; when all have, the first commits. Whichever fails aborts it for all."""
 
-    def __init__(self, repo: Repository, said: Said, compress: str = "auto") -> None:
+    def __init__(
+        self, store: Store, registry: Registry, said: Said, compress: str = "auto"
+    ) -> None:
         self.said = said
-        self._store = repo._store
-        self._registry = repo._registry
+        self._store = store
+        self._registry = registry
         self._compress = check_compress(compress)
 
     def open(self) -> str:
@@ -73,7 +77,25 @@ class JointPush:
         self._registry.books.open_push(push, "push")
         return push
 
-    def write(self, push: str, member: int, shards: Sequence[Shard]) -> Written:
+    def push_alone(
+        self,
+        document: Document,
+        environment: Mapping[str, Any],
+        shards: Sequence[Shard],
+        progress: Progress | None = None,
+    ) -> Version:
+        """Make the version of ``document`` from this process alone; ``shards`` are all of it."""
+        push = self.open()
+        try:
+            written = self.write(push, 0, shards, progress)
+            return self.commit(push, document, environment, [written])
+        except BaseException as error:
+            self.abort(push, error)
+            raise
+
+    def write(
+        self, push: str, member: int, shards: Sequence[Shard], progress: Progress | None = None
+    ) -> Written:
         """Bring the shards of process number ``member`` into the store, claimed for the push.
 
         Raises:
@@ -85,6 +107,7 @@ class JointPush:
             self._store,
             self._registry.books,
             sources,
+            progress,
             compress=self._compress,
             bases=bases,
             push=push,
@@ -159,7 +182,7 @@ class JointPush:
 def joint_push(repo: Repository, model: str, compress: str, **said: Any) -> JointPush:
     """A push that is not open yet; ``said`` is what :meth:`Repository.push` takes: step, metrics,
     labels, alias, message, parent and run."""
-    return JointPush(repo, repo._said(model, **said), compress)
+    return JointPush(repo._store, repo._registry, repo._said(model, **said), compress)
 
 
 def environment_digest(environment: Mapping[str, Any]) -> str:

@@ -112,6 +112,29 @@ def test_what_4_ranks_save_loads_on_2_and_what_these_save_loads_on_3(
     assert repo.fsck(read_data=True).is_clean
 
 
+def test_versions_in_parts_are_compared_and_copied(
+    ranks: Ranks, repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    for seed in (1, 2):
+        ranks.run(tmp_path, "save", 2, seed=seed)
+    found = repo.diff("gpt@1", "gpt@2", stats=True).tensors
+    changed = [one for one in found if one.what == ("values",)]
+    assert any(one.after is not None and one.after.parts for one in changed)
+    for one in changed:
+        before, after = (
+            repo.pull(ref, tensors=one.name)[one.name].double() for ref in ("gpt@1", "gpt@2")
+        )
+        assert one.statistics is not None
+        assert one.statistics.largest == pytest.approx(float((after - before).abs().max()))
+    with ckpt.open(tmp_path / "other") as other:
+        copied = other.copy(repo, "gpt@2")
+        assert copied.digest == repo.get("gpt@2").digest
+        assert other.document(copied) == repo.document("gpt@2")
+        assert equal(other.pull(copied), repo.pull("gpt@2"))
+        assert other.copy(repo, "gpt@2").push == copied.push
+        assert other.fsck(read_data=1).is_clean
+
+
 def test_a_save_in_the_background_makes_the_version_and_the_same_again_does_not(
     ranks: Ranks, repo: ckpt.Repository, tmp_path: Path
 ) -> None:
