@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from abc import ABC, abstractmethod
@@ -120,6 +121,7 @@ class Database(ABC):
         self.engine = engine
         self.name = name
         self._is_closed = False
+        self._process = os.getpid()
 
     @abstractmethod
     def is_passing(self, error: DBAPIError) -> bool:
@@ -198,6 +200,9 @@ class Database(ABC):
                 f"the repository of the registry {self.name} is closed",
                 hint="use it within its `with`, or open it again",
             )
+        if self._process != os.getpid():  # forked: the open connections are the other process's
+            self.engine.dispose(close=False)
+            self._process = os.getpid()
         return self.engine.connect()
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -78,7 +80,8 @@ class S3Store(Store):
         self._bucket, folders = parse_address(url)
         self._root = f"{folders[1:]}/" if folders else ""
         self._name = f"s3://{self._bucket}{folders}"
-        self._client = _connect(endpoint, region)
+        self._connect = partial(_Connections, endpoint, region)
+        self._connections = self._connect()
         host = urlsplit(self._client.meta.endpoint_url).hostname or ""
         on_aws = host.endswith(_AWS)
         self.checksum = {"ChecksumAlgorithm": "CRC32"} if on_aws else {}
@@ -86,7 +89,20 @@ class S3Store(Store):
         self.capabilities = EVERYTHING if on_aws and capabilities is None else capabilities
         self._sends_conditions = capabilities is None or capabilities.conditional_writes
         self._bucket_is_there = False
-        self.pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="ckpt-s3")
+
+    @property
+    def pool(self) -> ThreadPoolExecutor:
+        """The threads of this process that wait for the server."""
+        return self._own().pool
+
+    @property
+    def _client(self) -> Any:
+        return self._own().client
+
+    def _own(self) -> _Connections:
+        if self._connections.process != os.getpid():  # forked: these are the other process's
+            self._connections = self._connect()
+        return self._connections
 
     @property
     def name(self) -> str:
@@ -94,8 +110,7 @@ class S3Store(Store):
 
     def close(self) -> None:
         """End the threads and the connections."""
-        self.pool.shutdown()
-        self._client.close()
+        self._connections.close()
 
     def create(self, key: str) -> Upload:
         return S3Upload(self, check_key(key))
@@ -360,6 +375,20 @@ class S3Store(Store):
             if not answer.get("IsTruncated"):
                 return
             page["ContinuationToken"] = answer["NextContinuationToken"]
+
+
+class _Connections:
+    """A client with its open connections, and the threads that use it; of one process."""
+
+    def __init__(self, endpoint: str | None, region: str | None) -> None:
+        self.process = os.getpid()
+        self.client = _connect(endpoint, region)
+        self.pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="ckpt-s3")
+
+    def close(self) -> None:
+        if self.process == os.getpid():
+            self.pool.shutdown()
+            self.client.close()
 
 
 def _connect(endpoint: str | None, region: str | None) -> Any:

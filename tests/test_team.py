@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import secrets
 import subprocess
 import sys
@@ -63,6 +64,32 @@ def test_large_tensors_come_back_through_parts(join: Open) -> None:
         second = repo.push(state, "big")
         assert second.new_bytes < 17 << 20  # one chunk of five
         assert all(torch.equal(repo.pull("big")[name], state[name]) for name in state)
+
+
+def test_processes_that_are_forked_use_connections_of_their_own(join: Open) -> None:
+    """As the workers of a DataLoader do whose dataset has a repository."""
+    forked = multiprocessing.get_context("fork")
+    torch.manual_seed(0)
+    state = {"w": torch.rand(5 << 20)}  # more than one request
+
+    def read(repo: ckpt.Repository, threads: int | None = None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)  # torch itself hangs in a fork with more
+        for _ in range(3):
+            assert repo.get("net").number == 1
+            assert torch.equal(repo.pull("net")["w"], state["w"])
+
+    with join() as repo:
+        repo.push(state, "net")
+        read(repo)
+        workers = [forked.Process(target=read, args=(repo, 1), daemon=True) for _ in range(3)]
+        for worker in workers:
+            worker.start()
+        read(repo)
+        for worker in workers:
+            worker.join(60)
+        assert [worker.exitcode for worker in workers] == [0, 0, 0]
+        read(repo)
 
 
 def test_what_is_removed_is_freed_and_the_rest_stays(join: Open) -> None:
