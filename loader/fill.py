@@ -9,12 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckpt.core.errors import CkptWarning, IntegrityError
+from ckpt.core.errors import CkptWarning, IntegrityError, UsageError
 from ckpt.core.printable import escape
 
 # What DataParallel, DDP and torch.compile put before every key.
 _PREFIXES = ("module.", "_orig_mod.")
 _EXTRA = "_extra_state"  # the key of what get_extra_state gives
+
+
+def check_module(module: object) -> None:
+    """Refuse what is no ``nn.Module``; optimizers too have a ``load_state_dict``."""
+    if not isinstance(module, nn.Module):
+        raise UsageError(
+            "no-module",
+            f"a {type(module).__name__} is no module of torch",
+            hint="fill the module; for an optimizer: optimizer.load_state_dict(repo.pull(…))",
+        )
 
 
 def fill_module(module: nn.Module, weights: Mapping[str, Any]) -> str:

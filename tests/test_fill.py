@@ -77,10 +77,12 @@ def test_what_is_pulled_of_a_module_is_what_its_state_dict_gives(repo: ckpt.Repo
         assert torch.equal(pulled["1.weight"], net.get_parameter("0.weight") * 2)
 
 
-def test_what_is_no_module_is_refused(repo: ckpt.Repository) -> None:
+@pytest.mark.parametrize("other", [{}, torch.optim.SGD([torch.ones(1)]), nn.Linear])
+def test_what_is_no_module_is_refused(repo: ckpt.Repository, other: Any) -> None:
     repo.push(two(), "net")
-    with pytest.raises(UsageError, match="a dict is no module"):
-        repo.load_into({}, "net")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=f"a {type(other).__name__} is no module") as caught:
+        repo.load_into(other, "net")
+    assert caught.value.code == "no-module"
 
 
 def test_an_extra_state_that_was_pushed_comes_back(repo: ckpt.Repository) -> None:
