@@ -19,6 +19,7 @@ from ckpt.registry.rebuild import StoreContents, StoredVersion
 from ckpt.registry.registry import Registry
 from ckpt.registry.sqlite import copy_database
 from ckpt.service.config import Location, no_repository
+from ckpt.service.stored_facts import read_event, read_version_file
 from ckpt.storage.identity import read_identity
 from ckpt.storage.packs import read_pack
 from ckpt.storage.store import ObjectInfo, Store
@@ -140,13 +141,13 @@ def _tried(info: ObjectInfo, read: Callable[[ObjectInfo], Any], unreadable: list
     it leaves out is out for ever."""
     try:
         return read(info)
-    except (IntegrityError, msgspec.MsgspecError, KeyError, TypeError, ValueError) as error:
+    except (IntegrityError, msgspec.MsgspecError, RecursionError, ValueError) as error:
         unreadable.append(f"{info.key}: {error}")
         return None
 
 
 def _read_version(store: Store, info: ObjectInfo) -> StoredVersion:
-    facts = msgspec.json.decode(store.get(info.key))
+    facts = read_version_file(store.get(info.key))
     body = canonical(facts.pop("document"))
     environment = facts.pop("environment")
     if digest_of(body) != facts["document_digest"]:
@@ -157,7 +158,7 @@ def _read_version(store: Store, info: ObjectInfo) -> StoredVersion:
 
 
 def _read_event(store: Store, info: ObjectInfo) -> dict[str, Any]:
-    event: dict[str, Any] = msgspec.json.decode(store.get(info.key))
+    event = read_event(store.get(info.key))
     if not info.key.endswith(f"-{event['id']}.json"):
         raise ValueError("it is of another event than its name")
     return event

@@ -86,10 +86,14 @@ def test_splitting_and_joining_gives_the_same_document() -> None:
     structure, chunks = split_document(document())
     assert DIGEST.encode() not in structure
     assert join_document(structure, chunks) == document()
-    with pytest.raises(IntegrityError):
-        join_document(structure, b"[]")
-    with pytest.raises(IntegrityError):
-        join_document(structure, b"{}")
+
+
+@pytest.mark.parametrize("varying", [b"[]", b"{}", b'[[["\xff"]],[],[]]', b"[" * 100_000])
+def test_digests_that_cannot_be_read_are_refused(varying: bytes) -> None:
+    structure, _ = split_document(document())
+    with pytest.raises(IntegrityError) as caught:
+        join_document(structure, varying)
+    assert caught.value.code == "document-damaged"
 
 
 @pytest.mark.parametrize(
