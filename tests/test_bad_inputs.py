@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 import ckpt
 from ckpt.cli import main as entry
 from ckpt.core.errors import UsageError
+from ckpt.registry.sqlite import _filesystem_of
 
 Prepare = Callable[[Path], object]
 Shell = Callable[..., tuple[int, str, str]]
@@ -301,7 +302,7 @@ def folder(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     copied = tmp_path / "work"
     shutil.copytree(template, copied)
     monkeypatch.chdir(copied)
-    monkeypatch.delenv("CKPT_REPO", raising=False)
+    monkeypatch.delenv("CKPT_REPO")
     monkeypatch.setenv("XDG_DATA_HOME", str(copied / "home"))
     monkeypatch.setattr("signal.signal", lambda *given: None)
     return copied
@@ -386,6 +387,20 @@ def test_a_network_filesystem_is_refused(
     assert status == 6
     assert err.startswith("error[registry-filesystem]: ")
     assert "PostgreSQL" in err
+
+
+@pytest.mark.parametrize("name", ["größe", "a b", "back\\slash", "form\ffeed", "no\udcffutf8"])
+def test_a_network_filesystem_is_known_whatever_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    said = str(tmp_path / name).replace("\\", "\\134").replace(" ", "\\040")
+    mounts = tmp_path / "mountinfo"
+    line = "36 35 98:0 / {} rw,noatime master:1 - {} host:/x rw\n"
+    body = line.format("/", "ext4") + line.format(said, "nfs4")
+    mounts.write_bytes(os.fsencode(body))
+    monkeypatch.setattr("ckpt.registry.sqlite._MOUNTS", mounts)
+    assert _filesystem_of(tmp_path / name / "registry.db") == "nfs4"
+    assert _filesystem_of(tmp_path / "registry.db") == "ext4"
 
 
 def test_a_push_that_is_repeated_after_success_is_answered(folder: Path, shell: Shell) -> None:
