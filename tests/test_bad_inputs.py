@@ -4,6 +4,7 @@ traceback, and nothing stored or left behind."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sqlite3
@@ -413,9 +414,40 @@ def test_a_push_that_is_repeated_after_success_is_answered(folder: Path, shell: 
 
 def test_from_python_a_time_is_taken_as_a_person_writes_it(repo: ckpt.Repository) -> None:
     repo.gc(grace="7d")
+    for grace in ("soon", "999999999w", math.nan, math.inf, -1, 1e300, None):
+        with pytest.raises(UsageError) as caught:
+            repo.gc(grace=grace)  # type: ignore[arg-type]
+        assert caught.value.code == "duration-invalid"
+
+
+def test_from_python_what_happened_ages_ago_is_all_that_happened(repo: ckpt.Repository) -> None:
+    repo.tag(repo.push({"w": torch.ones(1)}, "m"), "best")
+    assert repo.events(since="999999999w") == repo.events() != []
+
+
+def test_from_python_a_run_ends_within_a_time_that_ends(repo: ckpt.Repository) -> None:
     with pytest.raises(UsageError) as caught:
-        repo.gc(grace="soon")
+        ckpt.Run(repo, "m", drain_seconds=math.inf)
     assert caught.value.code == "duration-invalid"
+
+
+@pytest.mark.parametrize("wrong", [-1, 0, 1.5, True, 1 << 63, "all"])
+def test_from_python_a_list_ends_where_a_whole_number_says(
+    repo: ckpt.Repository, wrong: Any
+) -> None:
+    repo.push({"w": torch.ones(1)}, "m")
+    acts: list[Callable[[], object]] = [
+        lambda: repo.log("m", limit=wrong),
+        lambda: repo.log("m", before=wrong),
+        lambda: repo.find("m", limit=wrong),
+        lambda: repo.events(limit=wrong),
+    ]
+    codes = []
+    for act in acts:
+        with pytest.raises(UsageError) as caught:
+            act()
+        codes.append(caught.value.code)
+    assert codes == ["limit-invalid", "before-invalid", "limit-invalid", "limit-invalid"]
 
 
 def test_from_python_a_path_is_no_state(repo: ckpt.Repository, tmp_path: Path) -> None:
@@ -430,6 +462,8 @@ def test_from_python_a_path_is_no_state(repo: ckpt.Repository, tmp_path: Path) -
     ("wrong", "code"),
     [
         ({"message": b"fix"}, "text-invalid"),
+        ({"message": "fi\0x"}, "text-invalid"),
+        ({"labels": {"k": "\0"}}, "text-invalid"),
         ({"parent": 3}, "reference-invalid"),
         ({"run": 3}, "name-invalid"),
         ({"model": None}, "name-invalid"),

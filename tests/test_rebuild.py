@@ -239,9 +239,7 @@ def test_json_that_is_no_document_or_event_is_left_alone_and_told(
 
 
 @pytest.mark.parametrize("described", ['{"chunks":[]}', "[" * 100_000, "5", '{"chunks":{"w0":5}}'])
-def test_a_pack_that_describes_nothing_is_left_alone_and_told(
-    filled: Path, described: str
-) -> None:
+def test_a_pack_that_describes_nothing_is_left_alone_and_told(filled: Path, described: str) -> None:
     metadata = json.dumps({"__metadata__": {"ckpt": described}}).encode()
     pack = filled / ".ckpt" / "store" / "packs" / "ff" / f"{'f' * 32}-0.safetensors"
     pack.parent.mkdir()
