@@ -450,6 +450,16 @@ def test_from_python_a_list_ends_where_a_whole_number_says(
     assert codes == ["limit-invalid", "before-invalid", "limit-invalid", "limit-invalid"]
 
 
+def test_from_python_a_name_that_no_pack_has_room_for_is_refused(repo: ckpt.Repository) -> None:
+    with pytest.raises(UsageError, match="8 MiB") as caught:
+        repo.push({"x" * 5_000_000: torch.ones(1)}, "m")
+    assert caught.value.code == "name-too-long"
+    assert repo.models() == []
+    long = "x" * 3_000_000
+    repo.push({long: torch.ones(1)}, "m")
+    assert [*repo.pull("m")] == [long]
+
+
 def test_from_python_a_path_is_no_state(repo: ckpt.Repository, tmp_path: Path) -> None:
     (tmp_path / "net.safetensors").touch()
     for path in (tmp_path / "net.safetensors", str(tmp_path), tmp_path / "nowhere"):
