@@ -67,7 +67,7 @@ def capture(state: Any) -> Captured:
     """
     table = TensorTable()
     encoder = Encoder(table)
-    root = encoder.encode(state)
+    root = encoder.encode_root(state)
     for path, reason in table.share():
         encoder.refusals.append((path, reason))
     encoder.raise_refusals()
