@@ -20,6 +20,7 @@ _NO_TEXT = "it is no text"
 _ARTICLES = {"alias": "an"}
 
 NEWEST = "latest"
+STEP = "step"
 
 
 def check_model(name: str) -> str:
@@ -100,6 +101,12 @@ def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
     checked = {}
     for key in metrics or {}:
         check_key("metric", key)
+        if key == STEP:
+            raise UsageError(
+                "name-invalid",
+                f'"{STEP}" cannot name a metric: in conditions it is the step of a version',
+                hint="give the step itself, step=…, or another name",
+            )
     for key, value in sorted((metrics or {}).items()):
         try:
             found = value.item() if hasattr(value, "item") else value  # of torch or NumPy

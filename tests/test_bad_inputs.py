@@ -171,6 +171,7 @@ ROWS: list[tuple[str, Prepare, list[str], int, str, str]] = [
     ("alias empty", nothing, ["push", OK, "net:"], 2, "name-invalid", "empty"),
     ("metric", nothing, ["push", OK, "net", "--metric", "loss=low"], 2, "metric-invalid", "loss"),
     ("metric name", nothing, ["push", OK, "net", "--metric", "a b=1"], 2, "name-invalid", "a b"),
+    ("metric step", nothing, ["push", OK, "net", "--metric", "step=5"], 2, "name-invalid", "step"),
     ("no =", nothing, ["push", OK, "net", "--label", "x"], 2, "usage", "="),
     ("step", nothing, ["push", OK, "net", "--step", "-1"], 2, "step-invalid", "-1"),
     ("step text", nothing, ["push", OK, "net", "--step", "x"], 2, "usage", "step"),
@@ -303,7 +304,7 @@ def folder(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     copied = tmp_path / "work"
     shutil.copytree(template, copied)
     monkeypatch.chdir(copied)
-    monkeypatch.delenv("CKPT_REPO")
+    monkeypatch.delenv("CKPT_REPO", raising=False)
     monkeypatch.setenv("XDG_DATA_HOME", str(copied / "home"))
     monkeypatch.setattr("signal.signal", lambda *given: None)
     return copied
