@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from probed_models import (
     Caching,
     Counting,
+    Hookless,
     LargestOf,
     MakesTensors,
     Noisy,
@@ -211,6 +212,15 @@ class TestInputs:
 @pytest.mark.usefixtures("proven_here")
 class TestVerdicts:
     """What a replay proves."""
+
+    def test_a_forward_that_refuses_hooks_is_recorded_without_its_children(
+        self, repo: ckpt.Repository
+    ) -> None:
+        repo.push(Hookless(), "m", inputs=(torch.ones(2, 3),))
+        probe = repo.document("m").probe
+        assert probe is not None
+        assert probe.children == ()
+        assert repo.verify("m", trust=TRUST).verdict == "outputs-exact"
 
     def test_without_inputs_the_structure_is_proven(self, repo: ckpt.Repository) -> None:
         repo.push(MLP(), "m")
@@ -437,3 +447,13 @@ class TestComparison:
 
         found = named_tensors((torch.ones(2), {"a": numpy.ones(2), "b": None}, Result(), 1.5))
         assert sorted(found) == ["output.0", "output.1.a", "output.2.cache.0", "output.3"]
+
+    def test_results_whose_keys_read_alike_all_have_names(self) -> None:
+        alike = {1: torch.tensor(1), "1": torch.tensor(2), "a": {"b": 3}, "a.b": 4}
+        found = named_tensors(alike)
+        assert {name: int(value) for name, value in found.items()} == {
+            "output.1": 1,
+            "output.1#2": 2,
+            "output.a.b": 3,
+            "output.a.b#2": 4,
+        }
