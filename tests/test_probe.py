@@ -213,6 +213,15 @@ class TestInputs:
 class TestVerdicts:
     """What a replay proves."""
 
+    def test_a_known_structure_that_is_removed_meanwhile_fails_no_push(
+        self, repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = repo.push(nn.Linear(3, 3), "m", inputs=(torch.ones(2, 3),))
+        repo.rm(before)
+        monkeypatch.setattr(repo._registry.queries, "proven", lambda structure: before)
+        repo.push(nn.Linear(3, 3), "m", inputs=(torch.ones(2, 3),))
+        assert repo.verify("m").verdict == "outputs-exact"
+
     def test_a_forward_that_refuses_hooks_is_recorded_without_its_children(
         self, repo: ckpt.Repository
     ) -> None:
