@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.metadata
+import io
 import linecache
 import os
 import sys
@@ -144,7 +145,8 @@ def _digests_in(path: str, modified: int, size: int) -> dict[str, str]:
 
 
 def _digests_of(text: str) -> dict[str, str]:
-    lines = text.splitlines(keepends=True)
+    # Not splitlines(), which also ends a line at a form feed, as ast does not.
+    lines = io.StringIO(text, newline=None).readlines()
     found: dict[str, str] = {}
 
     def visit(node: ast.AST, prefix: str) -> None:

@@ -374,18 +374,20 @@ with ckpt.open(sys.argv[1], create=False) as repo:
 class TestDrift:
     """Code that changed since the push is named; torch's own shims are honoured."""
 
+    @pytest.mark.parametrize("above", ["", "\f\n", "mark = '\x1c\u2028'\n"])
     def test_a_changed_source_is_reported(
-        self, repo: ckpt.Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, repo: ckpt.Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, above: str
     ) -> None:
         source = tmp_path / "drifting.py"
-        text = "from torch import nn\nclass Net(nn.Linear):\n    note = 1\n"
+        text = f"from torch import nn\n{above}class Net(nn.Linear):\n    note = 1\n"
         source.write_text(text)
+        monkeypatch.delitem(sys.modules, "drifting", raising=False)
         monkeypatch.syspath_prepend(str(tmp_path))
         import drifting  # type: ignore[import-not-found]
 
         repo.push(drifting.Net(2, 2), "m")
         assert repo.verify("m", trust=["drifting"]).drift == ()
-        source.write_text(text.replace("1", "22"))
+        source.write_text(text.replace("= 1", "= 22"))
         drift = repo.verify("m", trust=["drifting"]).drift
         assert drift == ("drifting:Net: its source changed since the push",)
         assert [one.source for one in repo.describe("m").classes] == ["changed"]
