@@ -8,7 +8,7 @@ import random
 import pytest
 from trials import Trials
 
-from ckpt.core.digests import digest_of, tensor_digest
+from ckpt.core.digests import digest_of
 from ckpt.core.documents import (
     Document,
     File,
@@ -67,13 +67,6 @@ def test_the_digest_of_a_version_is_golden_and_knows_no_device() -> None:
     wanted = "5792860c"
     assert digest_of(identity_bytes(document()))[:8] == wanted
     assert digest_of(identity_bytes(document("cpu")))[:8] == wanted
-
-
-def test_a_tensors_digest_is_its_chunks_or_the_blake3_of_all_of_them() -> None:
-    one, two = digest_of(b"1"), digest_of(b"2")
-    assert tensor_digest([one]) == one
-    assert tensor_digest([one, two]) == digest_of(bytes.fromhex(one + two))
-    assert tensor_digest([]) == digest_of(b"")
 
 
 def test_a_default_is_left_out_whatever_string_says_it() -> None:
