@@ -11,6 +11,8 @@ from torch import nn
 
 from ckpt.core.errors import CkptWarning, IntegrityError, UsageError
 from ckpt.core.printable import escape
+from ckpt.loader.outputs import is_equal
+from ckpt.loader.sources import laid_out
 
 # What DataParallel, DDP and torch.compile put before every key.
 _PREFIXES = ("module.", "_orig_mod.")
@@ -141,10 +143,15 @@ def _check_ties(targets: Mapping[str, torch.Tensor], given: Mapping[str, torch.T
     seen: dict[int, str] = {}
     for key, target in targets.items():
         first = seen.setdefault(id(target), key)
-        if first != key and not torch.equal(given[first], given[key]):
+        if first != key and not _is_same(given[first], given[key]):
             raise IntegrityError(
                 "ties-differ",
                 f"{escape(first)} and {escape(key)} are one tensor in the model and differ in what "
                 "was saved",
                 hint="untie them in the model",
             )
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have the same bits, NaN among them, whatever their layouts."""
+    return is_equal(laid_out("", one).values, laid_out("", other).values)
