@@ -6,19 +6,6 @@ import click
 
 from ckpt.cli.command import Settings, command
 from ckpt.cli.render import count, print_json, size, table
-from ckpt.core.durations import seconds_of
-from ckpt.core.errors import UsageError
-from ckpt.core.printable import escape
-
-
-def duration(text: str) -> float:
-    """Seconds of ``7d``, ``12h``, ``0``; UsageError ``duration-invalid``."""
-    seconds = seconds_of(text)
-    if seconds is None:
-        raise UsageError(
-            "duration-invalid", f'"{escape(text, 40)}" is no duration', hint="write 7d, 12h or 0"
-        )
-    return float(seconds)
 
 
 @command("gc")
@@ -40,9 +27,7 @@ def gc(settings: Settings, grace: str, dry_run: bool, allow: tuple[str, ...], re
     from ckpt.service.gc import gc_summary
 
     with settings.open() as repository:
-        collected = repository.gc(
-            grace=duration(grace), dry_run=dry_run, allow=allow, repack=repack
-        )
+        collected = repository.gc(grace=grace, dry_run=dry_run, allow=allow, repack=repack)
     for warning in collected.warnings:
         settings.say(f"warning: {warning}")
     if settings.as_json:

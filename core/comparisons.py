@@ -10,8 +10,6 @@ from ckpt.core.errors import UsageError
 from ckpt.core.names import check_key
 from ckpt.core.printable import escape
 
-STEP = "step"
-
 _AND = re.compile(r"\s+and\s+", re.IGNORECASE)
 _COMPARISON = re.compile(r"\s*([^\s<>=!]+)\s*(<=|>=|!=|==|=|<|>)\s*(\S+)\s*\Z")
 

@@ -280,7 +280,7 @@ def join_document(shared: bytes, varying: bytes) -> Document:
     bare = decode_document(shared)
     try:
         own, probed, children = _varying_decoder.decode(varying)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise _damaged(str(error)) from None
     if (len(own), len(probed)) != (len(bare.tensors), len(bare.probe_tensors)):
         raise _damaged("its tensors and its digests do not match")

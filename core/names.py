@@ -20,6 +20,7 @@ _NO_TEXT = "it is no text"
 _ARTICLES = {"alias": "an"}
 
 NEWEST = "latest"
+STEP = "step"
 
 
 def check_model(name: str) -> str:
@@ -78,6 +79,21 @@ def check_step(step: int | None) -> int | None:
     return step
 
 
+def check_count(what: str, count: int) -> int:
+    """Return ``count``, such as the limit of a list, if it is a whole number of at least 1.
+
+    Raises:
+        UsageError: ``limit-invalid``, or what else is counted.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < 2**63:
+        raise UsageError(
+            f"{what}-invalid",
+            f'{what} "{escape(str(count), 40)}" is not a whole number of at least 1',
+            hint="give an int >= 1",
+        )
+    return count
+
+
 def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
     """The metrics as floats, sorted by name; NaN and infinities are allowed."""
     if metrics is not None and not isinstance(metrics, Mapping):
@@ -85,6 +101,12 @@ def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
     checked = {}
     for key in metrics or {}:
         check_key("metric", key)
+        if key == STEP:
+            raise UsageError(
+                "name-invalid",
+                f'"{STEP}" cannot name a metric: in conditions it is the step of a version',
+                hint="give the step itself, step=…, or another name",
+            )
     for key, value in sorted((metrics or {}).items()):
         try:
             found = value.item() if hasattr(value, "item") else value  # of torch or NumPy
@@ -118,9 +140,16 @@ def check_labels(labels: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def check_text(what: str, text: str) -> str:
-    """Return ``text`` if it can be stored: any characters, but no halves of surrogate pairs."""
+    """Return ``text`` if it can be stored: any characters but NUL, which PostgreSQL has not, and
+    halves of surrogate pairs."""
     if not isinstance(text, str):
         raise UsageError("text-invalid", f"{what} is {type(text).__name__}, not text")
+    if "\0" in text:
+        raise UsageError(
+            "text-invalid",
+            f'{what} holds a NUL character: "{escape(text, 80)}"',
+            hint="leave it out",
+        )
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -26,4 +26,4 @@ def _is_hidden(character: str) -> bool:
 def _escape_character(character: str) -> str:
     if not _is_hidden(character):
         return character
-    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+    return ascii(character)[1:-1]

@@ -15,7 +15,7 @@ from ckpt.core.documents import ModelClass, Module, Tensor
 from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.tensors import TensorBytes
 from ckpt.loader.geometry import SharedBytes, find_shared, stored_form
-from ckpt.loader.sources import MemoryTensor, RegionTensor, from_array
+from ckpt.loader.sources import MemoryTensor, RegionTensor, from_array, has_torch_dtype
 from ckpt.loader.values import Encoder, Path, RefusedError, check_portable
 
 _SPARSE = {
@@ -26,8 +26,6 @@ _SPARSE = {
     torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
 }
 
-# The characters of the numpy dtypes that torch has, in native byte order.
-_NUMPY_CHARS = "?bBhHiIlLqQefdFD"
 # What the address of a region is remembered of. Kernels differ in the last bits by an address
 # modulo 16; allocators align to that at least, so equal states give equal digests.
 _ALIGNMENT = 16
@@ -69,7 +67,7 @@ def capture(state: Any) -> Captured:
     """
     table = TensorTable()
     encoder = Encoder(table)
-    root = encoder.encode(state)
+    root = encoder.encode_root(state)
     for path, reason in table.share():
         encoder.refusals.append((path, reason))
     encoder.raise_refusals()
@@ -150,13 +148,9 @@ class TensorTable:
 
     def _add_array(self, value: numpy.ndarray, path: Path) -> int:
         details = None
-        array = value
-        if not value.dtype.isnative or value.dtype.char not in _NUMPY_CHARS:
+        if not has_torch_dtype(value):
             details = {"numpy": _descr(value.dtype), "shape": list(value.shape)}
-            array = numpy.frombuffer(value.tobytes(), numpy.uint8)
-        elif any(step < 0 or step % value.itemsize for step in value.strides):
-            array = numpy.ascontiguousarray(value)
-        tensor = from_array(array)
+        tensor = from_array(value)
         entry = Tensor(
             name=self._name(path),
             dtype=_dtype_name(tensor.dtype),

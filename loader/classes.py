@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.metadata
+import io
 import linecache
 import os
 import sys
 import tokenize
 import types
+import unicodedata
 from importlib.machinery import PathFinder
 from typing import Any
 
@@ -47,7 +49,26 @@ def reference_of(value: Any) -> str:
         found = getattr(found, part, None)
     if found is not value and not _is_same_cell(module, name, found, value):
         raise RefusedError(f"{module}.{name} now names a different object; define it once")
+    if not is_reference(f"{module}:{name}"):
+        raise RefusedError(f"{module}.{name} is no name that a load imports; give it another")
     return f"{module}:{name}"
+
+
+def is_reference(text: str) -> bool:
+    """Whether ``text`` has the form ``module:qualified.name`` of a class or function."""
+    module, _, name = text.partition(":")
+    return is_dotted_name(module) and is_dotted_name(name)
+
+
+def is_dotted_name(text: str) -> bool:
+    """Whether ``text`` is names joined by dots, in the one spelling that Python gives them, and
+    none of those that it gives a meaning, such as ``__builtins__``."""
+    return all(
+        part.isidentifier()
+        and unicodedata.is_normalized("NFKC", part)
+        and (part == "__main__" or not (part.startswith("__") and part.endswith("__")))
+        for part in text.split(".")
+    )
 
 
 def _is_same_cell(module: str, name: str, found: Any, value: Any) -> bool:
@@ -144,7 +165,8 @@ def _digests_in(path: str, modified: int, size: int) -> dict[str, str]:
 
 
 def _digests_of(text: str) -> dict[str, str]:
-    lines = text.splitlines(keepends=True)
+    # Not splitlines(), which also ends a line at a form feed, as ast does not.
+    lines = io.StringIO(text, newline=None).readlines()
     found: dict[str, str] = {}
 
     def visit(node: ast.AST, prefix: str) -> None:

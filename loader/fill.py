@@ -9,12 +9,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckpt.core.errors import CkptWarning, IntegrityError
+from ckpt.core.errors import CkptWarning, IntegrityError, UsageError
 from ckpt.core.printable import escape
+from ckpt.loader.outputs import is_equal
+from ckpt.loader.sources import laid_out
 
 # What DataParallel, DDP and torch.compile put before every key.
 _PREFIXES = ("module.", "_orig_mod.")
 _EXTRA = "_extra_state"  # the key of what get_extra_state gives
+
+
+def check_module(module: object) -> None:
+    """Refuse what is no ``nn.Module``; optimizers too have a ``load_state_dict``."""
+    if not isinstance(module, nn.Module):
+        raise UsageError(
+            "no-module",
+            f"a {type(module).__name__} is no module of torch",
+            hint="fill the module; for an optimizer: optimizer.load_state_dict(repo.pull(…))",
+        )
 
 
 def fill_module(module: nn.Module, weights: Mapping[str, Any]) -> str:
@@ -131,10 +143,15 @@ def _check_ties(targets: Mapping[str, torch.Tensor], given: Mapping[str, torch.T
     seen: dict[int, str] = {}
     for key, target in targets.items():
         first = seen.setdefault(id(target), key)
-        if first != key and not torch.equal(given[first], given[key]):
+        if first != key and not _is_same(given[first], given[key]):
             raise IntegrityError(
                 "ties-differ",
                 f"{escape(first)} and {escape(key)} are one tensor in the model and differ in what "
                 "was saved",
                 hint="untie them in the model",
             )
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have the same bits, NaN among them, whatever their layouts."""
+    return is_equal(laid_out("", one).values, laid_out("", other).values)

@@ -54,7 +54,8 @@ def run_forward(module: nn.Module, inputs: Inputs, seed: int, devices: Sequence[
 def run_children(module: nn.Module, inputs: Inputs, seed: int, devices: Sequence[str]) -> Children:
     """Call the module, and tell what each submodule gave first.
 
-    Hooks change the path that some modules take, so nothing else is read off this run.
+    Hooks change the path that some modules take, so nothing else is read off this run; of one that
+    does not run with them, nothing.
     """
     found: dict[str, tuple[str, float]] = {}
 
@@ -70,6 +71,8 @@ def run_children(module: nn.Module, inputs: Inputs, seed: int, devices: Sequence
     ]
     try:
         run_forward(module, inputs, seed, devices)
+    except Exception:  # noqa: BLE001 -- user code, which ran without hooks
+        return ()
     finally:
         for handle in handles:
             handle.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -72,14 +73,20 @@ def named_tensors(value: Any) -> dict[str, torch.Tensor]:
 def _collect(value: Any, name: str, found: dict[str, torch.Tensor], above: set[int]) -> None:
     if isinstance(value, torch.Tensor):
         plain = value.detach() if value.layout == torch.strided else value.detach().to_dense()
-        found[name] = plain.clone(memory_format=torch.contiguous_format)
+        found[_free_name(name, found)] = plain.clone(memory_format=torch.contiguous_format)
     elif isinstance(value, (numpy.ndarray, numpy.generic, bool, int, float, complex)):
-        found[name] = torch.tensor(value, device="cpu")
+        found[_free_name(name, found)] = torch.tensor(value, device="cpu")
     elif id(value) in above or len(above) > _DEPTH_LIMIT:
         return
     else:
         for key, item in _items(value):
             _collect(item, f"{name}.{key}", found, above | {id(value)})
+
+
+def _free_name(name: str, found: Mapping[str, torch.Tensor]) -> str:
+    """``name``, or another where keys read alike, such as 1 and "1"."""
+    names = itertools.chain([name], (f"{name}#{count}" for count in itertools.count(2)))
+    return next(one for one in names if one not in found)
 
 
 def _items(value: Any) -> list[tuple[Any, Any]]:

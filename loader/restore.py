@@ -152,7 +152,7 @@ class Restorer:
         parts = {role: self.tensor(index) for role, index in (entry.components or {}).items()}
         details = entry.details or {}
         if entry.layout == "quantized":
-            return _quantized(parts, details, dtype_of(entry))
+            return _quantized(parts, details)
         shape = entry.shape
         if entry.layout == "sparse_coo":
             places, values = _index(parts["indices"]), parts["values"]
@@ -199,9 +199,7 @@ _COMPRESSED = {
 }
 
 
-def _quantized(
-    parts: Mapping[str, torch.Tensor], details: Mapping[str, Any], dtype: torch.dtype
-) -> torch.Tensor:
+def _quantized(parts: Mapping[str, torch.Tensor], details: Mapping[str, Any]) -> torch.Tensor:
     integers = parts["integers"]
     if integers.numel() and not is_dense(integers.shape, integers.stride()):
         raise ValueError("its elements are not all stored")

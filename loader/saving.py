@@ -22,8 +22,15 @@ class UnwritableError(ValueError):
 
 
 def save_file(state: Any, file: BinaryIO) -> None:
-    """Write a state with ``torch.save``; what shares memory goes on sharing it."""
-    torch.save(state, file)
+    """Write a state with ``torch.save``; what shares memory goes on sharing it.
+
+    Raises:
+        OSError: what the system said to the writing of it.
+    """
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        raise _system_error(error) or error from None
 
 
 def save_shards(state: dict[str, Any], folder: Path) -> None:
@@ -31,6 +38,7 @@ def save_shards(state: dict[str, Any], folder: Path) -> None:
 
     Raises:
         UnwritableError: it cannot hold this state.
+        OSError: what the system said to the writing of it.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save
@@ -41,7 +49,15 @@ def save_shards(state: dict[str, Any], folder: Path) -> None:
             save(state, checkpoint_id=folder, no_dist=True)
         except CheckpointException as error:  # which is no Exception
             first = next(iter(error.failures.values()))[0]
-            raise UnwritableError(str(first)) from error
+            raise _system_error(first) or UnwritableError(str(first)) from error
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    """What the system said, over which the writer of torch's archives raises an error of its own."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__cause__ or found.__context__
+    return found
 
 
 def state_digest(state: Any) -> str:

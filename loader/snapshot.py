@@ -73,7 +73,7 @@ def capture_module(module: nn.Module, drop: Collection[str] = ()) -> Captured:
     """
     table = TensorTable(lazy=True)
     encoder = _ModuleEncoder(table, table=table, drop=frozenset(drop))
-    root = encoder.encode(module)
+    root = encoder.encode_root(module)
     for path, reason in table.share():
         encoder.refusals.append((path, reason))
     modules = tuple(record for record in encoder.modules if record is not None)

@@ -12,6 +12,8 @@ import torch
 
 # Integers of each item size: bits are moved as these, because few kernels know every dtype.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+# The characters of the numpy dtypes that torch has, in native byte order.
+_NUMPY_CHARS = "?bBhHiIlLqQefdFD"
 _COPIED_AS_THEY_ARE = frozenset({torch.float32, torch.int32})
 
 
@@ -29,8 +31,18 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return flat.numpy().data
 
 
+def has_torch_dtype(array: numpy.ndarray) -> bool:
+    """Whether torch has a dtype for the elements of an array as they lie there."""
+    return array.dtype.isnative and array.dtype.char in _NUMPY_CHARS
+
+
 def from_array(array: numpy.ndarray) -> torch.Tensor:
-    """A tensor over the memory of an array that torch can describe."""
+    """A tensor over the memory of an array, or a copy where torch cannot describe that; its plain
+    bytes where torch has no such dtype."""
+    if not has_torch_dtype(array):
+        array = numpy.frombuffer(array.tobytes(), numpy.uint8)
+    elif any(step < 0 or step % array.itemsize for step in array.strides):
+        array = numpy.ascontiguousarray(array)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # read-only arrays: nothing is written here
         return torch.from_numpy(array)

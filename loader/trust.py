@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,13 +16,11 @@ from torch import nn
 from ckpt.core.documents import Document
 from ckpt.core.errors import IntegrityError, NotFoundError, TrustError, UsageError
 from ckpt.core.printable import escape
-from ckpt.loader.classes import is_plain_class, live_object
+from ckpt.loader.classes import is_dotted_name, is_plain_class, is_reference, live_object
 
 TrustLike = type | str
 
-_REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z", re.ASCII)
 _NAMING = frozenset({"$class", "$enum", "$function", "$object"})
-_PREFIX = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z", re.ASCII)
 # Modules of torch whose nn.Module classes only hold tensors and compute.
 _TRUSTED_MODULES = (
     "torch.nn.modules",
@@ -86,9 +83,7 @@ def names_in(document: Document) -> list[Named]:
             found.update(_names_of(value))
     found.update(_names_of(document.root))
     for name in found:
-        parts = re.split(r"[.:]", name.reference)
-        private = any(part.startswith("__") and part != "__main__" for part in parts)
-        if not _REFERENCE.match(name.reference) or private:
+        if not is_reference(name.reference):
             raise _no_name(name.reference)
     unused = {known.reference for known in document.classes} - {name.reference for name in found}
     if unused:
@@ -140,7 +135,7 @@ class Trust:
 
     def _allow(self, one: TrustLike) -> None:
         if isinstance(one, str):
-            if not _PREFIX.match(one):
+            if not is_dotted_name(one):
                 raise UsageError(
                     "trust-invalid",
                     f'"{escape(one, 80)}" is not the name of a module',

@@ -199,12 +199,15 @@ def _kind(error: CkptError) -> str:
 
 
 def _limit_memory(nbytes: int) -> None:
-    """Let this process have so many bytes of memory and of private mappings more."""
+    """Let this process have so many bytes of memory and of private mappings more, as far as
+    whoever started it lets it have them."""
     if sys.platform == "linux":  # elsewhere mappings do not count, or nothing does
         text = Path("/proc/self/statm").read_text()
         used = int(text.split()[5]) * resource.getpagesize()
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (used + nbytes, hard))
+        wanted = used + nbytes
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
 def _forbid(event: str, arguments: tuple[Any, ...]) -> None:

@@ -67,6 +67,14 @@ class Encoder:
     _dicts: int = 0
     _open: set[int] = field(default_factory=set)
 
+    def encode_root(self, state: Any) -> Any:
+        """The JSON form of a whole state; what cannot be stored is noted in ``refusals``."""
+        try:
+            return self.encode(state)
+        except RecursionError:  # modules in modules: how many fit depends on the interpreter
+            self.refusals.append(((), "it is nested too deeply; flatten it"))
+            return None
+
     def encode(self, value: Any, path: Path = ()) -> Any:
         """The JSON form of ``value``; what cannot be stored is noted in ``refusals``."""
         try:

@@ -128,18 +128,18 @@ class Queries:
             query = search(transaction, VERSIONS, found, where, order_by)
             return records_of(transaction, transaction.rows(query.limit(limit)))
 
-    def models(self, after: str = "", limit: int | None = None) -> list[Model]:
-        """Models by name, each with the number of its versions and the newest one; a page of them
-        begins after the name of the one before."""
+    def models(self, limit: int | None = None) -> list[Model]:
+        """Models by name, each with the number of its versions and the newest one; at most
+        ``limit``."""
         mine = versions.c.model == models.c.id
         newest = select(versions.c.id).where(mine).order_by(versions.c.number.desc()).limit(1)
         query = select(
             models.c.name, models.c.version_count, newest.scalar_subquery().label("newest")
         )
-        query = query.where(models.c.folded > after.lower()).order_by(models.c.folded).limit(limit)
+        ordered = query.order_by(models.c.folded).limit(limit)
         by_name: dict[str, Version] = {}
         with self._database.read() as transaction:
-            listed = transaction.rows(query)
+            listed = transaction.rows(ordered)
             for some in batches([row.newest for row in listed if row.newest is not None]):
                 rows = transaction.rows(VERSIONS.where(versions.c.id.in_(some)))
                 by_name |= {version.model: version for version in records_of(transaction, rows)}

@@ -14,7 +14,8 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Row, Select, func, literal, select
 
-from ckpt.core.comparisons import STEP, Comparison
+from ckpt.core.comparisons import Comparison
+from ckpt.core.names import STEP
 from ckpt.registry.engine import Transaction
 from ckpt.registry.tables import metrics, versions
 

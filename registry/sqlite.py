@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 from collections.abc import Mapping
 from contextlib import closing
@@ -22,6 +23,8 @@ _WAIT_SECONDS = 30
 _WAL_SAFE = (3, 51, 3)
 _WAL_SAFE_BRANCHES = ((3, 44, 6), (3, 50, 7))
 _NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "fuse", "9p", "afs", "lustre", "gpfs", "ceph")
+_MOUNTS = Path("/proc/self/mountinfo")
+_ESCAPE = re.compile(r"\\([0-7]{3})")  # of blanks and backslashes in the names there
 
 
 class SqliteDatabase(Database):
@@ -159,14 +162,13 @@ def _check_filesystem(path: Path) -> None:
 
 def _filesystem_of(path: Path) -> str:
     """The type of the filesystem that holds ``path``; empty where the system does not say."""
-    mounts = Path("/proc/self/mountinfo")
-    if not mounts.exists():
+    if not _MOUNTS.exists():
         return ""
     target = os.path.realpath(path)
     best, kind = "", ""
-    for line in mounts.read_text(errors="replace").splitlines():
+    for line in os.fsdecode(_MOUNTS.read_bytes()).removesuffix("\n").split("\n"):
         fields, _, rest = line.partition(" - ")
-        mount = fields.split(" ")[4].encode().decode("unicode_escape")
+        mount = _ESCAPE.sub(lambda found: chr(int(found[1], 8)), fields.split(" ")[4])
         inside = target == mount or target.startswith(mount.rstrip("/") + "/")
         if inside and len(mount) >= len(best):
             best, kind = mount, rest.split(" ")[0]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import Behaviour, structure_bytes
-from ckpt.core.errors import CkptWarning, UsageError
+from ckpt.core.errors import CkptWarning, NotFoundError, UsageError
 from ckpt.core.records import Proof, Version
 from ckpt.loader.capture import Captured
 from ckpt.loader.forward import check_inputs
@@ -76,7 +76,10 @@ def _known_behaviour(registry: Registry, before: Version | None) -> Behaviour | 
     """How the same structure behaved when it was probed last."""
     if before is None:
         return None
-    probe = registry.queries.document(before).probe
+    try:
+        probe = registry.queries.document(before).probe
+    except NotFoundError:  # removed meanwhile
+        return None
     return None if probe is None else probe.behaviour
 
 

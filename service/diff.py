@@ -136,7 +136,7 @@ def _layer(name: str, tensors: Sequence[TensorDifference]) -> Layer:
     nbytes = sum(tensor.nbytes for tensor in tensors)
     changed = sum(tensor.changed_bytes for tensor in tensors)
     relative = 0.0 if not changed else None
-    if norm and math.isfinite(norm) and math.isfinite(difference):
+    if norm and math.isfinite(norm) and math.isfinite(difference / norm):
         relative = difference / norm
     return Layer(name, nbytes, changed, relative)
 

@@ -31,7 +31,7 @@ class Finding:
 
 
 def examine(location: Location, store: Store, registry: Registry) -> list[Finding]:
-    """Look at everything; writes one object and removes it again."""
+    """Look at everything; what is written to try the store is removed again."""
     found = [
         Finding("repository", True, str(location.root)),
         Finding("registry", True, shown(location.registry_place)),

@@ -83,9 +83,11 @@ def export_version(
         exact = chosen == "hf" or _is_same(document, destination)
         return Exported(version, destination, chosen, exact)
     state = pull_state(store, registry, version, "cpu", progress=progress)
-    write = _write_file if chosen == "pt" else _write_shards
     try:
-        digest = write(version, state, destination, force)
+        if chosen == "pt":
+            digest = _write_file(version, state, destination, force)
+        else:
+            digest = _write_shards(version, state, destination)
     except OSError as error:
         raise from_os_error(error, f"writing {destination}") from error
     return Exported(version, destination, chosen, digest == version.digest)
@@ -125,9 +127,9 @@ def _write_file(version: Version, state: Any, destination: Path, force: bool) ->
     return digest
 
 
-def _write_shards(version: Version, state: Any, destination: Path, force: bool) -> str:
+def _write_shards(version: Version, state: Any, destination: Path) -> str:
     """Write a DCP folder; returns the digest of what it holds."""
-    from ckpt.loader.saving import UnwritableError, named_values, save_shards
+    from ckpt.loader.saving import named_values
 
     if type(state) is not dict or not all(isinstance(key, str) for key in state):
         raise _cannot(version, "is no dict with names, as a DCP folder needs", "give --format pt")
@@ -136,11 +138,7 @@ def _write_shards(version: Version, state: Any, destination: Path, force: bool) 
     temporary = destination.with_name(f".ckpt-{secrets.token_hex(8)}.tmp")
     perform("mkdir", os.mkdir, temporary)
     try:
-        try:
-            save_shards(state, temporary)
-        except UnwritableError as error:
-            reason = f"is nothing that a DCP folder can hold: {escape(str(error))}"
-            raise _cannot(version, reason, "give --format pt") from error
+        _save_shards(version, state, temporary)
         with _readable(version), Unpickler() as unpickler:
             written = unpickler.open(temporary).with_digests()
         found = {entry.name: (entry.dtype, entry.shape, entry.chunks) for entry in written.tensors}
@@ -155,6 +153,16 @@ def _write_shards(version: Version, state: Any, destination: Path, force: bool) 
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return digest_of(identity_bytes(written))
+
+
+def _save_shards(version: Version, state: dict[str, Any], folder: Path) -> None:
+    from ckpt.loader.saving import UnwritableError, save_shards
+
+    try:
+        save_shards(state, folder)
+    except UnwritableError as error:
+        reason = f"is nothing that a DCP folder can hold: {escape(str(error))}"
+        raise _cannot(version, reason, "give --format pt") from error
 
 
 @contextmanager

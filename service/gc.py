@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckpt.core.errors import ConflictError
-from ckpt.core.records import Pack, Unneeded
+from ckpt.core.records import Pack, PackState, Unneeded
 from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import copy_pending
 from ckpt.service.author import author
@@ -173,7 +173,8 @@ def _foreseen(
     latest = registry.collector.now() - int(grace * 1e6)
     ripe, waiting = [], []
     for one in found:
-        if grace == 0 or (one.condemned_at is not None and one.condemned_at <= latest):
+        is_over = grace == 0 or (one.condemned_at is not None and one.condemned_at <= latest)
+        if is_over or one.pack.state is PackState.BROKEN:
             ripe.append(one.pack)
         else:
             waiting.append(one.pack)

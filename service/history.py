@@ -16,7 +16,7 @@ def read_since(text: str | None) -> int:
         return 0
     ago = seconds_of(text)
     if ago is not None:
-        return int((time.time() - ago) * 1e6)
+        return max(0, int((time.time() - ago) * 1e6))
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:

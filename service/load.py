@@ -107,12 +107,11 @@ def load_into(store: Store, registry: Registry, version: Version, module: nn.Mod
         IntegrityError: ``keys-mismatch``, ``shape-mismatch``, ``dtype-mismatch``,
             ``not-writable``, ``ties-differ``; nothing of the module was changed.
     """
-    if not hasattr(module, "load_state_dict"):
-        raise UsageError("no-module", f"a {type(module).__name__} is no module of torch")
-    from ckpt.loader.fill import fill_module
+    from ckpt.loader.fill import check_module, fill_module
     from ckpt.loader.restore import Restorer
     from ckpt.loader.verify import Report
 
+    check_module(module)
     document = registry.queries.document(version)
     own = [index for index, tensor in enumerate(document.tensors) if tensor.has_bytes]
     filled = fill(store, registry, version, document, own, None)

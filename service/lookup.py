@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ckpt.core.comparisons import check_order, parse_comparisons
 from ckpt.core.errors import NotFoundError
-from ckpt.core.names import check_model
+from ckpt.core.names import check_count, check_model
 from ckpt.core.records import ClassUse, Environment, Model, Version
 from ckpt.core.references import parse_reference
 from ckpt.registry.registry import Registry
@@ -53,16 +53,23 @@ class Lookup:
                 that lack it left out; by default the newest come first.
 
         Raises:
-            UsageError: ``where-invalid``, ``name-invalid``.
+            UsageError: ``where-invalid``, ``name-invalid``, ``limit-invalid``.
             NotFoundError: ``model-missing``.
         """
         order = None if order_by is None else check_order(order_by)
         comparisons = parse_comparisons(where)
-        return self._registry.queries.find(check_model(model), comparisons, order, limit)
+        most = check_count("limit", limit)
+        return self._registry.queries.find(check_model(model), comparisons, order, most)
 
     def log(self, model: str, *, before: int | None = None, limit: int = 100) -> list[Version]:
-        """Versions of a model, newest first; ``before`` a number for the next page."""
-        return self._registry.queries.log(check_model(model), before, limit)
+        """Versions of a model, newest first; ``before`` a number for the next page.
+
+        Raises:
+            UsageError: ``name-invalid``, ``before-invalid``, ``limit-invalid``.
+            NotFoundError: ``model-missing``.
+        """
+        first = None if before is None else check_count("before", before)
+        return self._registry.queries.log(check_model(model), first, check_count("limit", limit))
 
     def models(self) -> list[Model]:
         """All models by name, each with its newest version."""

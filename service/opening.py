@@ -39,7 +39,8 @@ def open_repository(
 
     Raises:
         NotFoundError: ``no-repository`` when there is none and ``create`` is false.
-        StorageError: ``registry-missing``, ``registry-corrupt``, ``schema-newer``.
+        StorageError: ``registry-missing``, ``registry-corrupt``, ``registry-filesystem``,
+            ``schema-newer``, ``schema-older``, ``store-missing``.
         IntegrityError: ``foreign-store``, ``store-format``.
     """
     if registry is not None or store is not None:

@@ -21,6 +21,7 @@ from ckpt.registry.rebuild import StoreContents, StoredVersion
 from ckpt.registry.registry import Registry
 from ckpt.registry.sqlite import copy_database
 from ckpt.service.config import Location, complete, no_repository, prepare, store_missing
+from ckpt.service.stored_facts import read_event, read_version_file
 from ckpt.storage.identity import read_identity
 from ckpt.storage.packs import pack_key, read_pack
 from ckpt.storage.store import ObjectInfo, Store
@@ -29,15 +30,7 @@ T = TypeVar("T")
 
 _COPY = re.compile(r"\d+-(?P<id>[0-9a-f]{32})\.json")
 # What reading an object that has other bytes than it should ends with.
-_DAMAGED = (
-    IntegrityError,
-    msgspec.MsgspecError,
-    AttributeError,
-    KeyError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
+_DAMAGED = (IntegrityError, msgspec.MsgspecError, RecursionError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +209,7 @@ def _counted(store: Store, place: str, epoch: int, named: set[str]) -> Iterator[
 
 
 def _read_version(store: Store, info: ObjectInfo) -> StoredVersion:
-    facts = msgspec.json.decode(store.get(info.key))
+    facts = read_version_file(store.get(info.key))
     body = canonical(facts.pop("document"))
     environment = facts.pop("environment")
     if digest_of(body) != facts["document_digest"]:
@@ -227,12 +220,9 @@ def _read_version(store: Store, info: ObjectInfo) -> StoredVersion:
 
 
 def _read_event(store: Store, info: ObjectInfo) -> dict[str, Any]:
-    event: dict[str, Any] = msgspec.json.decode(store.get(info.key))
+    event = read_event(store.get(info.key))
     if not info.key.endswith(f"-{event['id']}.json"):
         raise ValueError("it is of another event than its name")
-    absent = {"kind", "epoch", "counter", "time", "author"} - event.keys()
-    if absent:
-        raise ValueError(f"it does not say its {min(absent)}")
     return event
 
 

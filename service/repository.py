@@ -24,7 +24,7 @@ from ckpt.core.names import (
 )
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
-from ckpt.core.references import parse_reference
+from ckpt.core.references import Reference, parse_reference
 from ckpt.registry.changes import Changes
 from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import acknowledge_event, copy_pending
@@ -427,7 +427,7 @@ class Repository(Lookup, Exchange, Upkeep):
         acknowledge_event(self._store, self._registry, event)
         return version
 
-    def _reference(self, ref: VersionLike) -> Any:
+    def _reference(self, ref: VersionLike) -> Reference:
         return parse_reference(ref.reference if isinstance(ref, Version) else ref)
 
     def close(self) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from ckpt.core.durations import seconds_of
-from ckpt.core.errors import UsageError
+from ckpt.core.durations import check_duration
+from ckpt.core.names import check_count
 from ckpt.core.records import Event
 from ckpt.core.rules import Rule
 from ckpt.registry.registry import Registry
@@ -50,9 +50,7 @@ class Upkeep:
         """
         from ckpt.service.gc import collect
 
-        seconds = seconds_of(grace) if isinstance(grace, str) else grace
-        if not isinstance(seconds, (int, float)):
-            raise UsageError("duration-invalid", f"{grace!r} is no time", hint='write "7d"')
+        seconds = check_duration(grace)
         return collect(
             self._store, self._registry, seconds, dry_run=dry_run, allow=allow, repack=repack
         )
@@ -83,10 +81,14 @@ class Upkeep:
         return prune_model(self._store, self._registry, model, keep, dry_run=dry_run, save=save)
 
     def events(self, *, since: str | None = None, limit: int = 100) -> list[Event]:
-        """Who did what to what, newest first; ``since`` is ``7d``, ``12h`` or an ISO date."""
+        """Who did what to what, newest first; ``since`` is ``7d``, ``12h`` or an ISO date.
+
+        Raises:
+            UsageError: ``time-invalid``, ``limit-invalid``.
+        """
         from ckpt.service.history import read_since
 
-        return self._registry.queries.events(read_since(since), limit)
+        return self._registry.queries.events(read_since(since), check_count("limit", limit))
 
     def fsck(self, *, read_data: float = 0.0, repair: bool = False) -> Checked:
         """Compare the store with the registry; a bad pack becomes broken, so that the next push

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Self
 
 from ckpt.core.digests import digest_of
 from ckpt.core.dtypes import ITEM_SIZES
-from ckpt.core.errors import CkptError
+from ckpt.core.errors import CkptError, UsageError
+from ckpt.core.printable import escape
 from ckpt.core.records import Added, Chunk, FinishedPack, Pack
 from ckpt.core.tensors import CHUNK_BYTES, TensorBytes, chunk_spans
 from ckpt.registry.books import LEASE_SECONDS, Books, push_expired
 from ckpt.service.bases import ENCODED_BYTES, Bases, Compress, Kept
 from ckpt.service.sharing import Sharing
-from ckpt.storage.packs import PackWriter, chunk_cost, header_cost
+from ckpt.storage.packs import HEADER_BYTES, PackWriter, chunk_cost, header_cost
 from ckpt.storage.store import Store
 
 if TYPE_CHECKING:
@@ -52,7 +53,11 @@ class Upload:
     """Brings ``sources`` into the store under one push; those from ``apart`` on lie in packs of
     their own. Leaving the context without a commit leaves no temporary file; finished packs
     stay, for the next push of the same content. ``push`` is one that others opened, whose packs
-    from ``first_pack`` on are ours."""
+    from ``first_pack`` on are ours.
+
+    Raises:
+        UsageError: ``name-too-long``.
+    """
 
     def __init__(
         self,
@@ -88,6 +93,7 @@ class Upload:
             range(len(sources)), key=lambda index: (index >= self._apart, -sizes[index])
         )
         self._costs = [header_cost(source) for source in sources]
+        _check_names(sources, self._costs)
         self._header_room = sum(self._costs)  # what is not known to be shared may still need
         self._typed: list[int] = []
         self._typed_bytes = 0
@@ -409,6 +415,19 @@ class Upload:
             self.unregistered.append(finished)
         else:
             self._books.register(self.push, finished)
+
+
+def _check_names(sources: Sequence[TensorBytes], costs: Sequence[int]) -> None:
+    """Refuse a name with which not even one chunk has room in a pack's header."""
+    for source, cost in zip(sources, costs, strict=True):
+        if cost > HEADER_BYTES and chunk_cost(source.name) > HEADER_BYTES:
+            raise UsageError(
+                "name-too-long",
+                f"the name of a tensor has {len(source.name)} characters: "
+                f"{escape(source.name[:80], 80)}; the header of a pack, where it stands twice, "
+                f"takes {HEADER_BYTES >> 20} MiB",
+                hint="give it a shorter name",
+            )
 
 
 class _Meter:

@@ -216,7 +216,7 @@ def read_entries(store: Store, pack: Pack) -> tuple[str, list[tuple[Entry, list[
             )
             for name, rows in described.items()
         ]
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise IntegrityError(
             "pack-damaged", f"{pack.key} does not describe its chunks: {error!r}"
         ) from None

@@ -105,3 +105,16 @@ class MakesTensors(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.ones(2)
+
+
+class Hookless(nn.Module):
+    """Counts on being alone with its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.layer._forward_hooks:
+            raise RuntimeError("somebody listens")
+        return self.layer(x)  # type: ignore[no-any-return]

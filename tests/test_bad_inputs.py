@@ -4,6 +4,7 @@ traceback, and nothing stored or left behind."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sqlite3
@@ -21,6 +22,7 @@ from safetensors.numpy import save_file
 import ckpt
 from ckpt.cli import main as entry
 from ckpt.core.errors import UsageError
+from ckpt.registry.sqlite import _filesystem_of
 
 Prepare = Callable[[Path], object]
 Shell = Callable[..., tuple[int, str, str]]
@@ -169,6 +171,7 @@ ROWS: list[tuple[str, Prepare, list[str], int, str, str]] = [
     ("alias empty", nothing, ["push", OK, "net:"], 2, "name-invalid", "empty"),
     ("metric", nothing, ["push", OK, "net", "--metric", "loss=low"], 2, "metric-invalid", "loss"),
     ("metric name", nothing, ["push", OK, "net", "--metric", "a b=1"], 2, "name-invalid", "a b"),
+    ("metric step", nothing, ["push", OK, "net", "--metric", "step=5"], 2, "name-invalid", "step"),
     ("no =", nothing, ["push", OK, "net", "--label", "x"], 2, "usage", "="),
     ("step", nothing, ["push", OK, "net", "--step", "-1"], 2, "step-invalid", "-1"),
     ("step text", nothing, ["push", OK, "net", "--step", "x"], 2, "usage", "step"),
@@ -388,6 +391,20 @@ def test_a_network_filesystem_is_refused(
     assert "PostgreSQL" in err
 
 
+@pytest.mark.parametrize("name", ["größe", "a b", "back\\slash", "form\ffeed", "no\udcffutf8"])
+def test_a_network_filesystem_is_known_whatever_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    said = str(tmp_path / name).replace("\\", "\\134").replace(" ", "\\040")
+    mounts = tmp_path / "mountinfo"
+    line = "36 35 98:0 / {} rw,noatime master:1 - {} host:/x rw\n"
+    body = line.format("/", "ext4") + line.format(said, "nfs4")
+    mounts.write_bytes(os.fsencode(body))
+    monkeypatch.setattr("ckpt.registry.sqlite._MOUNTS", mounts)
+    assert _filesystem_of(tmp_path / name / "registry.db") == "nfs4"
+    assert _filesystem_of(tmp_path / "registry.db") == "ext4"
+
+
 def test_a_push_that_is_repeated_after_success_is_answered(folder: Path, shell: Shell) -> None:
     before = tree(folder / ".ckpt" / "store")
     status, out, err = shell("push", OK, "known")
@@ -398,9 +415,50 @@ def test_a_push_that_is_repeated_after_success_is_answered(folder: Path, shell: 
 
 def test_from_python_a_time_is_taken_as_a_person_writes_it(repo: ckpt.Repository) -> None:
     repo.gc(grace="7d")
+    for grace in ("soon", "999999999w", math.nan, math.inf, -1, 1e300, None):
+        with pytest.raises(UsageError) as caught:
+            repo.gc(grace=grace)  # type: ignore[arg-type]
+        assert caught.value.code == "duration-invalid"
+
+
+def test_from_python_what_happened_ages_ago_is_all_that_happened(repo: ckpt.Repository) -> None:
+    repo.tag(repo.push({"w": torch.ones(1)}, "m"), "best")
+    assert repo.events(since="999999999w") == repo.events() != []
+
+
+def test_from_python_a_run_ends_within_a_time_that_ends(repo: ckpt.Repository) -> None:
     with pytest.raises(UsageError) as caught:
-        repo.gc(grace="soon")
+        ckpt.Run(repo, "m", drain_seconds=math.inf)
     assert caught.value.code == "duration-invalid"
+
+
+@pytest.mark.parametrize("wrong", [-1, 0, 1.5, True, 1 << 63, "all"])
+def test_from_python_a_list_ends_where_a_whole_number_says(
+    repo: ckpt.Repository, wrong: Any
+) -> None:
+    repo.push({"w": torch.ones(1)}, "m")
+    acts: list[Callable[[], object]] = [
+        lambda: repo.log("m", limit=wrong),
+        lambda: repo.log("m", before=wrong),
+        lambda: repo.find("m", limit=wrong),
+        lambda: repo.events(limit=wrong),
+    ]
+    codes = []
+    for act in acts:
+        with pytest.raises(UsageError) as caught:
+            act()
+        codes.append(caught.value.code)
+    assert codes == ["limit-invalid", "before-invalid", "limit-invalid", "limit-invalid"]
+
+
+def test_from_python_a_name_that_no_pack_has_room_for_is_refused(repo: ckpt.Repository) -> None:
+    with pytest.raises(UsageError, match="8 MiB") as caught:
+        repo.push({"x" * 5_000_000: torch.ones(1)}, "m")
+    assert caught.value.code == "name-too-long"
+    assert repo.models() == []
+    long = "x" * 3_000_000
+    repo.push({long: torch.ones(1)}, "m")
+    assert [*repo.pull("m")] == [long]
 
 
 def test_from_python_a_path_is_no_state(repo: ckpt.Repository, tmp_path: Path) -> None:
@@ -415,6 +473,8 @@ def test_from_python_a_path_is_no_state(repo: ckpt.Repository, tmp_path: Path) -
     ("wrong", "code"),
     [
         ({"message": b"fix"}, "text-invalid"),
+        ({"message": "fi\0x"}, "text-invalid"),
+        ({"labels": {"k": "\0"}}, "text-invalid"),
         ({"parent": 3}, "reference-invalid"),
         ({"run": 3}, "name-invalid"),
         ({"model": None}, "name-invalid"),

@@ -107,6 +107,13 @@ def test_a_cast_is_compared_by_value(repo: ckpt.Repository) -> None:
     assert found.largest == pytest.approx((before[2] - before[2].bfloat16()).abs().item())
 
 
+def test_a_share_too_large_for_a_number_is_unknown(repo: ckpt.Repository) -> None:
+    repo.push({"a.w": torch.full((4,), 1e-160, dtype=torch.float64)}, "before")
+    repo.push({"a.w": torch.full((4,), 1e150, dtype=torch.float64)}, "after")
+    (layer,) = repo.diff("before", "after", stats=True).layers()
+    assert (layer.changed_bytes, layer.relative) == (32, None)
+
+
 def test_tensors_of_other_shapes_have_their_norms_alone(repo: ckpt.Repository) -> None:
     found = measure(repo, torch.ones(4), torch.ones(3, 3))
     assert found.norms == (2.0, 3.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
 import ckpt
 from ckpt.cli import main as entry
-from ckpt.core.errors import ConflictError, IntegrityError, UsageError
+from ckpt.core.errors import ConflictError, IntegrityError, StorageError, UsageError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
@@ -88,6 +89,36 @@ def test_a_file_that_does_not_read_back_as_it_is_gets_no_name(
         repo.export_file(version, tmp_path / "net.pt")
     assert error.value.code == "export-differs"
     assert [path.name for path in tmp_path.iterdir()] == [".ckpt"]
+
+
+@pytest.mark.parametrize("form", ["pt", "dcp"])
+def test_a_disk_that_takes_no_more_is_told_and_nothing_is_left(
+    repo: ckpt.Repository, tmp_path: Path, form: Any
+) -> None:
+    version = repo.push({"w": torch.ones(1 << 20)}, "net")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="File too large while writing") as error:
+            repo.export_file(version, tmp_path / "out", format=form)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.code == "io"
+    assert [path.name for path in tmp_path.iterdir()] == [".ckpt"]
+
+
+@pytest.mark.parametrize("array", [numpy.array(["ab", "c"]), numpy.arange(3, dtype=">i4")])
+def test_arrays_that_torch_lacks_lie_as_bytes_in_a_file_whatever_is_beside_them(
+    repo: ckpt.Repository, tmp_path: Path, array: numpy.ndarray
+) -> None:
+    repo.push({"array": array}, "alone")
+    repo.push({"array": array, "sparse": torch.eye(2).to_sparse()}, "beside")
+    for name in ("alone", "beside"):
+        repo.pull_file(name, tmp_path / f"{name}.safetensors")
+    repo.pull_file("beside", tmp_path / "some.safetensors", tensors=["array", "sparse"])
+    for name in ("alone", "beside", "some"):
+        found = load_file(tmp_path / f"{name}.safetensors")["array"]
+        assert bytes(found.tolist()) == array.tobytes()
 
 
 def test_a_dcp_folder_loads_with_torch_and_imports_with_the_same_tensors(

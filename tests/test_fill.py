@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -77,10 +78,28 @@ def test_what_is_pulled_of_a_module_is_what_its_state_dict_gives(repo: ckpt.Repo
         assert torch.equal(pulled["1.weight"], net.get_parameter("0.weight") * 2)
 
 
-def test_what_is_no_module_is_refused(repo: ckpt.Repository) -> None:
+def test_copies_of_a_tied_weight_are_one_when_their_bits_are(repo: ckpt.Repository) -> None:
+    net = two()
+    net.get_parameter("0.weight").data[0, 0] = math.nan
+    net.get_parameter("1.weight").data.copy_(net.get_parameter("0.weight"))
+    repo.push(net, "net")
+    tied = two()
+    tied[1].weight = tied[0].weight
+    assert repo.load_into(tied, "net").verdict == "weights"
+    assert tied.get_parameter("0.weight").isnan().sum() == 1
+    net.get_parameter("1.weight").data[1, 1] += 1
+    repo.push(net, "net")
+    with pytest.raises(IntegrityError) as caught:
+        repo.load_into(tied, "net")
+    assert caught.value.code == "ties-differ"
+
+
+@pytest.mark.parametrize("other", [{}, torch.optim.SGD([torch.ones(1)]), nn.Linear])
+def test_what_is_no_module_is_refused(repo: ckpt.Repository, other: Any) -> None:
     repo.push(two(), "net")
-    with pytest.raises(UsageError, match="a dict is no module"):
-        repo.load_into({}, "net")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=f"a {type(other).__name__} is no module") as caught:
+        repo.load_into(other, "net")
+    assert caught.value.code == "no-module"
 
 
 def test_an_extra_state_that_was_pushed_comes_back(repo: ckpt.Repository) -> None:

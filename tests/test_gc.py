@@ -109,6 +109,16 @@ def test_a_dry_run_tells_exactly_and_changes_nothing(repo: ckpt.Repository) -> N
     assert repo.gc(grace=0).freed_bytes == foreseen.freed_bytes > 3 * 64 * 64 * 4
 
 
+def test_a_dry_run_tells_of_a_broken_pack_what_the_run_does(repo: ckpt.Repository) -> None:
+    repo.push(state(1), "a")
+    removed = repo.push(state(2), "a", compress="none")
+    write(repo, update(packs).where(packs.c.push == removed.push).values(state="broken"))
+    repo.rm(removed)
+    foreseen, done = repo.gc(dry_run=True), repo.gc()
+    assert [pack.push for pack in done.freed] == [removed.push]
+    assert (foreseen.freed, foreseen.waiting) == (done.freed, done.waiting)
+
+
 def test_a_shared_pack_stays_as_long_as_anyone_needs_it(repo: ckpt.Repository) -> None:
     first = repo.push(state(1), "a")
     repo.push({**state(1), "more": torch.ones(5)}, "b")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -47,6 +48,16 @@ def good(path: Path) -> Path:
     shared = torch.rand(40)
     torch.save({"a": shared[:30], "b": shared[10:], "list": [1, "x", (2.5, None)]}, path)
     return path
+
+
+def test_a_child_that_may_have_less_memory_reads_what_fits(tmp_path: Path) -> None:
+    path = good(tmp_path / "good.pt")
+    with Unpickler() as child:
+        first = child.open(path).document
+        process = child._process
+        assert process is not None
+        resource.prlimit(process.pid, resource.RLIMIT_DATA, (800 << 20, 800 << 20))
+        assert child.open(path).document == first
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -48,6 +48,7 @@ class Net(LightningModule):
         self.seen.append((self.trainer.current_epoch, batch_idx, rows.tolist()))
         loss: torch.Tensor = (self.net(rows) - torch.rand(1) - random.random()).square().mean()
         self.log("loss", loss)
+        self.log("step", float(self.global_step))  # which some loggers plot over
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -269,7 +270,7 @@ def test_what_cannot_be_stored_is_refused_with_its_path(refused: ckpt.Repository
 
 def test_a_metric_that_is_never_logged_is_told(refused: ckpt.Repository) -> None:
     checkpoint = CkptCheckpoint(refused, "gpt", monitor="val_los", quiet=True)
-    with pytest.raises(UsageError, match='"val_los"; logged are: loss val/loss'):
+    with pytest.raises(UsageError, match='"val_los"; logged are: loss step val/loss'):
         trained(checkpoint, seeded(), max_epochs=1)
 
 

@@ -248,6 +248,17 @@ def test_objects_that_live_only_while_they_are_described_are_not_taken_for_one(
     assert [one.made.number for one in loaded] == list(range(20))
 
 
+def test_modules_nested_deeper_than_the_interpreter_goes_are_refused(
+    repo: ckpt.Repository,
+) -> None:
+    net: nn.Module = nn.Linear(2, 2)
+    for _ in range(200):
+        net = nn.Sequential(net)
+    with pytest.raises(UsageError, match="nested too deeply") as caught:
+        repo.push(net, "m")
+    assert caught.value.code == "cannot-store"
+
+
 def test_hooks_of_state_dict_are_named_and_refuse_nothing(repo: ckpt.Repository) -> None:
     net = nn.Sequential(nn.Linear(2, 2))
     child: Any = net[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -248,6 +249,31 @@ class TestTrust:
         repo.load("m", trust=["marking"])
         assert marker.exists()
 
+    def test_a_class_may_have_any_name_that_python_takes(
+        self, repo: ckpt.Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        names = ("Größe", "__Hidden", "網")
+        classes = "".join(f"class {name}(nn.Linear): ...\n" for name in names)
+        (tmp_path / "größen.py").write_text(f"from torch import nn\n{classes}", encoding="utf-8")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        module = importlib.import_module("größen")
+        for number, name in enumerate(names):
+            kind = getattr(module, name)
+            repo.push(kind(2, 2), f"m{number}")
+            with pytest.raises(TrustError):
+                repo.load(f"m{number}", trust=["gr"])
+            assert type(repo.load(f"m{number}", trust=["größen"])) is kind
+
+    @pytest.mark.parametrize("name", ["a-b", "__call__", "\uff2eet", "a.b"])
+    def test_a_class_whose_name_no_load_imports_is_refused_with_its_path(
+        self, repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        kind = type(name, (nn.Linear,), {"__module__": __name__})
+        monkeypatch.setitem(globals(), name, kind)
+        with pytest.raises(UsageError, match="1 value cannot be stored: 0: ") as caught:
+            repo.push(nn.Sequential(kind(2, 2)), "m")
+        assert caught.value.code == "cannot-store"
+
     @pytest.mark.parametrize(
         ("reference", "code"),
         [
@@ -258,6 +284,10 @@ class TestTrust:
             ("torch.nn.modules.linear:NoSuch", "class-missing"),
             ("no_such_package:Net", "class-missing"),
             ("torch.nn.modules.linear:__builtins__", "document-damaged"),
+            ("torch.nn.modules.linear:__", "document-damaged"),
+            ("torch.nn.modules.linear:Linear.__init__", "document-damaged"),
+            ("torch.nn.modules.linear:\uff2cinear", "document-damaged"),
+            ("\uff4fs:system", "document-damaged"),
             ("torch.nn.modules.linear", "document-damaged"),
             ("os:system()", "document-damaged"),
         ],

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from probed_models import (
     Caching,
     Counting,
+    Hookless,
     LargestOf,
     MakesTensors,
     Noisy,
@@ -212,6 +213,24 @@ class TestInputs:
 class TestVerdicts:
     """What a replay proves."""
 
+    def test_a_known_structure_that_is_removed_meanwhile_fails_no_push(
+        self, repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = repo.push(nn.Linear(3, 3), "m", inputs=(torch.ones(2, 3),))
+        repo.rm(before)
+        monkeypatch.setattr(repo._registry.queries, "proven", lambda structure: before)
+        repo.push(nn.Linear(3, 3), "m", inputs=(torch.ones(2, 3),))
+        assert repo.verify("m").verdict == "outputs-exact"
+
+    def test_a_forward_that_refuses_hooks_is_recorded_without_its_children(
+        self, repo: ckpt.Repository
+    ) -> None:
+        repo.push(Hookless(), "m", inputs=(torch.ones(2, 3),))
+        probe = repo.document("m").probe
+        assert probe is not None
+        assert probe.children == ()
+        assert repo.verify("m", trust=TRUST).verdict == "outputs-exact"
+
     def test_without_inputs_the_structure_is_proven(self, repo: ckpt.Repository) -> None:
         repo.push(MLP(), "m")
         report = repo.verify("m", trust=[MLP])
@@ -355,18 +374,20 @@ with ckpt.open(sys.argv[1], create=False) as repo:
 class TestDrift:
     """Code that changed since the push is named; torch's own shims are honoured."""
 
+    @pytest.mark.parametrize("above", ["", "\f\n", "mark = '\x1c\u2028'\n"])
     def test_a_changed_source_is_reported(
-        self, repo: ckpt.Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, repo: ckpt.Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, above: str
     ) -> None:
         source = tmp_path / "drifting.py"
-        text = "from torch import nn\nclass Net(nn.Linear):\n    note = 1\n"
+        text = f"from torch import nn\n{above}class Net(nn.Linear):\n    note = 1\n"
         source.write_text(text)
+        monkeypatch.delitem(sys.modules, "drifting", raising=False)
         monkeypatch.syspath_prepend(str(tmp_path))
         import drifting  # type: ignore[import-not-found]
 
         repo.push(drifting.Net(2, 2), "m")
         assert repo.verify("m", trust=["drifting"]).drift == ()
-        source.write_text(text.replace("1", "22"))
+        source.write_text(text.replace("= 1", "= 22"))
         drift = repo.verify("m", trust=["drifting"]).drift
         assert drift == ("drifting:Net: its source changed since the push",)
         assert [one.source for one in repo.describe("m").classes] == ["changed"]
@@ -437,3 +458,13 @@ class TestComparison:
 
         found = named_tensors((torch.ones(2), {"a": numpy.ones(2), "b": None}, Result(), 1.5))
         assert sorted(found) == ["output.0", "output.1.a", "output.2.cache.0", "output.3"]
+
+    def test_results_whose_keys_read_alike_all_have_names(self) -> None:
+        alike = {1: torch.tensor(1), "1": torch.tensor(2), "a": {"b": 3}, "a.b": 4}
+        found = named_tensors(alike)
+        assert {name: int(value) for name, value in found.items()} == {
+            "output.1": 1,
+            "output.1#2": 2,
+            "output.a.b": 3,
+            "output.a.b#2": 4,
+        }

@@ -17,6 +17,7 @@ from ckpt.registry.tables import metadata
 
 TABLES = {*metadata.tables} - {"meta"}  # which has one row
 VERSIONS = 12
+MODELS_IN_ORDER = "SCAN models USING INDEX "
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,8 @@ def test_no_question_reads_a_whole_table(
     found = plans(repo, QUESTIONS[name])
     assert found
     for statement, steps in found.items():
-        assert not any(map(reads_whole, steps)), f"{statement}\n{steps}"
+        others = [step for step in steps if name != "ls" or not step.startswith(MODELS_IN_ORDER)]
+        assert not any(map(reads_whole, others)), f"{statement}\n{steps}"
 
 
 @pytest.mark.parametrize("order", ["loss", "-loss", "step", "-step", None])

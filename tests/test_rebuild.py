@@ -338,6 +338,44 @@ def test_what_is_no_copy_is_left_alone(filled: Path) -> None:
     assert pack.exists()
 
 
+BODIES = [
+    b"5",
+    b"[]",
+    b'"text"',
+    b'{"id":' + b"[" * 100_000,
+    b'{"id":"%s","epoch":1,"counter":1,"author":"a","time":1}',
+    b'{"id":"%s","epoch":1,"counter":1,"author":"a","time":1,"kind":5}',
+    b'{"id":"%s","epoch":1,"counter":1,"author":"a","time":1,"kind":"rm"}',
+    b'{"id":"%s","epoch":1,"counter":1,"author":"a","time":1,"kind":"dead"}',
+    b'{"id":"%s","epoch":1,"counter":1,"author":"a","time":1,"kind":"x","model":"a"}',
+]
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("place", ["events", "documents"])
+def test_json_that_is_no_document_or_event_is_not_passed_over(
+    filled: Path, place: str, body: bytes
+) -> None:
+    name = "e" * 32
+    path = filled / ".ckpt" / "store" / place / "1" / f"000000000099-{name}.json"
+    path.write_bytes(body.replace(b"%s", name.encode()))
+    with pytest.raises(IntegrityError) as caught:
+        rebuilt(filled)
+    assert caught.value.code == "copy-damaged"
+    path.unlink()
+    assert rebuilt(filled).versions == 5
+
+
+@pytest.mark.parametrize("described", ['{"chunks":[]}', "[" * 100_000, "5", '{"chunks":{"w0":5}}'])
+def test_a_pack_that_describes_nothing_is_left_alone_and_told(filled: Path, described: str) -> None:
+    metadata = json.dumps({"__metadata__": {"ckpt": described}}).encode()
+    pack = filled / ".ckpt" / "store" / "packs" / "ff" / f"{'f' * 32}-0.safetensors"
+    pack.parent.mkdir()
+    pack.write_bytes(len(metadata).to_bytes(8, "little") + metadata)
+    (unreadable,) = rebuilt(filled).unreadable
+    assert "does not describe its chunks" in unreadable
+
+
 def test_a_copy_that_lands_late_from_before_does_not_count(filled: Path) -> None:
     rebuilt(filled)
     documents = filled / ".ckpt" / "store" / "documents" / "1"

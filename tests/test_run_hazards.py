@@ -3,8 +3,10 @@ their own."""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,30 @@ def test_after_ctrl_c_behind_a_hand_over_no_other_state_takes_its_place(
         bulk.values.fill_(2)
         job.save(2)
     assert saved(repo) == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_writer_that_cannot_be_started_fails_as_a_save_does(
+    repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    with run(repo, on_error="warn") as job:
+        job.track(model=nn.Linear(1, 1)).save(0).version()
+        assert job._writer is not None
+        job._writer._process.kill()
+        job._writer._process.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(subprocess, "Popen", refuse)
+            with pytest.warns(CkptWarning, match="Resource temporarily unavailable"):
+                job.save(1)
+            handles = len(os.listdir("/proc/self/fd"))
+            with pytest.raises(StorageError) as caught:
+                run(repo, name="other")
+            assert caught.value.code == "writer-not-started"
+            assert len(os.listdir("/proc/self/fd")) == handles
+        job.save(2)
+    assert [version.step for version in repo.log("gpt")] == [2, 0]
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

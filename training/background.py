@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,25 +36,17 @@ class Background:
 
     Raises:
         CkptError: what the writer said when it could not begin, such as ``run-live``.
+        StorageError: ``writer-not-started``.
     """
 
     def __init__(self, setup: Mapping[str, Any]) -> None:
-        self._arena = Arena()
+        self._arena, self._process = _start()
         self._stage = Stage(self._arena)
         self._waiting: deque[Future[dict[str, Any]]] = deque()
         self._saving: Future[dict[str, Any]] | None = None
         self._copying: threading.Thread | None = None
         self._is_over = False
         self._lock = threading.Lock()
-        # In a session of its own, so that Ctrl-C in the terminal is for the trainer alone.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "ckpt.training.writer"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=[self._arena.handle],
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # of numpy, which would only wait
-            start_new_session=True,
-        )
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):  # there may be no more for this user
             fcntl.fcntl(self._process.stdin, _SET_PIPE_SIZE, _PIPE_BYTES)
@@ -208,6 +201,31 @@ class Background:
         if copied:  # else the thread keeps the arena, which a GPU may still write into
             self._stage.close()
             self._arena.close()
+
+
+def _start() -> tuple[Arena, subprocess.Popen[bytes]]:
+    """A writer, and the arena that it shares."""
+    try:
+        with ExitStack() as undone:
+            arena = Arena()
+            undone.callback(arena.close)
+            # In a session of its own, so that Ctrl-C in the terminal is for the trainer alone.
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "ckpt.training.writer"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=[arena.handle],
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # of numpy, which would only wait
+                start_new_session=True,
+            )
+            undone.pop_all()
+    except OSError as error:
+        raise StorageError(
+            "writer-not-started",
+            f"no process can be started that saves in the background ({error.strerror})",
+            hint="look at the limits of processes, open files and memory",
+        ) from error
+    return arena, process
 
 
 def location_of(location: Location) -> dict[str, Any]:

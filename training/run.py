@@ -15,6 +15,7 @@ from types import FrameType, TracebackType
 from typing import Any, Literal, NoReturn, Self
 
 from ckpt.core.documents import FORMAT, Document
+from ckpt.core.durations import check_duration
 from ckpt.core.errors import CkptError, CkptWarning, NotFoundError, UsageError
 from ckpt.core.names import (
     check_aliases,
@@ -98,7 +99,7 @@ class Run:
         self._keep = check_rules(keep)
         self._compress = check_compress(compress)
         self._warns = warns(on_error)
-        self._drain_seconds = drain_seconds
+        self._drain_seconds = check_duration(drain_seconds)
         self._quiet = quiet
         self._parts: dict[str, Any] = {}
         self._ranks = Ranks()
