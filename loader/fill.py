@@ -39,14 +39,39 @@ def fill_module(module: nn.Module, weights: Mapping[str, Any]) -> str:
             ``not-writable``, ``ties-differ``; everything is checked before anything is changed.
     """
     own = module.state_dict(keep_vars=True)
+    targets, given, prefix = _fitted(own, weights)
+    extra_states = set(filter(_is_extra, weights))
+    if extra_states != set(filter(_is_extra, own)):
+        warnings.warn(
+            "the extra state of the module stays as it is: what was saved has none, or another",
+            CkptWarning,
+            stacklevel=4,
+        )
+        extra_states = set()
+    with torch.no_grad():
+        for key, target in targets.items():
+            target.copy_(given[key])
+    for key in extra_states:
+        module.get_submodule(key.removesuffix(_EXTRA).rstrip(".")).set_extra_state(weights[key])
+    return prefix
+
+
+def check_fit(module: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Refuse what :func:`fill_module` would refuse; nothing is changed."""
+    _fitted(module.state_dict(keep_vars=True), weights)
+
+
+def _fitted(
+    own: Mapping[str, Any], weights: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], str]:
+    """The tensors of a module's state, what each is to be filled from, and the wrapper's prefix."""
     targets = {
         key: value
         for key, value in own.items()
         if isinstance(value, torch.Tensor) and not _is_extra(key)
     }
-    extra_states = set(filter(_is_extra, weights))
     given, prefix = _aligned(
-        targets, {key: value for key, value in weights.items() if key not in extra_states}
+        targets, {key: value for key, value in weights.items() if not _is_extra(key)}
     )
     missing, extra = sorted(set(targets) - set(given)), sorted(set(given) - set(targets))
     if missing or extra:
@@ -61,19 +86,14 @@ def fill_module(module: nn.Module, weights: Mapping[str, Any]) -> str:
     for key, target in targets.items():
         _check_fits(key, target, given[key])
     _check_ties(targets, given)
-    if extra_states != set(filter(_is_extra, own)):
-        warnings.warn(
-            "the extra state of the module stays as it is: what was saved has none, or another",
-            CkptWarning,
-            stacklevel=4,
-        )
-        extra_states = set()
-    with torch.no_grad():
-        for key, target in targets.items():
-            target.copy_(given[key])
-    for key in extra_states:
-        module.get_submodule(key.removesuffix(_EXTRA).rstrip(".")).set_extra_state(weights[key])
-    return prefix
+    return targets, given, prefix
+
+
+def unwrapped(name: str) -> str:
+    """The name of a parameter without the prefixes of wrappers around its module."""
+    while name.startswith(_PREFIXES):
+        name = name.partition(".")[2]
+    return name
 
 
 def _is_extra(key: str) -> bool:

@@ -7,6 +7,7 @@ with its path; nothing is pickled and nothing is called by a name from a documen
 from __future__ import annotations
 
 import base64
+import copy
 import functools
 import math
 import pathlib
@@ -29,6 +30,8 @@ Path = tuple[str, ...]
 _DEPTH_LIMIT = 100
 _INTEGER_BITS = 8192
 _SMALL = 1 << 62
+# Where Module.state_dict leaves the versions of the modules' layouts.
+_NOTED = "_metadata"
 _FACTORIES = {kind.__name__: kind for kind in (int, float, str, list, dict, set, tuple, bool)}
 _PLAIN_NAN = struct.pack(">d", math.nan)
 # As dtype.str gives it. numpy reads more than this, by code that is not for untrusted text.
@@ -128,7 +131,7 @@ class Encoder:
         if kind is dict:
             return self._encode_dict(value, path)
         if kind is OrderedDict:
-            return {"$odict": self._encode_pairs(value, path)}
+            return self._encode_ordered(value, path)
         if kind is Counter:
             return {"$counter": self._encode_pairs(value, path)}
         if kind is deque:
@@ -141,6 +144,24 @@ class Encoder:
             return {"$slice": [self._encode_alone(part, path, "slice") for part in parts]}
         items = [self._encode_alone(item, path, "set") for item in value]
         return {f"${kind.__name__}": sorted(items, key=canonical)}
+
+    def _encode_ordered(self, value: OrderedDict[Any, Any], path: Path) -> Any:
+        """An OrderedDict, and what ``Module.state_dict`` notes on it: of each module the version of
+        its layout, by which ``load_state_dict`` reads an older one."""
+        others = sorted(vars(value).keys() - {_NOTED})
+        if others:
+            raise RefusedError(f"an OrderedDict with the attribute {others[0]}; use dict(value)")
+        pairs = self._encode_pairs(value, path)
+        noted = vars(value).get(_NOTED)
+        if noted is None:
+            return {"$odict": pairs}
+        if not isinstance(noted, dict):
+            raise RefusedError(f"its {_NOTED} is no dict; use dict(value)")
+        inner = (*path, _NOTED)
+        facts = list(noted.values())
+        alike = len(set(map(repr, facts))) == 1  # of most modules it is the same
+        encoded = self._encode_items(facts[:1] if alike else facts, inner)
+        return {"$state_dict": [pairs, self._encode_items(list(noted), inner), encoded]}
 
     def _factory(self, factory: Any, path: Path) -> str | None:
         for name, known in _FACTORIES.items():
@@ -361,6 +382,8 @@ class Decoder:
         if tag == "$defaultdict":
             factory = None if content[0] is None else _FACTORIES[content[0]]
             return defaultdict(factory, self._decode_pairs(content[1]))
+        if tag == "$state_dict":
+            return self._decode_state_dict(*content)
         if tag == "$path":
             return pathlib.Path(self.decode(content))
         if tag in _PAIR_TAGS:
@@ -383,6 +406,16 @@ class Decoder:
         if len(decoded) != len(pairs):
             raise ValueError("a key appears twice")
         return decoded
+
+    def _decode_state_dict(self, pairs: Any, modules: Any, facts: Any) -> OrderedDict[Any, Any]:
+        if len(facts) != len(modules) and len(facts) != 1:
+            raise ValueError("other modules than facts of them")
+        made = OrderedDict(self._decode_pairs(pairs))
+        names, each = self._decode_items(modules), self._decode_items(facts)
+        if len(each) != len(names):
+            each = [copy.deepcopy(each[0]) for _ in names]
+        vars(made)[_NOTED] = OrderedDict(zip(names, each, strict=True))
+        return made
 
     def _decode_dict(self, pairs: Any) -> dict[Any, Any]:
         number, self._dicts = self._dicts, self._dicts + 1

@@ -111,6 +111,9 @@ def _inside(tag: str, content: Any) -> tuple[str, list[tuple[Any, Any]]] | None:
     """``(type, items)`` of a value that holds others; None when it holds none."""
     if tag in _PAIRS:
         return tag[1:], [(key, item) for key, item in content]
+    if tag == "$state_dict":
+        pairs, *noted = content
+        return "odict", [*((key, item) for key, item in pairs), ("_metadata", noted)]
     if tag == "$defaultdict":
         return f"defaultdict of {content[0]}", [(key, item) for key, item in content[1]]
     if tag == "$tuple":

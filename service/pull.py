@@ -240,8 +240,9 @@ def _count_values(value: Any) -> int:
         ((tag, content),) = value.items()
         if tag == "$tensor":
             return 0
-        if tag in ("$dict", "$odict"):
-            return sum(_count_values(item) for _, item in content)
+        if tag in ("$dict", "$odict", "$state_dict"):
+            pairs = content[0] if tag == "$state_dict" else content
+            return sum(_count_values(item) for _, item in pairs)
         return _count_values(content) if tag == "$tuple" else 1
     return 1
 

@@ -62,8 +62,8 @@ def _paths(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         ((tag, content),) = value.items()
         if tag == "$tensor":
             yield path, content
-        elif tag in ("$dict", "$odict"):
-            for key, item in content:
+        elif tag in ("$dict", "$odict", "$state_dict"):
+            for key, item in content if tag != "$state_dict" else content[0]:
                 yield from _paths(item, f"{path}.{key}" if path else str(key))
         elif tag == "$tuple":
             yield from _paths(content, path)

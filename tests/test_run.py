@@ -257,6 +257,99 @@ def test_another_optimizer_is_refused(repo: ckpt.Repository) -> None:
         assert caught.value.code == "optimizer-differs"
 
 
+def test_an_optimizer_may_keep_what_is_of_no_parameter(repo: ckpt.Repository) -> None:
+    def parts(count: int) -> dict[str, Any]:
+        net = nn.Linear(2, 2)
+        opt = torch.optim.SGD(net.parameters(), momentum=0.9)
+        net(torch.rand(1, 2)).sum().backward()
+        opt.step()
+        state: dict[Any, Any] = opt.state
+        state["shared"] = {"count": count}
+        state["global"] = count
+        return {"model": net, "opt": opt}
+
+    with run(repo) as saving:
+        saving.track(**parts(3)).save(0)
+    resumed = parts(0)
+    with run(repo) as resuming:
+        resuming.track(**resumed).resume()
+    state = resumed["opt"].state
+    assert (state["shared"], state["global"]) == ({"count": 3}, 3)
+
+
+def compiled(net: nn.Module) -> nn.Module:
+    return torch.compile(net)  # type: ignore[return-value]  # a module, called like one
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "compiled": compiled,
+    "parallel": nn.DataParallel,
+    "bare": lambda net: net,
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # by torch.compile itself
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("compiled", "bare"), ("bare", "compiled"), ("parallel", "bare"), ("bare", "parallel")],
+)
+def test_a_wrapper_around_the_module_changes_no_names(
+    repo: ckpt.Repository, before: str, after: str
+) -> None:
+    def parts(wrapper: str) -> dict[str, Any]:
+        net = nn.Sequential(nn.Linear(2, 2))
+        opt = torch.optim.Adam(net.parameters())
+        net(torch.rand(1, 2)).sum().backward()
+        opt.step()
+        return {"model": WRAPPERS[wrapper](net), "opt": opt}
+
+    saved, resumed = parts(before), parts(after)
+    with run(repo) as saving:
+        saving.track(**saved).save(0)
+    with run(repo) as resuming:
+        resuming.track(**resumed).resume()
+    pairs = zip(resumed["model"].parameters(), saved["model"].parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+class Versioned(nn.Linear):
+    """Reads states of its first layout, as torch documents it."""
+
+    _version = 2
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *more: Any
+    ) -> None:
+        if local_metadata.get("version", 1) < 2:
+            state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"].t().contiguous()
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *more)
+
+
+def test_a_module_is_told_the_version_of_its_layout(repo: ckpt.Repository) -> None:
+    net, resumed = Versioned(3, 3), Versioned(3, 3)
+    with run(repo) as saving:
+        saving.track(model=net).save(0)
+    with run(repo) as resuming:
+        resuming.track(model=resumed).resume()
+    assert torch.equal(resumed.weight, net.weight)
+
+
+def test_what_does_not_fit_changes_no_other_part(repo: ckpt.Repository) -> None:
+    with run(repo) as saving:
+        saving.track(one=nn.Linear(2, 2), two=nn.Linear(2, 2)).save(0)
+    one = nn.Linear(2, 2)
+    before = one.weight.detach().clone()
+    with run(repo) as resuming, pytest.raises(IntegrityError, match="two: weight saved"):
+        resuming.track(one=one, two=nn.Linear(2, 3)).resume()
+    assert torch.equal(one.weight, before)
+
+
+def test_a_version_that_no_run_saved_is_not_resumed(repo: ckpt.Repository) -> None:
+    repo.push([1, 2], "gpt")
+    with run(repo) as resuming, pytest.raises(IntegrityError, match="saved was a list"):
+        resuming.track(model=nn.Linear(2, 2)).resume()
+
+
 def test_a_save_of_nothing_is_refused(repo: ckpt.Repository) -> None:
     with run(repo) as saving, pytest.raises(UsageError, match="nothing is tracked"):
         saving.save(0)

@@ -8,6 +8,7 @@ import pathlib
 import struct
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -191,6 +192,41 @@ def test_a_deque_keeps_its_bound_and_a_defaultdict_its_factory() -> None:
     assert restored["d"].maxlen == 2
     assert restored["f"]["missing"] == 0
     assert restored["n"].default_factory is None
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_what_a_state_dict_notes_of_its_modules_comes_back(
+    repo: ckpt.Repository, tmp_path: Path, alike: bool
+) -> None:
+    last: nn.Module = nn.Linear(2, 2) if alike else nn.BatchNorm1d(2)
+    state = nn.Sequential(nn.Linear(2, 2), last).state_dict()
+    noted = vars(state)["_metadata"]
+    version = repo.push({"net": state}, "net")
+    pulled = repo.pull(version)["net"]
+    assert type(pulled) is OrderedDict
+    assert vars(pulled) == {"_metadata": noted}
+    vars(pulled)["_metadata"][""]["version"] = 7
+    assert noted[""]["version"] == vars(pulled)["_metadata"]["0"]["version"] == 1
+    assert set(repo.pull(version, tensors="net.1.*")) == {
+        f"net.1.{name}" for name in last.state_dict()
+    }
+    repo.export_file(version, tmp_path / "net.pt")
+    loaded = torch.load(tmp_path / "net.pt", weights_only=True)["net"]
+    assert vars(loaded) == {"_metadata": noted}
+    (imported,) = repo.import_files(tmp_path / "net.pt", "again")
+    assert imported.version is not None
+    assert imported.version.digest == version.digest
+    plain = repo.push({"net": OrderedDict(state.items())}, "plain")
+    differences = repo.diff(plain, version).values
+    assert {one.change for one in differences} == {"added"}
+    assert all(one.path.startswith("net._metadata.") for one in differences)
+
+
+def test_an_ordered_dict_with_another_attribute_is_refused(repo: ckpt.Repository) -> None:
+    state = OrderedDict(a=1)
+    vars(state)["mine"] = 2
+    with pytest.raises(UsageError, match="with the attribute mine"):
+        repo.push({"x": state}, "net")
 
 
 def test_the_name_of_a_tensor_does_not_depend_on_the_order_of_a_set() -> None:

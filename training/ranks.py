@@ -36,12 +36,19 @@ class Ranks:
         distributed.gather_object(mine, found)
         return None if found is None else {**state, "ranks": found}
 
-    def own(self, state: dict[str, Any]) -> dict[str, Any]:
+    def own(self, state: Any) -> dict[str, Any]:
         """A saved state as it was on this rank.
 
         Raises:
-            IntegrityError: ``ranks-differ`` when the job had another number of processes.
+            IntegrityError: ``ranks-differ`` when the job had another number of processes;
+                ``parts-differ`` when what was saved is no state of a run.
         """
+        if not isinstance(state, dict):
+            raise IntegrityError(
+                "parts-differ",
+                f"saved was a {type(state).__name__}, which no run saves",
+                hint="give the run another model or another name",
+            )
         saved = state.get("ranks", [])
         if len(saved) != (self.count if self.count > 1 else 0):
             raise IntegrityError(

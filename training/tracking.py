@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from ckpt.core.errors import IntegrityError, UsageError
 from ckpt.core.printable import escape
 from ckpt.loader.classes import is_of_torch
-from ckpt.loader.fill import fill_module
+from ckpt.loader.fill import check_fit, fill_module, unwrapped
 from ckpt.loader.snapshot import STATE_HOOKS
 from ckpt.training.randomness import random_states, restore_random_states
 
@@ -73,9 +73,11 @@ def restore(parts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         )
     names = parameter_names(parts)
     for name, part in parts.items():  # before anything is changed
-        if isinstance(part, torch.optim.Optimizer):
-            with _said_of(name):
+        with _said_of(name):
+            if isinstance(part, torch.optim.Optimizer):
                 _check_optimizer(part, state[name], names)
+            elif isinstance(part, nn.Module) and _is_usual(part, state[name]):
+                check_fit(part, state[name])
     for name, part in sorted(parts.items(), key=lambda item: not isinstance(item[1], nn.Module)):
         with _said_of(name):
             _restore(part, state[name])
@@ -135,6 +137,8 @@ def _restore_optimizer(part: torch.optim.Optimizer, state: Any) -> None:
     part.load_state_dict({key: state[key] for key in state if key not in (_PARAMETERS, _CLASS)})
     every = [one for group in part.param_groups for one in group["params"]]
     for number, saved in state["state"].items():
+        if type(number) is not int or not isinstance(saved, dict):
+            continue  # of no parameter: what an optimizer keeps for all of them
         own = part.state[every[number]]
         for key, value in saved.items():
             loaded = own.get(key)
@@ -161,9 +165,10 @@ def _makers_of_state(module: nn.Module) -> Iterator[Any]:
 
 
 def parameter_names(parts: Mapping[str, Any]) -> dict[int, str]:
-    """Names of the parameters of all tracked modules, by identity."""
+    """Names of the parameters of all tracked modules, by identity; with or without a wrapper, such
+    as that of torch.compile, they are the same."""
     return {
-        id(parameter): f"{name}.{path}"
+        id(parameter): f"{name}.{unwrapped(path)}"
         for name, part in parts.items()
         if isinstance(part, nn.Module)
         for path, parameter in part.named_parameters()
