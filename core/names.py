@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ckpt.core.errors import UsageError
 from ckpt.core.printable import escape, is_printable
@@ -11,6 +12,7 @@ from ckpt.core.printable import escape, is_printable
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 _NUMBER_LIKE = re.compile(r"v?\d+\Z", re.IGNORECASE)
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,127}\Z")
+_NO_KEY = re.compile(r"[^A-Za-z0-9_./-]")
 _DEVICES = frozenset(
     ["con", "prn", "aux", "nul"]
     + [f"{port}{digit}" for port in ("com", "lpt") for digit in range(1, 10)]
@@ -92,6 +94,18 @@ def check_count(what: str, count: int) -> int:
             hint="give an int >= 1",
         )
     return count
+
+
+def named_metrics(logged: Mapping[str, Any]) -> dict[str, Any]:
+    """What a framework logged, under names that metrics may have: another character is a ``_``,
+    so that ``acc@1`` is ``acc_1``. The step, and a second one of the same name, are left out."""
+    named: dict[str, Any] = {}
+    for name, value in logged.items():
+        key = _NO_KEY.sub("_", str(name))[:128]
+        key = key if _KEY.match(key) else f"_{key[1:]}"
+        if key != STEP:
+            named.setdefault(key, value)
+    return named
 
 
 def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from ckpt.core.documents import ModelClass, Module, Tensor
 from ckpt.core.dtypes import ITEM_SIZES
+from ckpt.core.printable import escape
 from ckpt.core.tensors import TensorBytes
 from ckpt.loader.geometry import SharedBytes, find_shared, stored_form
 from ckpt.loader.sources import MemoryTensor, RegionTensor, from_array, has_torch_dtype
@@ -37,11 +38,14 @@ UNINITIALIZED = {
 }
 
 
+_MADE_ON_TENSORS = {"_is_hf_initialized", "_is_param", "_is_buffer", "persistent"}
+
+
 @dataclass(frozen=True, slots=True)
 class Captured:
     """A state, described. ``sources[i]`` has the bytes of ``tensors[i]``; None where that entry
-    has none of its own. The entries have no chunks yet. Only a module has the last
-    five; ``notes`` says what its user should know."""
+    has none of its own. The entries have no chunks yet. Only a module has ``modules`` to
+    ``dropped``; ``notes`` says what its user should know."""
 
     root: Any
     tensors: tuple[Tensor, ...]
@@ -72,7 +76,7 @@ def capture(state: Any) -> Captured:
         encoder.refusals.append((path, reason))
     encoder.raise_refusals()
     entries, sources = table.finish()
-    return Captured(root, entries, sources, tuple(encoder.order))
+    return Captured(root, entries, sources, tuple(encoder.order), notes=tuple(table.notes))
 
 
 @dataclass(slots=True)
@@ -92,6 +96,7 @@ class TensorTable:
     the uninitialized parameters of lazy modules have entries too."""
 
     lazy: bool = False
+    notes: list[str] = field(default_factory=list)
     _items: list[_Item] = field(default_factory=list)
     _known: dict[int, int] = field(default_factory=dict)
     _alive: list[Any] = field(default_factory=list)  # an id is only unique while its object lives
@@ -107,9 +112,17 @@ class TensorTable:
             else:
                 _check_kind(value)
                 index = self._add(value, path)
+            if isinstance(value, torch.Tensor):
+                self._note_own(value, path)
             self._known[id(value)] = index
             self._alive.append(value)
         return index
+
+    def _note_own(self, tensor: torch.Tensor, path: Path) -> None:
+        """What somebody hung on a tensor changes no values: it is left out, and named."""
+        for name in sorted(vars(tensor).keys() - _MADE_ON_TENSORS):
+            where = escape(".".join(path), 80)
+            self.notes.append(f"{where}: its attribute {escape(name, 80)} is not stored")
 
     def _add(self, value: Any, path: Path) -> int:
         if isinstance(value, numpy.ndarray):

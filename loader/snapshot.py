@@ -36,7 +36,6 @@ STATE_HOOKS = (
     "_load_state_dict_post_hooks",
 )
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-_MADE_ON_TENSORS = {"_is_hf_initialized", "_is_param", "_is_buffer", "persistent"}
 _MADE_BY_LAZY = {"_load_hook", "_initialize_hook"}
 
 
@@ -92,7 +91,7 @@ def capture_module(module: nn.Module, drop: Collection[str] = ()) -> Captured:
         classes=tuple(describe_class(reference) for reference in sorted(encoder.references)),
         wrappers=encoder.wrappers,
         dropped=tuple(sorted(encoder.dropped)),
-        notes=tuple(encoder.notes),
+        notes=(*table.notes, *encoder.notes),
     )
 
 
@@ -227,13 +226,11 @@ class _ModuleEncoder(Encoder):
             entry = None if tensor is None else self.encode(tensor, (*path, name))
             found.append((name, None if entry is None else entry["$tensor"]))
             if tensor is not None:
-                self._note_own(tensor, escape(".".join((*path, name)), 80))
+                self._note_hooks(tensor, escape(".".join((*path, name)), 80))
         return tuple(found)
 
-    def _note_own(self, tensor: torch.Tensor, where: str) -> None:
-        """What somebody hung on a tensor changes no outputs: it is left out, and named."""
-        for name in sorted(vars(tensor).keys() - _MADE_ON_TENSORS):
-            self.notes.append(f"{where}: its attribute {escape(name, 80)} is not stored")
+    def _note_hooks(self, tensor: torch.Tensor, where: str) -> None:
+        """Hooks change no outputs: they are left out, and named."""
         if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
             self.notes.append(f"{where}: its hooks are not stored")
 

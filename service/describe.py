@@ -35,6 +35,8 @@ def describe_state(
     """
     given = None if inputs is None else check_inputs(inputs)
     captured = capture_state(state, drop)
+    for note in captured.notes:
+        _warn(note)
     if not captured.modules:
         if given is not None:
             raise UsageError(
@@ -47,8 +49,6 @@ def describe_state(
             sources=captured.sources,
             order=captured.order,
         )
-    for note in captured.notes:
-        _warn(note)
     structure = digest_of(structure_bytes(drafted(captured, digests=False)))
     before = registry.queries.proven(structure)
     recorded = None

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import ckpt
 from ckpt.core.comparisons import Comparison, parse_comparisons
 from ckpt.core.errors import NotFoundError, UsageError
+from ckpt.core.names import check_metrics, named_metrics
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,18 @@ def repo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ckpt.Repository]:
 
 def found(repo: ckpt.Repository, where: str = "", order_by: str | None = None) -> list[int]:
     return [version.number for version in repo.find("net", where, order_by=order_by)]
+
+
+@given(st.dictionaries(st.text() | st.sampled_from(["acc@1", "step", "f1 macro"]), st.floats()))
+def test_whatever_a_framework_logs_has_names_that_metrics_may_have(
+    logged: dict[str, float],
+) -> None:
+    assert len(check_metrics(named_metrics(logged))) <= len(logged)
+
+
+def test_the_names_of_what_a_framework_logs_can_be_told() -> None:
+    logged = {"acc@1": 1, "f1 macro": 2, "val/loss": 3, "step": 4, "-x": 5, "acc_1": 6}
+    assert named_metrics(logged) == {"acc_1": 1, "f1_macro": 2, "val/loss": 3, "_x": 5}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from torch import nn
 
 import ckpt
 from ckpt.core.documents import Document, canonical, decode_document, encode_document
-from ckpt.core.errors import IntegrityError, UsageError
+from ckpt.core.errors import CkptWarning, IntegrityError, UsageError
 from ckpt.core.tensors import chunk_spans
 from ckpt.loader.capture import capture
 from ckpt.loader.restore import Restorer
@@ -220,6 +220,13 @@ def test_what_a_state_dict_notes_of_its_modules_comes_back(
     differences = repo.diff(plain, version).values
     assert {one.change for one in differences} == {"added"}
     assert all(one.path.startswith("net._metadata.") for one in differences)
+
+
+def test_what_somebody_hung_on_a_tensor_is_named(repo: ckpt.Repository) -> None:
+    weight = nn.Parameter(torch.rand(2))
+    weight.tag = "mine"  # type: ignore[attr-defined]
+    with pytest.warns(CkptWarning, match=r"a\.w: its attribute tag is not stored"):
+        repo.push({"a": {"w": weight}, "b": weight}, "net")
 
 
 def test_an_ordered_dict_with_another_attribute_is_refused(repo: ckpt.Repository) -> None:

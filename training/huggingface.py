@@ -13,7 +13,7 @@ from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ckpt.core.errors import CkptError, CkptWarning, UsageError
-from ckpt.core.names import check_model, check_run
+from ckpt.core.names import check_model, check_run, named_metrics
 from ckpt.core.records import Version
 from ckpt.core.rules import Rule
 from ckpt.service.bases import check_compress
@@ -185,10 +185,11 @@ def _outputs(args: TrainingArguments) -> Path:
 
 def _metrics(state: TrainerState) -> dict[str, float]:
     """The numbers that were logged at this step."""
-    return {
+    logged = {
         name: float(value)
         for entry in state.log_history
         if entry["step"] == state.global_step
         for name, value in entry.items()
-        if name not in ("step", "epoch") and isinstance(value, (int, float))
+        if name != "epoch" and isinstance(value, (int, float))
     }
+    return named_metrics(logged)

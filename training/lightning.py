@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ckpt.core.errors import IntegrityError, UsageError
-from ckpt.core.names import STEP, check_model, check_run
+from ckpt.core.names import check_model, check_run, named_metrics
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
 from ckpt.service.lookup import VersionLike
@@ -205,8 +205,7 @@ class CkptCheckpoint(Checkpoint):
         self._run.track(**{key: _Value(value) for key, value in taken.items()})
         self._run.save(
             trainer.global_step,
-            # Logged by some to have plots over it; a version has a step of its own.
-            {name: value for name, value in metrics.items() if name != STEP},
+            named_metrics(metrics),
             labels={"epoch": str(trainer.current_epoch)},
             alias="best" if is_best else (),
         )
