@@ -77,6 +77,10 @@ class JointPush:
         self._registry.books.open_push(push, "push")
         return push
 
+    def is_open(self, push: str) -> bool:
+        """Whether a push that was begun has not ended."""
+        return self._registry.books.is_over(push) is False
+
     def push_alone(
         self,
         document: Document,

@@ -18,6 +18,7 @@ from dcp_worker import GROUP_SECONDS, Ranks, big, equal, expected
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from trials import Trials
@@ -306,6 +307,19 @@ def test_a_successor_is_stored_as_a_difference(repo: ckpt.Repository) -> None:
     second = save(repo, "m", {"w": changed})
     assert second.new_bytes < first.new_bytes // 10
     assert torch.equal(repo.pull("m")["w"], changed)
+
+
+def test_a_writer_makes_one_version_at_a_time(repo: ckpt.Repository) -> None:
+    writer = ckpt.dcp_writer(repo, "m")
+    state = {"w": torch.ones(2)}
+    (plan,) = writer.prepare_global_plan([SavePlan([])])
+    with pytest.raises(CheckpointException) as found:
+        dcp_save(state, storage_writer=writer, no_dist=True)
+    assert "still saving" in raised(found.value).message
+    writer._joint.abort(plan.storage_data.push, CkptError("bug", "the first one failed"))
+    dcp_save(state, storage_writer=writer, no_dist=True)
+    dcp_save({"w": torch.zeros(2)}, storage_writer=writer, no_dist=True)
+    assert [version.number for version in repo.log("m")] == [2, 1]
 
 
 def test_nothing_is_saved_through_an_old_registry(repo: ckpt.Repository) -> None:

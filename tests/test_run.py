@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import numpy
 import pytest
@@ -17,7 +19,16 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import ckpt
-from ckpt.core.errors import CkptError, CkptWarning, ConflictError, IntegrityError, UsageError
+from ckpt.core.errors import (
+    CkptError,
+    CkptWarning,
+    ConflictError,
+    IntegrityError,
+    StorageError,
+    UsageError,
+)
+from ckpt.training.run import Saved
+from ckpt.training.writer import Writer
 
 # StatefulDataLoader calls it.
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
@@ -310,6 +321,34 @@ def test_a_wrapper_around_the_module_changes_no_names(
         resuming.track(**resumed).resume()
     pairs = zip(resumed["model"].parameters(), saved["model"].parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_rules_that_cannot_be_applied_cost_no_save(
+    repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer, whose registry is locked by others, in this process."""
+
+    def fail(*given: Any, **more: Any) -> NoReturn:
+        raise StorageError("registry-busy", "others kept the registry locked")
+
+    monkeypatch.setattr("ckpt.training.writer.prune_model", fail)
+    writer = SimpleNamespace(
+        _rules=["last:1"],
+        _repository=repo,
+        _model="gpt",
+        _saved_rules=False,
+        _run="main",
+        _spared=[],
+    )
+    assert Writer._prune(writer) == "others kept the registry locked"  # type: ignore[arg-type]
+    answer: Future[dict[str, Any]] = Future()
+    added = {"new": 0, "shared": 0, "by_differences": 0, "by_coding": 0}
+    said = {"reference": "gpt@1", "nbytes": 0, "added": added}
+    answer.set_result({**said, "not_pruned": "others kept the registry locked"})
+    with run(repo) as saving:
+        saving._pending = Saved(saving, 0, answer, 0.0)
+        with pytest.warns(CkptWarning, match="gpt@1 is saved; the rules were not applied: others"):
+            saving.wait()
 
 
 class Versioned(nn.Linear):

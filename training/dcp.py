@@ -100,6 +100,12 @@ class DcpWriter(StorageWriter):
                 "a cached plan cannot name a new push",
                 hint="use DefaultSavePlanner() without enable_plan_caching",
             )
+        if self._push is not None and self._joint.is_open(self._push):
+            raise UsageError(
+                "usage",
+                "this dcp_writer is still saving",
+                hint="wait for that save, or make a dcp_writer for each",
+            )
         self._push = self._joint.open()
         return [
             dataclasses.replace(plan, storage_data=_Member(self._push, number))

@@ -167,6 +167,11 @@ class CkptCallback(TrainerCallback):
             compress=self._compress,
         )
         if self._keep:
+            self._prune()
+
+    def _prune(self) -> None:
+        """Apply the rules. That it fails costs no version: the next save tries again."""
+        try:
             prune_model(
                 self._repo._store,
                 self._repo._registry,
@@ -176,6 +181,9 @@ class CkptCallback(TrainerCallback):
                 run=self._name,
                 spared=self._spared,
             )
+        except CkptError as error:
+            said = f"the rules of {self._model} were not applied: {error}"
+            warnings.warn(said, CkptWarning, stacklevel=2)
 
 
 def _outputs(args: TrainingArguments) -> Path:

@@ -323,6 +323,9 @@ class Run:
             self._tell(pending.step, error)
             return
         self._pending = None
+        if said["not_pruned"] is not None:
+            reason = f"{said['reference']} is saved; the rules were not applied: "
+            warnings.warn(reason + said["not_pruned"], CkptWarning, stacklevel=4)
         self._say(
             f"{said['reference']} step {pending.step}: "
             f"{_told(Added(**said['added']), said['nbytes'])}, stalled {pending.stalled:.3f} s"

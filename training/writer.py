@@ -100,29 +100,32 @@ class Writer:
         if self._compress == "auto" and not repository._store.is_near:
             with contextlib.suppress(CkptError):  # it is saved; the next one is stored whole
                 keep_bases(repository._registry, version, sources, self._kept)
-        pruned = self._prune()
         return {
             "push": version.push,
             "reference": version.reference,
             "nbytes": version.nbytes,
             "added": asdict(added),
-            "pruned": pruned,
+            "not_pruned": self._prune(),
         }
 
-    def _prune(self) -> int:
+    def _prune(self) -> str | None:
+        """Apply the rules; why that failed, which costs no save: the next one tries again."""
         if not self._rules:
-            return 0
-        done = prune_model(
-            self._repository._store,
-            self._repository._registry,
-            self._model,
-            self._rules,
-            save=not self._saved_rules,
-            run=self._run,
-            spared=self._spared,
-        )
+            return None
+        try:
+            prune_model(
+                self._repository._store,
+                self._repository._registry,
+                self._model,
+                self._rules,
+                save=not self._saved_rules,
+                run=self._run,
+                spared=self._spared,
+            )
+        except CkptError as error:
+            return str(error)
         self._saved_rules = True
-        return len(done.victims)
+        return None
 
     def keep(self) -> None:
         """Renew the lease, from a thread of its own."""
