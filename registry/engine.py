@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from sqlalchemy import BigInteger, Connection, CursorResult, Engine, Executable, Row, Table, select
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
@@ -185,6 +186,8 @@ class Database(ABC):
             yield
         except DBAPIError as error:
             raise self.typed_error(error, escape(" ".join(str(error.orig).split()))) from error
+        except PoolTimeoutError as error:  # as many threads as it has connections wait for a lock
+            raise registry_busy(self.name, "every connection is in use") from error
         except (OverflowError, UnicodeEncodeError) as error:
             raise value_invalid(str(error)) from error
 

@@ -111,7 +111,10 @@ class LocalStore(Store):
                 if (key.startswith(prefix) or prefix.startswith(key)) and not after > f"{key}\x7f":
                     yield from self._walk(key, prefix, after)
             elif key.startswith(prefix) and key > after:
-                status = entry.stat(follow_symlinks=False)
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:  # a collector took it meanwhile
+                    continue
                 yield ObjectInfo(key, status.st_size, status.st_mtime)
 
     def delete(self, key: str) -> None:

@@ -51,9 +51,8 @@ class MemoryStore(Store):
         return None if found is None else len(found[0])
 
     def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
-        for key in sorted(self.objects):
+        for key, (body, modified) in sorted(self.objects.items()):
             if key.startswith(prefix) and key > after:
-                body, modified = self.objects[key]
                 yield ObjectInfo(key, len(body), modified)
 
     def delete(self, key: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sqlite3
@@ -71,6 +72,20 @@ def test_a_closed_repository_refuses_every_call(repo: ckpt.Repository) -> None:
             call()
         assert caught.value.code == "repository-closed"
     repo.close()
+
+
+def test_a_call_that_gets_no_connection_says_that_the_registry_is_busy(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = database.engine.pool
+    monkeypatch.setattr(pool, "_timeout", 0.01)
+    monkeypatch.setattr(pool, "_max_overflow", 0)
+    with contextlib.ExitStack() as stack:
+        for _ in range(5):  # as many as the pool has
+            stack.enter_context(database.read())
+        with pytest.raises(StorageError) as caught:
+            stack.enter_context(database.read())
+    assert caught.value.code == "registry-busy"
 
 
 def test_only_migrations_make_tables() -> None:

@@ -246,6 +246,17 @@ def test_an_identity_is_given_once(raw: Raw) -> None:
         read_identity(raw.store)
 
 
+def test_a_listing_goes_on_when_others_delete_meanwhile(raw: Raw) -> None:
+    for name in "abc":
+        raw.write(f"packs/{name}", b"1")
+    listed = raw.store.list("packs/")
+    found = [next(listed).key]
+    raw.store.delete("packs/b")
+    found += [info.key for info in listed]
+    assert found[0] == "packs/a"
+    assert found[-1] == "packs/c"
+
+
 class TestOnDisk:
     """What only the folder promises."""
 
