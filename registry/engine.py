@@ -159,8 +159,8 @@ class Database(ABC):
     def write(self, act: Callable[[Transaction], T]) -> T:
         """Run ``act`` in one transaction and commit it, again when the database says busy.
 
-        ``act`` may run more than once and must do nothing but work on its transaction. When the
-        outcome of a commit is unknown the error says so, and nothing is repeated.
+        ``act`` may run more than once and must do nothing but work on its transaction. Where the
+        outcome of a commit is unknown nothing is repeated: who needs to know it asks.
         """
         for attempt in range(_ATTEMPTS):
             with self._typed():
