@@ -29,10 +29,13 @@ from ckpt.storage.store import Store
 Kind = Literal["pickle", "dcp", "files"]
 
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
-_NUMBER = r"[-_=]?(\d{1,18})(?!\d)"
+# No step: part of a decimal (0.31), of a grouped number or a list (1_000, 3-1000), 100k, 1e5.
+_NUMBER = r"[-_=]?(\d{1,18})(?![^\W_]|\.\d|[-_]\d+(?!\.?\d))"
 _STEP = re.compile(rf"(?:step|iter|iteration|checkpoint|ckpt){_NUMBER}", re.IGNORECASE)
 _EPOCH = re.compile(rf"epoch{_NUMBER}", re.IGNORECASE)
-_LAST_NUMBER = re.compile(r"(?:^|[-_=.])(\d{1,18})$")
+# Right after a word; after "=" it is what that word says, such as a loss.
+_LAST_NUMBER = re.compile(r"(?:^|[^\W\d_](?:\d*[-_]|\.))(\d{1,18})$")
+_DATE = re.compile(r"(?<!\d)(?:19|20)\d\d([-_.]?)(?:0[1-9]|1[0-2])\1(?:0[1-9]|[12]\d|3[01])(?!\d)")
 _SHARD = re.compile(r"-\d+-of-\d+\.")
 
 
@@ -124,7 +127,7 @@ def _look(path: Path, *, alone: bool) -> Checkpoint:
             f"{escape(str(path))} is one part of a checkpoint",
             hint="load the model and save it with save_pretrained(…, safe_serialization=True)",
         )
-    name = path.name if path.is_dir() else path.stem
+    name = _DATE.sub("", path.name if path.is_dir() else path.stem)
     steps, epochs = _STEP.findall(name), _EPOCH.findall(name)
     if not steps and not epochs and not alone:
         steps = _LAST_NUMBER.findall(name)

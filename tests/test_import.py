@@ -123,6 +123,13 @@ def test_a_lightning_checkpoint_brings_its_step_and_epoch(
         ("global_step500.pt", 500, None),
         ("iter-7.bin", 7, None),
         ("last.pt", None, None),
+        ("resnet50-1000.pt", 1000, None),
+        ("300.pt", 300, None),
+        ("step=1200-0.31.ckpt", 1200, None),
+        ("epoch_3_0.95.pt", None, "3"),
+        ("epoch=3-step=1200-v1.ckpt", 1200, "3"),
+        ("2024-05-12_step_500.pt", 500, None),
+        ("step-500-2024-05-12.pt", 500, None),
     ],
 )
 def test_the_step_is_found_in_the_name(
@@ -131,6 +138,30 @@ def test_the_step_is_found_in_the_name(
     (tmp_path / name).touch()
     (found,) = find_checkpoints(tmp_path)
     assert (found.step, found.labels.get("epoch")) == (step, epoch)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model-val_loss=0.31.pt",
+        "val_loss=3.pt",
+        "acc_0.95.pt",
+        "model-v1.2.pt",
+        "run-2024-05-12.pt",
+        "run_20240512.pt",
+        "checkpoint-20240512-103000.pt",
+        "step-100k.pt",
+        "step=1e5.pt",
+        "step=1.5.pt",
+        "step_1_000.pt",
+        "step_-5.pt",
+        "checkpoint_3_1000.pt",
+    ],
+)
+def test_a_number_in_the_name_that_counts_no_steps_is_no_step(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    (found,) = find_checkpoints(tmp_path)
+    assert found.step is None
 
 
 def test_a_lone_number_is_no_step_without_others(tmp_path: Path) -> None:
