@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,15 @@ _EPOCH = re.compile(rf"epoch{_NUMBER}", re.IGNORECASE)
 _LAST_NUMBER = re.compile(r"(?:^|[^\W\d_](?:\d*[-_]|\.))(\d{1,18})$")
 _DATE = re.compile(r"(?<!\d)(?:19|20)\d\d([-_.]?)(?:0[1-9]|1[0-2])\1(?:0[1-9]|[12]\d|3[01])(?!\d)")
 _SHARD = re.compile(r"-\d+-of-\d+\.")
+# What only a checkpoint of transformers, peft, diffusers or accelerate has in its folder; and what
+# other folders have too, unless the rest of a training state lies beside it.
+_WEIGHTS = (
+    *("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model_fsdp.bin"),
+    *("diffusion_pytorch_model*.bin", "*pytorch_model*.bin.index.json", "adapter_model.bin"),
+)
+_DESCRIBED = ("config.json", "adapter_config.json", "trainer_state.json")
+_TRAINED = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scheduler.bin", "rng_state*.pth")
+_CONVERT = "load the model and save it with save_pretrained(…, safe_serialization=True)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +75,11 @@ def find_checkpoints(path: Path) -> list[Checkpoint]:
     None is opened.
 
     Raises:
-        UsageError: ``no-checkpoint``; TrustError: ``pickle-refused`` for a bare pickle.
+        UsageError: ``no-checkpoint``, ``not-converted``; TrustError: ``pickle-refused`` for a bare
+            pickle.
     """
     try:
-        if not path.is_dir() or _kind(path) is not None:
+        if not stat.S_ISDIR(path.stat().st_mode) or _is_checkpoint(path):
             one = _look(path, alone=True)
             if one.refused is not None:
                 raise one.refused
@@ -77,7 +88,7 @@ def find_checkpoints(path: Path) -> list[Checkpoint]:
         found = [_look(entry, alone=False) for entry in names]
     except OSError as error:
         raise from_os_error(error, f"reading {path}") from error
-    if all(one.kind is None for one in found):
+    if all(one.refused is not None and one.refused.code == "no-checkpoint" for one in found):
         raise UsageError(
             "no-checkpoint",
             f"{escape(str(path))} has no checkpoint in it",
@@ -98,35 +109,36 @@ def _kind(path: Path) -> Kind | None:
     if path.is_dir():
         if (path / ".metadata").is_file():
             return "dcp"
-        return "files" if any(path.glob("*.safetensors")) else None
+        # The parts of a pipeline of diffusers have folders of their own.
+        is_pipeline = (path / "model_index.json").is_file()
+        weights = "**/*.safetensors" if is_pipeline else "*.safetensors"
+        return "files" if any(path.glob(weights)) else None
     if path.suffix.lower() == ".safetensors":
         return "files"
     return "pickle" if path.suffix.lower() in _PICKLES else None
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a file or folder is one checkpoint, that may be imported or not."""
+    return _kind(path) is not None or _is_unconverted(path)
+
+
+def _is_unconverted(path: Path) -> bool:
+    """Whether a folder is one checkpoint of Hugging Face whose weights are no safetensors."""
+
+    def has(names: Sequence[str]) -> bool:
+        return any(any(path.glob(name)) for name in names)
+
+    if not path.is_dir() or _kind(path) is not None:
+        return False
+    return has(_WEIGHTS) or has(("model_index.json",)) or (has(_DESCRIBED) and has(_TRAINED))
 
 
 def _look(path: Path, *, alone: bool) -> Checkpoint:
     """What can be told of ``path`` from outside. A number without a word counts as the step only
     among other checkpoints: ``resnet-50.pt`` alone may be no step."""
     kind = _kind(path)
-    refused: CkptError | None = None
-    if path.suffix.lower() in (".pkl", ".pickle"):
-        refused = TrustError(
-            "pickle-refused",
-            f"{escape(str(path))} is a bare pickle, which can run code when it is read",
-            hint="load it yourself if you trust it, and push what you get: repo.push(state, model)",
-        )
-    elif kind is None:
-        refused = UsageError(
-            "no-checkpoint",
-            f"{escape(str(path))} is no checkpoint",
-            hint="give a .pt, .pth, .bin or .ckpt file, a DCP folder or a Hugging Face folder",
-        )
-    elif kind == "pickle" and _SHARD.search(path.name):
-        refused = UsageError(
-            "checkpoint-part",
-            f"{escape(str(path))} is one part of a checkpoint",
-            hint="load the model and save it with save_pretrained(…, safe_serialization=True)",
-        )
+    refused = _refusal(path, kind)
     name = _DATE.sub("", path.name if path.is_dir() else path.stem)
     steps, epochs = _STEP.findall(name), _EPOCH.findall(name)
     if not steps and not epochs and not alone:
@@ -134,6 +146,32 @@ def _look(path: Path, *, alone: bool) -> Checkpoint:
     labels = {"epoch": str(int(epochs[-1]))} if epochs else {}
     step = int(steps[-1]) if steps else None
     return Checkpoint(path, None if refused else kind, _size(path), step, labels, refused)
+
+
+def _refusal(path: Path, kind: Kind | None) -> CkptError | None:
+    """Why a file or folder cannot be imported as one checkpoint, as far as its names say it."""
+    shown = escape(str(path))
+    if path.suffix.lower() in (".pkl", ".pickle"):
+        return TrustError(
+            "pickle-refused",
+            f"{shown} is a bare pickle, which can run code when it is read",
+            hint="load it yourself if you trust it, and push what you get: repo.push(state, model)",
+        )
+    if kind == "pickle" and _SHARD.search(path.name):
+        return UsageError("checkpoint-part", f"{shown} is one part of a checkpoint", hint=_CONVERT)
+    if kind is not None:
+        return None
+    if _is_unconverted(path):
+        return UsageError(
+            "not-converted",
+            f"{shown} is one checkpoint, whose weights are no safetensors",
+            hint=_CONVERT,
+        )
+    return UsageError(
+        "no-checkpoint",
+        f"{shown} is no checkpoint",
+        hint="give a .pt, .pth, .bin or .ckpt file, a DCP folder or a Hugging Face folder",
+    )
 
 
 def _size(path: Path) -> int:

@@ -313,3 +313,65 @@ def test_a_part_of_a_hugging_face_checkpoint_is_no_checkpoint(
     torch.save({}, tmp_path / "pytorch_model-00001-of-00002.bin")
     with pytest.raises(UsageError, match="one part of a checkpoint"):
         repo.import_files(tmp_path / "pytorch_model-00001-of-00002.bin", "net")
+
+
+def unconverted(folder: Path) -> Path:
+    """A checkpoint of Hugging Face's Trainer without safetensors."""
+    folder.mkdir(parents=True)
+    for name in ("pytorch_model.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"w": torch.ones(2)}, folder / name)
+    (folder / "config.json").write_text("{}")
+    (folder / "trainer_state.json").write_text("{}")
+    return folder
+
+
+def test_a_hugging_face_checkpoint_of_pickles_is_one_that_has_to_be_converted(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    folder = unconverted(tmp_path / "job" / "checkpoint-500")
+    with pytest.raises(UsageError, match=r"one checkpoint.*safe_serialization") as caught:
+        repo.import_files(folder, "bert", alias="best")
+    assert caught.value.code == "not-converted"
+    unconverted(tmp_path / "job" / "checkpoint-1000")
+    done = repo.import_files(tmp_path / "job", "bert")
+    assert [(one.checkpoint.step, one.version) for one in done] == [(500, None), (1000, None)]
+    refused = [one.checkpoint.refused for one in done]
+    assert [error.code for error in refused if error] == ["not-converted"] * 2
+    assert repo.models() == []
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["adapter_config.json", "adapter_model.bin", "optimizer.pt"],
+        ["pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"],
+        ["pytorch_model.bin", "optimizer.bin", "random_states_0.pkl"],
+        ["trainer_state.json", "optimizer.pt", "rng_state_0.pth"],
+        ["model_index.json", "unet/diffusion_pytorch_model.bin"],
+    ],
+)
+def test_a_folder_of_one_checkpoint_is_never_several(names: list[str], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(UsageError) as caught:
+        find_checkpoints(tmp_path)
+    assert caught.value.code == "not-converted"
+
+
+def test_checkpoints_beside_a_configuration_are_one_each(tmp_path: Path) -> None:
+    for name in ("config.json", "step_1.pt", "step_2.pt"):
+        (tmp_path / name).touch()
+    found = find_checkpoints(tmp_path)
+    assert [one.step for one in found if one.refused is None] == [1, 2]
+
+
+def test_a_pipeline_with_weights_in_its_folders_is_imported_as_one(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    (tmp_path / "flux" / "unet").mkdir(parents=True)
+    (tmp_path / "flux" / "model_index.json").write_text("{}")
+    save_file({"w": torch.ones(2)}, tmp_path / "flux" / "unet" / "model.safetensors")
+    (done,) = repo.import_files(tmp_path / "flux", "flux")
+    assert done.version is not None
+    assert done.version.state == "files"
