@@ -139,13 +139,17 @@ def _look(path: Path, *, alone: bool) -> Checkpoint:
     among other checkpoints: ``resnet-50.pt`` alone may be no step."""
     kind = _kind(path)
     refused = _refusal(path, kind)
+    try:
+        nbytes = _size(path)
+    except OSError as error:
+        nbytes, refused = 0, refused or from_os_error(error, f"reading {path}")
     name = _DATE.sub("", path.name if path.is_dir() else path.stem)
     steps, epochs = _STEP.findall(name), _EPOCH.findall(name)
     if not steps and not epochs and not alone:
         steps = _LAST_NUMBER.findall(name)
     labels = {"epoch": str(int(epochs[-1]))} if epochs else {}
     step = int(steps[-1]) if steps else None
-    return Checkpoint(path, None if refused else kind, _size(path), step, labels, refused)
+    return Checkpoint(path, None if refused else kind, nbytes, step, labels, refused)
 
 
 def _refusal(path: Path, kind: Kind | None) -> CkptError | None:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 import ckpt
-from ckpt.core.errors import UsageError
+from ckpt.core.errors import CkptError, UsageError
 from ckpt.service.importing import find_checkpoints
 from ckpt.service.unpickling import Unpickler
 
@@ -375,3 +375,20 @@ def test_a_pipeline_with_weights_in_its_folders_is_imported_as_one(
     (done,) = repo.import_files(tmp_path / "flux", "flux")
     assert done.version is not None
     assert done.version.state == "files"
+
+
+def test_a_link_to_nothing_is_refused_and_not_the_others(
+    repo: ckpt.Repository, folder: Path
+) -> None:
+    for name in ("latest", "latest.pt"):
+        (folder / name).symlink_to(folder / "gone.pt")
+    (folder / "logs").mkdir()
+    (folder / "logs" / "latest").symlink_to(folder / "gone")
+    done = repo.import_files(folder, "net")
+    refused = {one.checkpoint.path.name: one.checkpoint.refused for one in done if not one.version}
+    assert refused["latest.pt"] is not None
+    assert refused["latest.pt"].code == "not-found"
+    assert {"latest", "logs"} < refused.keys()
+    assert len(repo.log("net")) == 3
+    with pytest.raises(CkptError, match="no such file"):
+        repo.import_files(folder / "latest.pt", "net")
