@@ -95,7 +95,7 @@ def _foresee(settings: Settings, path: Path, model: str) -> None:
 
 
 def _row(one: Checkpoint) -> tuple[str, ...]:
-    note = "" if one.refused is None else f"not importable: {one.refused.message}"
+    note = "" if one.refused is None else f"not importable: {one.refused}"
     step = "-" if one.step is None else str(one.step)
     return one.path.name, step, size(one.nbytes), note
 

@@ -171,10 +171,35 @@ def _refusal(path: Path, kind: Kind | None) -> CkptError | None:
             f"{shown} is one checkpoint, whose weights are no safetensors",
             hint=_CONVERT,
         )
+    if inner := _folders_of_checkpoints(path):
+        return _nested(path, inner)
     return UsageError(
         "no-checkpoint",
         f"{shown} is no checkpoint",
         hint="give a .pt, .pth, .bin or .ckpt file, a DCP folder or a Hugging Face folder",
+    )
+
+
+def _folders_of_checkpoints(path: Path) -> list[Path]:
+    """The folders from ``path`` downwards with checkpoints in them. A ``.bin`` may be anything."""
+    found = []
+    for place, folders, files in os.walk(path):
+        inner = [Path(place) / name for name in sorted(folders) if not name.startswith(".")]
+        checkpoints = [folder for folder in inner if _is_checkpoint(folder)]
+        folders[:] = [folder.name for folder in inner if folder not in checkpoints]
+        suffixes = {Path(name).suffix.lower() for name in files if not name.startswith(".")}
+        if checkpoints or suffixes & (_PICKLES - {".bin"}):
+            found.append(Path(place))
+    return found
+
+
+def _nested(path: Path, inner: Sequence[Path]) -> UsageError:
+    run = "-".join(inner[0].relative_to(path.parent).parts)
+    others = f", and the same for the others of its {len(inner)} folders" if len(inner) > 1 else ""
+    return UsageError(
+        "checkpoints-below",
+        f"{escape(str(path))} is no checkpoint but a folder with checkpoints",
+        hint=f"run `ckpt import {escape(str(inner[0]))} MODEL --run {escape(run)}`{others}",
     )
 
 

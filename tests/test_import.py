@@ -377,6 +377,23 @@ def test_a_pipeline_with_weights_in_its_folders_is_imported_as_one(
     assert done.version.state == "files"
 
 
+def test_a_folder_with_checkpoints_among_others_is_told_with_its_command(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    for name in ("a/step-10.pt", "b/v0/last.ckpt", "b/v1/last.ckpt", "logs/events.bin"):
+        (runs / name).parent.mkdir(parents=True, exist_ok=True)
+        (runs / name).touch()
+    for _ in range(2):
+        done = repo.import_files(runs, "gpt")
+        said = {one.checkpoint.path.name: str(one.checkpoint.refused) for one in done}
+        assert f"run `ckpt import {runs}/a MODEL --run a`" in said["a"]
+        assert f"`ckpt import {runs}/b/v0 MODEL --run b-v0`, and the same for" in said["b"]
+        assert "is no checkpoint;" in said["logs"]
+        torch.save({"w": torch.ones(2)}, runs / "final.pt")
+    assert [version.number for version in repo.log("gpt")] == [1]
+
+
 def test_a_link_to_nothing_is_refused_and_not_the_others(
     repo: ckpt.Repository, folder: Path
 ) -> None:
