@@ -82,8 +82,10 @@ def _look(path: Path) -> None:
 def _foresee(settings: Settings, path: Path, model: str) -> None:
     """Say what would be imported; makes no repository."""
     from ckpt.service.importing import Imported, find_checkpoints, look_inside
+    from ckpt.service.unpickling import Unpickler
 
-    found = list(look_inside(find_checkpoints(path), kept=()))
+    with Unpickler() as unpickler:
+        found = look_inside(find_checkpoints(path), unpickler, kept=())
     if settings.as_json:
         foreseen = [_as_json(Imported(one)) for one in found]
         print_json({"dry_run": True, "checkpoints": foreseen})

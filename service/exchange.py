@@ -97,10 +97,13 @@ class Exchange:
             raise UsageError(
                 "usage", "several checkpoints have no single step", hint="leave it out"
             )
-        if dry_run:
-            return [Imported(one) for one in look_inside(found, self.location.local_places)]
         done = []
         with Unpickler() as unpickler:
+            if dry_run or not alone:
+                # The steps within decide the order, and so which version is the newest.
+                found = look_inside(found, unpickler, self.location.local_places)
+            if dry_run:
+                return [Imported(one) for one in found]
             for one in found:
                 done.append(self._import(one, unpickler, said, progress))
                 if alone and (refused := done[0].checkpoint.refused) is not None:
@@ -145,7 +148,7 @@ class Exchange:
     ) -> Imported:
         from ckpt.service.importing import Imported, known_version, opened
 
-        if one.kind is None:
+        if one.refused is not None:
             return Imported(one)
         with ExitStack() as stack:
             try:

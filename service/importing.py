@@ -71,8 +71,8 @@ class Imported:
 
 
 def find_checkpoints(path: Path) -> list[Checkpoint]:
-    """The checkpoint at ``path``, or the checkpoints in that folder in the order of their steps.
-    None is opened.
+    """The checkpoint at ``path``, or the checkpoints in that folder in the order of the steps
+    that their names tell. None is opened.
 
     Raises:
         UsageError: ``no-checkpoint``, ``not-converted``; TrustError: ``pickle-refused`` for a bare
@@ -210,19 +210,21 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def look_inside(found: Sequence[Checkpoint], kept: Sequence[Path]) -> Iterator[Checkpoint]:
-    """Each checkpoint as an import would take it, or with what refuses it; every one is opened,
-    none is read."""
-    with Unpickler() as unpickler:
-        for one in found:
-            try:
-                if one.kind is None:
-                    yield one
-                else:
-                    with opened(one, unpickler, kept) as (_, inside):
-                        yield inside
-            except CkptError as error:
-                yield replace(one, refused=error)
+def look_inside(
+    found: Sequence[Checkpoint], unpickler: Unpickler, kept: Sequence[Path]
+) -> list[Checkpoint]:
+    """Each checkpoint as an import would take it, or with what refuses it, in the order of the
+    steps that are written in them; every one is opened, none is read."""
+    inside = []
+    for one in found:
+        try:
+            if one.refused is None:
+                with opened(one, unpickler, kept) as (_, one):
+                    pass
+        except CkptError as error:
+            one = replace(one, refused=error)
+        inside.append(one)
+    return sorted(inside, key=_place)
 
 
 @contextmanager

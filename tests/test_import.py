@@ -194,6 +194,20 @@ def test_a_folder_is_imported_in_the_order_of_its_steps(
     assert repo.get("net:last").step == 1000
 
 
+def test_the_steps_within_decide_the_order_whatever_the_names(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    steps = {"best-val.ckpt": 300, "last.ckpt": 500, "zz-old.ckpt": 100, "epoch=2.ckpt": 20}
+    (tmp_path / "job").mkdir()
+    for name, step in steps.items():
+        torch.save(lightning(step, 2), tmp_path / "job" / name)
+    foreseen = repo.import_files(tmp_path / "job", "net", dry_run=True)
+    assert [one.checkpoint.step for one in foreseen] == [20, 100, 300, 500]
+    done = repo.import_files(tmp_path / "job", "net", alias="best")
+    assert [one.version.step for one in done if one.version] == [20, 100, 300, 500]
+    assert repo.get("net").step == repo.get("net:best").step == 500
+
+
 def test_an_import_that_is_run_again_adds_nothing(repo: ckpt.Repository, folder: Path) -> None:
     first = repo.import_files(folder, "net")
     again = repo.import_files(folder, "net")
