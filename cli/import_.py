@@ -41,8 +41,9 @@ def import_(
     of torch.distributed.checkpoint or of save_pretrained; or a folder of these as one version
     each, in the order of their steps.
 
-    Pickles are read by another process with weights_only=True. What was imported before is
-    answered, so that it may be run again. Prints the references on stdout, one a line.
+    Pickles are read by another process with weights_only=True. What the run has already, with
+    these labels, is answered, so that it may be run again. Prints the references on stdout, one
+    a line.
     """
     name, colon, alias = model.partition(":")
     check_model(name)

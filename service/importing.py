@@ -22,7 +22,7 @@ from ckpt.core.records import Version
 from ckpt.core.tensors import chunk_spans
 from ckpt.registry.registry import Registry
 from ckpt.service.folder import OpenFolder, open_folder
-from ckpt.service.push import Described, is_whole
+from ckpt.service.push import Described, Said, is_whole
 from ckpt.service.safetensors_file import OpenFile, open_file
 from ckpt.service.unpickling import Unpickler
 from ckpt.storage.store import Store
@@ -283,14 +283,17 @@ def _as_lightning(one: Checkpoint, root: Any) -> Checkpoint:
 
 
 def known_version(
-    store: Store, registry: Registry, model: str, step: int | None, described: Described
+    store: Store, registry: Registry, said: Said, described: Described
 ) -> Version | None:
-    """The version that an earlier import made of the same content at the same step, so that an
-    import can be run again. The bytes are read for it only when one has their number."""
+    """The version of the same content, step and run that has every label which is asked for, so
+    that an import can be run again. The bytes are read for it only when one has their number."""
     nbytes = sum(source.nbytes for source in described.sources if source is not None)
     wanted: Document | None = None
-    for version in _versions(registry, model):
-        if (version.step, version.nbytes, version.state) != (step, nbytes, described.state):
+    outside = said.step, said.run, nbytes, described.state
+    for version in _versions(registry, said.model):
+        if (version.step, version.run, version.nbytes, version.state) != outside:
+            continue
+        if not said.labels.items() <= version.labels.items():
             continue
         wanted = wanted or _drafted(described)
         if version.digest != digest_of(identity_bytes(wanted)):

@@ -218,6 +218,24 @@ def test_an_import_that_is_run_again_adds_nothing(repo: ckpt.Repository, folder:
     assert [one.version.number for one in more if one.version and not one.known] == [4]
 
 
+def test_what_another_run_or_label_is_asked_for_is_a_version_of_its_own(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "step-0.pt")
+
+    def run_import(**said: Any) -> tuple[int, bool]:
+        (done,) = repo.import_files(tmp_path / "step-0.pt", "gpt", **said)
+        assert done.version is not None
+        return done.version.number, done.known
+
+    assert run_import(run="a") == (1, False)
+    assert run_import(run="b", labels={"seed": "2"}, message="run b") == (2, False)
+    assert run_import(run="b", labels={"seed": "3"}) == (3, False)
+    assert run_import(run="a") == (1, True)
+    assert run_import(run="b", labels={"seed": "2"}) == (2, True)
+    assert repo.get("gpt@2").labels == {"seed": "2"}
+
+
 def test_a_changed_checkpoint_of_the_same_step_is_a_new_version(
     repo: ckpt.Repository, folder: Path
 ) -> None:
