@@ -323,6 +323,24 @@ def test_a_dcp_folder_of_a_training_state_keeps_its_nesting(
     assert done.version.digest == repo.push(state, "other").digest
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*quantized.*:UserWarning")
+def test_a_dcp_folder_with_a_quantised_tensor_is_refused_by_its_name(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    quantised = torch.quantize_per_tensor(torch.rand(3, 4), 0.1, 3, torch.qint8)
+    state = {"net": {"q": quantised}, "w": torch.ones(2)}
+    save_shards(dict(state), checkpoint_id=tmp_path / "dcp", no_dist=True)
+    with pytest.raises(UsageError, match=r"net\.q is a quantised tensor") as caught:
+        repo.import_files(tmp_path / "dcp", "net")
+    assert caught.value.code == "cannot-store"
+    repo.push(state, "net")
+    with pytest.raises(UsageError, match=r"net\.q is a quantised tensor") as caught:
+        repo.export_file("net", tmp_path / "out", format="dcp")
+    assert caught.value.code == "cannot-export"
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_hugging_face_folder_is_imported_as_it_is_pushed(
     repo: ckpt.Repository, tmp_path: Path
 ) -> None:
