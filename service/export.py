@@ -85,6 +85,7 @@ def made_header(tensors: Sequence[Tensor]) -> tuple[bytes, list[int]]:
     """``(first bytes, start of each tensor)`` of a new file with these tensors, by falling item
     size; a dtype that safetensors lacks becomes U8 with one more dimension."""
     order = sorted(range(len(tensors)), key=lambda place: -ITEM_SIZES[tensors[place].dtype])
+    own = {tensor.name for tensor in tensors}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts = [0] * len(tensors)
     end = 0
@@ -93,6 +94,8 @@ def made_header(tensors: Sequence[Tensor]) -> tuple[bytes, list[int]]:
         name = tensor.name
         if name in header or not name or not is_printable(name):
             name = f"tensor-{place}"  # as in a pack: a header cannot carry every name
+            while name in header or name in own:
+                name += "-"
         shape = list(tensor.shape)
         if tensor.dtype not in PACK_CODES:
             shape.append(ITEM_SIZES[tensor.dtype])

@@ -177,6 +177,17 @@ def test_plain_values_beside_the_tensors_are_told_not_to_be_in_safetensors(
     assert not repo.export_file(version, tmp_path / "net.safetensors").exact
 
 
+def test_a_name_that_a_header_cannot_carry_takes_no_other_tensors_name(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    names = ["\x01", "tensor-0", "tensor-3", "\u200b"]
+    repo.push({name: torch.full((2,), float(at)) for at, name in enumerate(names)}, "net")
+    repo.pull_file("net", tmp_path / "net.safetensors")
+    found = load_file(tmp_path / "net.safetensors")
+    assert len(found) == len(names)
+    assert (found["tensor-0"].tolist(), found["tensor-3"].tolist()) == ([1.0] * 2, [2.0] * 2)
+
+
 @pytest.mark.parametrize(("name", "form"), [("net.pt", "pt"), ("dcp", "dcp")])
 def test_nothing_is_replaced_unasked(
     name: str, form: Any, repo: ckpt.Repository, tmp_path: Path
