@@ -57,6 +57,7 @@ class OpenFolder:
             while unique in taken:
                 count += 1
                 unique = f"{tensor.name}~{count}"
+            taken.add(unique)
             indices.append(len(self.tensors))
             self.tensors.append(
                 Tensor(name=unique, dtype=tensor.dtype, shape=tensor.shape, kind=tensor.kind)

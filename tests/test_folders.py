@@ -101,6 +101,18 @@ def test_tensors_of_one_name_in_two_files_are_both_kept(
     assert contents(tmp_path / "again") == contents(made)
 
 
+def test_a_made_name_is_not_given_twice(repo: ckpt.Repository, tmp_path: Path) -> None:
+    made = tmp_path / "net"
+    made.mkdir()
+    save_file({"a": torch.ones(1)}, made / "1.safetensors")
+    save_file({"a": torch.ones(2), "a~2": torch.ones(3)}, made / "2.safetensors")
+    repo.push_file(made, "net")
+    back = repo.pull("net")
+    assert {name: len(a) for name, a in back.items()} == {"a": 1, "a~2": 2, "a~2~2": 3}
+    repo.pull_file("net", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(made)
+
+
 def test_a_folder_is_not_pulled_over_another(
     repo: ckpt.Repository, folder: Path, tmp_path: Path
 ) -> None:
