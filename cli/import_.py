@@ -41,8 +41,9 @@ def import_(
     of torch.distributed.checkpoint or of save_pretrained; or a folder of these as one version
     each, in the order of their steps.
 
-    Pickles are read by another process with weights_only=True. What was imported before is
-    answered, so that it may be run again. Prints the references on stdout, one a line.
+    Pickles are read by another process with weights_only=True. What the run has already, with
+    these labels, is answered, so that it may be run again. Prints the references on stdout, one
+    a line.
     """
     name, colon, alias = model.partition(":")
     check_model(name)
@@ -82,8 +83,10 @@ def _look(path: Path) -> None:
 def _foresee(settings: Settings, path: Path, model: str) -> None:
     """Say what would be imported; makes no repository."""
     from ckpt.service.importing import Imported, find_checkpoints, look_inside
+    from ckpt.service.unpickling import Unpickler
 
-    found = list(look_inside(find_checkpoints(path), kept=()))
+    with Unpickler() as unpickler:
+        found = look_inside(find_checkpoints(path), unpickler, kept=())
     if settings.as_json:
         foreseen = [_as_json(Imported(one)) for one in found]
         print_json({"dry_run": True, "checkpoints": foreseen})
@@ -95,7 +98,7 @@ def _foresee(settings: Settings, path: Path, model: str) -> None:
 
 
 def _row(one: Checkpoint) -> tuple[str, ...]:
-    note = "" if one.refused is None else f"not importable: {one.refused.message}"
+    note = "" if one.refused is None else f"not importable: {one.refused}"
     step = "-" if one.step is None else str(one.step)
     return one.path.name, step, size(one.nbytes), note
 

@@ -31,6 +31,9 @@ ITEM_SIZES = {
     "qint32": 4,
 }
 
+# Whose elements mean something only with a scale.
+QUANTIZED = frozenset({"quint8", "qint8", "qint32"})
+
 # The codes that a safetensors header may use here. The library also knows types of less than a
 # byte (F4, F6_*), for which torch has no element type of the same shape.
 CODES = {

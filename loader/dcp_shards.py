@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from ckpt.core.documents import Tensor
-from ckpt.core.dtypes import ITEM_SIZES
+from ckpt.core.dtypes import ITEM_SIZES, QUANTIZED
+from ckpt.core.errors import UsageError
 from ckpt.core.printable import escape
 from ckpt.core.tensors import TensorBytes
 from ckpt.loader.capture import Captured, capture
@@ -87,6 +88,7 @@ def open_shards(folder: Path) -> Captured:
             ``cannot-store``.
     """
     metadata = read_metadata(folder / ".metadata")
+    _check_dtypes(metadata.tensors)
     files = _Files(folder, metadata)
     values: dict[str, Any] = {}
     room = _placeholders(metadata.tensors)
@@ -100,6 +102,20 @@ def open_shards(folder: Path) -> Captured:
         if room[name].numel()
     }
     return _with_pieces(captured, pieces)
+
+
+def _check_dtypes(shapes: Mapping[str, ShardedShape]) -> None:
+    """Refuse quantised tensors: each piece has a scale of its own in a pickle, and to make such a
+    tensor over a mapping ends the process."""
+    found = [escape(name, 80) for name, shape in shapes.items() if shape.dtype in QUANTIZED]
+    if found:
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise UsageError(
+            "cannot-store",
+            f"{found[0]}{more} is a quantised tensor, which cannot be read from a DCP folder",
+            hint="load it with torch.distributed.checkpoint, and push what you get: "
+            "repo.push(state, model)",
+        )
 
 
 def _with_pieces(captured: Captured, pieces: Mapping[int, Sequence[_Piece]]) -> Captured:

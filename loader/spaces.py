@@ -10,7 +10,7 @@ import numpy
 import torch
 
 from ckpt.core.documents import Part, Tensor
-from ckpt.core.dtypes import ITEM_SIZES
+from ckpt.core.dtypes import ITEM_SIZES, QUANTIZED
 from ckpt.core.errors import CkptError, IntegrityError, SpaceError
 from ckpt.core.printable import escape
 from ckpt.core.tensors import CHUNK_BYTES
@@ -20,7 +20,6 @@ from ckpt.loader.sources import as_bits, as_bytes
 
 # Beyond any tensor; arithmetic on larger numbers would only take time.
 _SHAPE_BITS = 4096
-_QUANTIZED = ("quint8", "qint8", "qint32")
 
 
 class MemorySpace:
@@ -173,7 +172,7 @@ def dtype_of(entry: Tensor) -> torch.dtype:
             f'"{escape(entry.name)}" has dtype {escape(entry.dtype, 80)}, which this torch lacks',
             hint="install a newer torch",
         )
-    if entry.dtype in _QUANTIZED and entry.layout != "quantized":
+    if entry.dtype in QUANTIZED and entry.layout != "quantized":
         raise damaged(f'"{entry.name}" has a quantised dtype and no scale')
     return dtype
 
@@ -181,7 +180,7 @@ def dtype_of(entry: Tensor) -> torch.dtype:
 def stored_nbytes(entry: Tensor) -> int:
     """How many bytes an entry with chunks has; IntegrityError unless its chunks are as many."""
     check_shape(entry)
-    if entry.dtype in _QUANTIZED:
+    if entry.dtype in QUANTIZED:
         raise damaged(f'"{entry.name}" is quantised and has bytes of its own')
     if entry.strides is not None and len(entry.strides) != len(entry.shape):
         raise damaged(f'"{entry.name}" has {len(entry.strides)} strides')

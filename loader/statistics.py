@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy
 
-from ckpt.core.dtypes import ITEM_SIZES
+from ckpt.core.dtypes import ITEM_SIZES, QUANTIZED
 
 Array = numpy.ndarray[Any, numpy.dtype[Any]]
 
@@ -28,7 +28,7 @@ _FLOAT8 = {
 }
 _FLOAT4 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 # The dtypes whose stored elements are numbers.
-NUMBERS = frozenset(ITEM_SIZES) - {"quint8", "qint8", "qint32"}
+NUMBERS = frozenset(ITEM_SIZES) - QUANTIZED
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,9 +71,9 @@ class Exchange:
         A checkpoint is a ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` file of ``torch.save``, a folder
         of ``torch.distributed.checkpoint``, a folder such as ``save_pretrained`` writes, or a
         ``.safetensors`` file. What needs unpickling is read by another process, with
-        ``weights_only=True`` and nothing wider. What was imported before is answered, so that an
-        import may be run again. Of several checkpoints, one that is refused does not hold up the
-        others; its record says why.
+        ``weights_only=True`` and nothing wider. What the run has already, with these labels, is
+        answered, so that an import may be run again. Of several checkpoints, one that is refused
+        does not hold up the others; its record says why.
 
         Args:
             step: of a single checkpoint; otherwise what Lightning wrote in it, or its name says.
@@ -97,10 +97,13 @@ class Exchange:
             raise UsageError(
                 "usage", "several checkpoints have no single step", hint="leave it out"
             )
-        if dry_run:
-            return [Imported(one) for one in look_inside(found, self.location.local_places)]
         done = []
         with Unpickler() as unpickler:
+            if dry_run or not alone:
+                # The steps within decide the order, and so which version is the newest.
+                found = look_inside(found, unpickler, self.location.local_places)
+            if dry_run:
+                return [Imported(one) for one in found]
             for one in found:
                 done.append(self._import(one, unpickler, said, progress))
                 if alone and (refused := done[0].checkpoint.refused) is not None:
@@ -145,7 +148,7 @@ class Exchange:
     ) -> Imported:
         from ckpt.service.importing import Imported, known_version, opened
 
-        if one.kind is None:
+        if one.refused is not None:
             return Imported(one)
         with ExitStack() as stack:
             try:
@@ -155,10 +158,10 @@ class Exchange:
                 return Imported(replace(one, refused=error))
             step = one.step if said.step is None else said.step
             one = replace(one, step=step, labels={**one.labels, **said.labels})
-            known = known_version(self._store, self._registry, said.model, step, described)
+            message = said.message or f"imported from {escape(one.path.name, 200)}"
+            own = replace(said, step=step, labels=one.labels, message=message)
+            known = known_version(self._store, self._registry, own, described)
             if known is not None:
                 acknowledge_push(self._store, self._registry, known.push)
                 return Imported(one, known, known=True)
-            message = said.message or f"imported from {escape(one.path.name, 200)}"
-            own = replace(said, step=step, labels=one.labels, message=message)
             return Imported(one, self._push(described, own, "auto", progress))

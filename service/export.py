@@ -20,6 +20,7 @@ from ckpt.core.errors import ConflictError, NotFoundError, SpaceError, TrustErro
 from ckpt.core.printable import is_printable
 from ckpt.service.fetch import Wanted, stored_size
 from ckpt.storage.header import parse_header
+from ckpt.storage.local import NO_LINKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ def made_header(tensors: Sequence[Tensor]) -> tuple[bytes, list[int]]:
     """``(first bytes, start of each tensor)`` of a new file with these tensors, by falling item
     size; a dtype that safetensors lacks becomes U8 with one more dimension."""
     order = sorted(range(len(tensors)), key=lambda place: -ITEM_SIZES[tensors[place].dtype])
+    own = {tensor.name for tensor in tensors}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts = [0] * len(tensors)
     end = 0
@@ -93,6 +95,8 @@ def made_header(tensors: Sequence[Tensor]) -> tuple[bytes, list[int]]:
         name = tensor.name
         if name in header or not name or not is_printable(name):
             name = f"tensor-{place}"  # as in a pack: a header cannot carry every name
+            while name in header or name in own:
+                name += "-"
         shape = list(tensor.shape)
         if tensor.dtype not in PACK_CODES:
             shape.append(ITEM_SIZES[tensor.dtype])
@@ -131,7 +135,7 @@ def new_file(destination: Path, nbytes: int, *, force: bool) -> Iterator[int]:
             if force:
                 perform("rename", os.replace, temporary, destination)
             else:
-                perform("link", os.link, temporary, destination)
+                _link(temporary, destination)
             sync_folder(destination.parent)
         finally:
             if handle >= 0:
@@ -142,6 +146,23 @@ def new_file(destination: Path, nbytes: int, *, force: bool) -> Iterator[int]:
         raise _exists(destination) from None
     except OSError as error:
         raise from_os_error(error, f"writing {destination}") from error
+
+
+def _link(temporary: Path, destination: Path) -> None:
+    """Give a file its name; FileExistsError when the name is taken."""
+    try:
+        perform("link", os.link, temporary, destination)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        # Taken first: a rename alone would replace a file that got the name meanwhile.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        os.close(perform("create", os.open, destination, flags, 0o666))
+        try:
+            perform("rename", os.replace, temporary, destination)
+        except BaseException:
+            perform("unlink", os.unlink, destination)
+            raise
 
 
 def _check_destination(destination: Path, *, force: bool) -> None:

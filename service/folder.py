@@ -28,6 +28,9 @@ from ckpt.service.safetensors_file import OpenFile, open_file, open_plain
 from ckpt.service.upload import Progress
 from ckpt.storage.store import Store
 
+# Of a folder at once: a process may often have no more than 256 files open.
+_OPEN_FILES = 64
+
 
 @dataclass(slots=True)
 class OpenFolder:
@@ -57,6 +60,7 @@ class OpenFolder:
             while unique in taken:
                 count += 1
                 unique = f"{tensor.name}~{count}"
+            taken.add(unique)
             indices.append(len(self.tensors))
             self.tensors.append(
                 Tensor(name=unique, dtype=tensor.dtype, shape=tensor.shape, kind=tensor.kind)
@@ -99,9 +103,10 @@ def open_folder(path: Path, kept: Iterable[Path]) -> Iterator[OpenFolder]:
         )
     folder = OpenFolder()
     with ExitStack() as stack:
-        for name in names:
+        for count, name in enumerate(names):
             opened = open_file if name.endswith(".safetensors") else open_plain
-            folder.add(name, stack.enter_context(opened(path / name)))
+            file = opened(path / name, keep_open=count < _OPEN_FILES)
+            folder.add(name, stack.enter_context(file))
         yield folder
 
 
@@ -163,13 +168,7 @@ def pull_folder(
     try:
         perform("mkdir", os.mkdir, temporary)
         try:
-            with ExitStack() as stack:
-                wanted: list[Wanted] = []
-                for name, file in document.files.items():
-                    path = temporary / name
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    wanted += _opened(stack, document, file, path)
-                fetch(store, registry, version, wanted, progress)
+            _write_files(store, registry, version, document, temporary, progress)
             for folder, below, _ in os.walk(temporary):
                 if below:
                     sync_folder(Path(folder))  # the names of folders; new_file did those of files
@@ -180,6 +179,31 @@ def pull_folder(
             raise
     except OSError as error:
         raise from_os_error(error, f"writing {destination}") from error
+
+
+def _write_files(
+    store: Store,
+    registry: Registry,
+    version: Version,
+    document: Document,
+    folder: Path,
+    progress: Progress | None,
+) -> None:
+    names, done = list(document.files), 0
+
+    def report(more: int, _: int) -> None:
+        if progress is not None:
+            progress(done + more, version.nbytes)
+
+    for first in range(0, len(names), _OPEN_FILES):
+        with ExitStack() as stack:
+            wanted: list[Wanted] = []
+            for name in names[first : first + _OPEN_FILES]:
+                path = folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                wanted += _opened(stack, document, document.files[name], path)
+            fetch(store, registry, version, wanted, report)
+        done += sum(one.nbytes for one in wanted)
 
 
 def _opened(stack: ExitStack, document: Document, file: File, path: Path) -> Iterator[Wanted]:

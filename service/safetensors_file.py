@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,22 +17,60 @@ from ckpt.core.tensors import TensorBytes
 from ckpt.storage.header import Entry, Header, header_length, parse_header
 
 
-class FileTensor:
-    """The bytes of one tensor of an open file."""
+@dataclass(frozen=True, slots=True)
+class FileBytes:
+    """The bytes of a file that is being pushed; without a handle it is opened for each read."""
 
-    def __init__(self, path: Path, handle: int, start: int, entry: Entry) -> None:
+    path: Path
+    status: tuple[int, int, int]
+    handle: int | None
+
+    @property
+    def size(self) -> int:
+        """How many bytes there were when it was described."""
+        return self.status[0]
+
+    def read(self, offset: int, length: int) -> bytearray:
+        """``length`` bytes from ``offset``."""
+        data = bytearray(length)
+        if self.handle is not None:
+            _read(self.path, self.handle, offset, memoryview(data))
+        else:
+            with _opened(self.path) as handle:
+                self._check(handle)  # it may be another file of the same name
+                _read(self.path, handle, offset, memoryview(data))
+        return data
+
+    def check_unchanged(self) -> None:
+        """ConflictError ``file-changed`` when somebody wrote to the file meanwhile."""
+        if self.handle is not None:
+            self._check(self.handle)
+        else:
+            with _opened(self.path) as handle:
+                self._check(handle)
+
+    def _check(self, handle: int) -> None:
+        if _status(handle) != self.status:
+            raise ConflictError(
+                "file-changed",
+                f"{self.path} changed while it was pushed",
+                hint="push it again when it is written completely",
+            )
+
+
+class FileTensor:
+    """The bytes of one tensor of a file."""
+
+    def __init__(self, file: FileBytes, start: int, entry: Entry) -> None:
         self.name = entry.name
         self.dtype = entry.dtype
         self.shape = entry.shape
         self.nbytes = entry.nbytes
-        self._path = path
-        self._handle = handle
+        self._file = file
         self._start = start + entry.start
 
     def read(self, offset: int, length: int) -> memoryview:
-        data = bytearray(length)
-        _read(self._path, self._handle, self._start + offset, memoryview(data))
-        return memoryview(data)
+        return memoryview(self._file.read(self._start + offset, length))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,41 +81,45 @@ class OpenFile:
     sources: tuple[TensorBytes, ...]
     root: object
     header: SafetensorsFile | None
-    path: Path
-    handle: int
-    status: tuple[int, int, int]
+    file: FileBytes
 
     def check_unchanged(self) -> None:
         """ConflictError ``file-changed`` when somebody wrote to the file meanwhile."""
-        if _status(self.handle) != self.status:
-            raise ConflictError(
-                "file-changed",
-                f"{self.path} changed while it was pushed",
-                hint="push it again when it is written completely",
-            )
+        self.file.check_unchanged()
 
 
 @contextmanager
-def open_file(path: Path) -> Iterator[OpenFile]:
+def open_file(path: Path, *, keep_open: bool = True) -> Iterator[OpenFile]:
     """Open a ``.safetensors`` file for a push, its header checked strictly.
+
+    Args:
+        keep_open: otherwise it is opened for each read, as a process may have few files open.
 
     Raises:
         NotFoundError, AccessError: the file cannot be read.
         IntegrityError: its header is refused; the message names the file.
     """
-    with _opened(path) as handle:
-        yield _describe(path, handle)
+    with _bytes_of(path, keep_open) as file:
+        yield _describe(file)
 
 
 @contextmanager
-def open_plain(path: Path) -> Iterator[OpenFile]:
+def open_plain(path: Path, *, keep_open: bool = True) -> Iterator[OpenFile]:
     """Open any other file for a push, as one tensor of its bytes."""
-    with _opened(path) as handle:
+    with _bytes_of(path, keep_open) as file:
+        entry = Entry(path.name, "U8", (file.size,), 0, file.size)
+        tensor = Tensor(name=path.name, dtype="uint8", shape=(file.size,), kind="file")
+        yield OpenFile((tensor,), (FileTensor(file, 0, entry),), None, None, file)
+
+
+@contextmanager
+def _bytes_of(path: Path, keep_open: bool) -> Iterator[FileBytes]:
+    with ExitStack() as stack:
+        handle = stack.enter_context(_opened(path))
         status = _status(handle)
-        entry = Entry(path.name, "U8", (status[0],), 0, status[0])
-        tensor = Tensor(name=path.name, dtype="uint8", shape=(status[0],), kind="file")
-        sources = (FileTensor(path, handle, 0, entry),)
-        yield OpenFile((tensor,), sources, None, None, path, handle, status)
+        if not keep_open:
+            stack.close()
+        yield FileBytes(path, status, handle if keep_open else None)
 
 
 @contextmanager
@@ -98,34 +140,28 @@ def _opened(path: Path) -> Iterator[int]:
         os.close(handle)
 
 
-def _describe(path: Path, handle: int) -> OpenFile:
-    status = _status(handle)
+def _describe(file: FileBytes) -> OpenFile:
     try:
-        header, first = _read_header(path, handle, status[0])
+        header, first = _read_header(file)
     except IntegrityError as error:
-        error.message = f"{path}: {error.message}"
+        error.message = f"{file.path}: {error.message}"
         raise
     # The order in which a dict of these tensors would be captured: equal content, equal digest.
     entries = sorted(header.entries, key=lambda entry: canonical(entry.name))
     tensors = tuple(Tensor(name=e.name, dtype=e.dtype, shape=e.shape) for e in entries)
     return OpenFile(
         tensors,
-        tuple(FileTensor(path, handle, header.data_start, entry) for entry in entries),
+        tuple(FileTensor(file, header.data_start, entry) for entry in entries),
         {"$dict": [[entry.name, {"$tensor": index}] for index, entry in enumerate(entries)]},
         SafetensorsFile(header=first),
-        path,
-        handle,
-        status,
+        file,
     )
 
 
-def _read_header(path: Path, handle: int, size: int) -> tuple[Header, bytes]:
-    first = bytearray(min(8, size))
-    _read(path, handle, 0, memoryview(first))
-    length = header_length(bytes(first), size)
-    whole = bytearray(8 + length)
-    _read(path, handle, 0, memoryview(whole))
-    return parse_header(bytes(whole[8:]), size), bytes(whole)
+def _read_header(file: FileBytes) -> tuple[Header, bytes]:
+    length = header_length(bytes(file.read(0, min(8, file.size))), file.size)
+    whole = bytes(file.read(0, 8 + length))
+    return parse_header(whole[8:], file.size), whole
 
 
 def _read(path: Path, handle: int, offset: int, view: memoryview) -> None:

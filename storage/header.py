@@ -264,7 +264,10 @@ def _code(name: str, value: Any) -> str:
         _refuse(
             "dtype-unknown",
             f"{_quote(name)} has dtype {_quote(value)}, supported: {supported}",
-            "save the tensor with a supported dtype",
+            # A shape in a header counts its halves of bytes, torch's the bytes.
+            "load it with safetensors.torch, and push what you get: repo.push(state, model)"
+            if value == "F4"
+            else "save the tensor with a supported dtype",
         )
     return value
 

@@ -26,7 +26,8 @@ from ckpt.storage.store import (
 )
 
 _TEMPORARY = ".tmp"
-_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
+# What a file system says that has no hard links, or none for this file.
+NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
 
 
 class LocalStore(Store):
@@ -242,7 +243,7 @@ class _LocalUpload(Upload):
         except FileExistsError:
             return False
         except OSError as error:
-            if error.errno not in _NO_LINKS:
+            if error.errno not in NO_LINKS:
                 raise
             if self._final.exists():
                 return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
 import ckpt
 from ckpt.cli import main as entry
+from ckpt.core.effects import observed
 from ckpt.core.errors import ConflictError, IntegrityError, StorageError, UsageError
 
 pytestmark = [
@@ -175,6 +177,43 @@ def test_plain_values_beside_the_tensors_are_told_not_to_be_in_safetensors(
 ) -> None:
     version = repo.push({"w": torch.rand(3), "step": 3}, "net")
     assert not repo.export_file(version, tmp_path / "net.safetensors").exact
+
+
+def test_a_name_that_a_header_cannot_carry_takes_no_other_tensors_name(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    names = ["\x01", "tensor-0", "tensor-3", "\u200b"]
+    repo.push({name: torch.full((2,), float(at)) for at, name in enumerate(names)}, "net")
+    repo.pull_file("net", tmp_path / "net.safetensors")
+    found = load_file(tmp_path / "net.safetensors")
+    assert len(found) == len(names)
+    assert (found["tensor-0"].tolist(), found["tensor-3"].tolist()) == ([1.0] * 2, [2.0] * 2)
+
+
+def test_a_disk_without_links_gets_its_files_and_keeps_what_is_there(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    def hook(kind: str, act: Any, arguments: tuple[Any, ...]) -> Any:
+        if kind == "link":
+            if arguments[1].name == "taken.safetensors":
+                arguments[1].write_text("mine")
+            raise OSError(errno.EPERM, "Operation not permitted")
+        return act(*arguments)
+
+    (tmp_path / "hf").mkdir()
+    save_file({"w": torch.ones(2)}, tmp_path / "hf" / "model.safetensors")
+    folder, version = repo.push_file(tmp_path / "hf", "bert"), repo.push({"w": torch.ones(2)}, "a")
+    with observed(hook):
+        repo.pull_file(version, tmp_path / "net.safetensors")
+        repo.export_file(version, tmp_path / "net.pt")
+        repo.pull_file(folder, tmp_path / "again")
+        with pytest.raises(ConflictError):
+            repo.pull_file(version, tmp_path / "taken.safetensors")
+    assert load_file(tmp_path / "net.safetensors")["w"].tolist() == [1.0, 1.0]
+    assert torch.load(tmp_path / "net.pt", weights_only=True)["w"].tolist() == [1.0, 1.0]
+    assert (tmp_path / "again" / "model.safetensors").is_file()
+    assert (tmp_path / "taken.safetensors").read_text() == "mine"
+    assert not list(tmp_path.glob(".ckpt-*"))
 
 
 @pytest.mark.parametrize(("name", "form"), [("net.pt", "pt"), ("dcp", "dcp")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -97,6 +98,59 @@ def test_tensors_of_one_name_in_two_files_are_both_kept(
     save_file({"w": torch.zeros(3)}, made / "adapter.safetensors")
     repo.push_file(made, "net")
     assert {name: len(w) for name, w in repo.pull("net").items()} == {"w": 3, "w~2": 2}
+    repo.pull_file("net", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(made)
+
+
+def test_a_folder_of_more_files_than_may_be_open_comes_back(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    made = tmp_path / "net"
+    made.mkdir()
+    for number in range(300):
+        (made / f"{number}.json").write_text(str(number))
+    save_file({"w": torch.ones(2)}, made / "model.safetensors")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    seen: list[tuple[int, int]] = []
+    try:
+        version = repo.push_file(made, "net")
+        repo.pull_file("net", tmp_path / "again", progress=lambda *done: seen.append(done))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert contents(tmp_path / "again") == contents(made)
+    assert seen == sorted(seen)
+    assert seen[-1] == (version.nbytes, version.nbytes)
+
+
+@pytest.mark.parametrize("act", ["written", "replaced"])
+def test_a_file_that_changes_while_its_folder_is_pushed_is_told(
+    act: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ckpt.service.folder._OPEN_FILES", 1)
+    with open_folder(folder, []) as opened:
+        opened.check_unchanged()
+        changed, new = folder / "tokenizer.model", folder / "new"
+        if act == "written":
+            changed.write_bytes(bytes(255))
+        else:
+            new.write_bytes(changed.read_bytes())
+            new.rename(changed)
+        source = next(one for one in opened.sources if one.name == "tokenizer.model")
+        for read in (opened.check_unchanged, lambda: source.read(0, 1)):
+            with pytest.raises(ConflictError) as caught:
+                read()
+            assert caught.value.code == "file-changed"
+
+
+def test_a_made_name_is_not_given_twice(repo: ckpt.Repository, tmp_path: Path) -> None:
+    made = tmp_path / "net"
+    made.mkdir()
+    save_file({"a": torch.ones(1)}, made / "1.safetensors")
+    save_file({"a": torch.ones(2), "a~2": torch.ones(3)}, made / "2.safetensors")
+    repo.push_file(made, "net")
+    back = repo.pull("net")
+    assert {name: len(a) for name, a in back.items()} == {"a": 1, "a~2": 2, "a~2~2": 3}
     repo.pull_file("net", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(made)
 

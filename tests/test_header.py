@@ -204,6 +204,12 @@ def test_where_we_are_stricter_on_purpose(why: str, text: str, nbytes: int, code
     assert refusal(file).code == code
 
 
+def test_a_dtype_that_torch_packs_in_pairs_is_refused_with_a_way_in() -> None:
+    error = refusal(file_of(one([4], [0, 2], "F4"), 2))
+    assert error.code == "dtype-unknown"
+    assert "repo.push(state, model)" in str(error)
+
+
 ODD = [
     ("{}" + " " * 99, 0),
     (f"{{\n\t{W}\r}}", 2),

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 import ckpt
-from ckpt.core.errors import UsageError
+from ckpt.core.errors import CkptError, UsageError
 from ckpt.service.importing import find_checkpoints
 from ckpt.service.unpickling import Unpickler
 
@@ -123,6 +123,13 @@ def test_a_lightning_checkpoint_brings_its_step_and_epoch(
         ("global_step500.pt", 500, None),
         ("iter-7.bin", 7, None),
         ("last.pt", None, None),
+        ("resnet50-1000.pt", 1000, None),
+        ("300.pt", 300, None),
+        ("step=1200-0.31.ckpt", 1200, None),
+        ("epoch_3_0.95.pt", None, "3"),
+        ("epoch=3-step=1200-v1.ckpt", 1200, "3"),
+        ("2024-05-12_step_500.pt", 500, None),
+        ("step-500-2024-05-12.pt", 500, None),
     ],
 )
 def test_the_step_is_found_in_the_name(
@@ -131,6 +138,30 @@ def test_the_step_is_found_in_the_name(
     (tmp_path / name).touch()
     (found,) = find_checkpoints(tmp_path)
     assert (found.step, found.labels.get("epoch")) == (step, epoch)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model-val_loss=0.31.pt",
+        "val_loss=3.pt",
+        "acc_0.95.pt",
+        "model-v1.2.pt",
+        "run-2024-05-12.pt",
+        "run_20240512.pt",
+        "checkpoint-20240512-103000.pt",
+        "step-100k.pt",
+        "step=1e5.pt",
+        "step=1.5.pt",
+        "step_1_000.pt",
+        "step_-5.pt",
+        "checkpoint_3_1000.pt",
+    ],
+)
+def test_a_number_in_the_name_that_counts_no_steps_is_no_step(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    (found,) = find_checkpoints(tmp_path)
+    assert found.step is None
 
 
 def test_a_lone_number_is_no_step_without_others(tmp_path: Path) -> None:
@@ -163,6 +194,20 @@ def test_a_folder_is_imported_in_the_order_of_its_steps(
     assert repo.get("net:last").step == 1000
 
 
+def test_the_steps_within_decide_the_order_whatever_the_names(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    steps = {"best-val.ckpt": 300, "last.ckpt": 500, "zz-old.ckpt": 100, "epoch=2.ckpt": 20}
+    (tmp_path / "job").mkdir()
+    for name, step in steps.items():
+        torch.save(lightning(step, 2), tmp_path / "job" / name)
+    foreseen = repo.import_files(tmp_path / "job", "net", dry_run=True)
+    assert [one.checkpoint.step for one in foreseen] == [20, 100, 300, 500]
+    done = repo.import_files(tmp_path / "job", "net", alias="best")
+    assert [one.version.step for one in done if one.version] == [20, 100, 300, 500]
+    assert repo.get("net").step == repo.get("net:best").step == 500
+
+
 def test_an_import_that_is_run_again_adds_nothing(repo: ckpt.Repository, folder: Path) -> None:
     first = repo.import_files(folder, "net")
     again = repo.import_files(folder, "net")
@@ -171,6 +216,24 @@ def test_an_import_that_is_run_again_adds_nothing(repo: ckpt.Repository, folder:
     torch.save({"w": torch.zeros(4)}, folder / "step_3000.pt")
     more = repo.import_files(folder, "net")
     assert [one.version.number for one in more if one.version and not one.known] == [4]
+
+
+def test_what_another_run_or_label_is_asked_for_is_a_version_of_its_own(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "step-0.pt")
+
+    def run_import(**said: Any) -> tuple[int, bool]:
+        (done,) = repo.import_files(tmp_path / "step-0.pt", "gpt", **said)
+        assert done.version is not None
+        return done.version.number, done.known
+
+    assert run_import(run="a") == (1, False)
+    assert run_import(run="b", labels={"seed": "2"}, message="run b") == (2, False)
+    assert run_import(run="b", labels={"seed": "3"}) == (3, False)
+    assert run_import(run="a") == (1, True)
+    assert run_import(run="b", labels={"seed": "2"}) == (2, True)
+    assert repo.get("gpt@2").labels == {"seed": "2"}
 
 
 def test_a_changed_checkpoint_of_the_same_step_is_a_new_version(
@@ -260,6 +323,24 @@ def test_a_dcp_folder_of_a_training_state_keeps_its_nesting(
     assert done.version.digest == repo.push(state, "other").digest
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*quantized.*:UserWarning")
+def test_a_dcp_folder_with_a_quantised_tensor_is_refused_by_its_name(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    quantised = torch.quantize_per_tensor(torch.rand(3, 4), 0.1, 3, torch.qint8)
+    state = {"net": {"q": quantised}, "w": torch.ones(2)}
+    save_shards(dict(state), checkpoint_id=tmp_path / "dcp", no_dist=True)
+    with pytest.raises(UsageError, match=r"net\.q is a quantised tensor") as caught:
+        repo.import_files(tmp_path / "dcp", "net")
+    assert caught.value.code == "cannot-store"
+    repo.push(state, "net")
+    with pytest.raises(UsageError, match=r"net\.q is a quantised tensor") as caught:
+        repo.export_file("net", tmp_path / "out", format="dcp")
+    assert caught.value.code == "cannot-export"
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_hugging_face_folder_is_imported_as_it_is_pushed(
     repo: ckpt.Repository, tmp_path: Path
 ) -> None:
@@ -282,3 +363,99 @@ def test_a_part_of_a_hugging_face_checkpoint_is_no_checkpoint(
     torch.save({}, tmp_path / "pytorch_model-00001-of-00002.bin")
     with pytest.raises(UsageError, match="one part of a checkpoint"):
         repo.import_files(tmp_path / "pytorch_model-00001-of-00002.bin", "net")
+
+
+def unconverted(folder: Path) -> Path:
+    """A checkpoint of Hugging Face's Trainer without safetensors."""
+    folder.mkdir(parents=True)
+    for name in ("pytorch_model.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"w": torch.ones(2)}, folder / name)
+    (folder / "config.json").write_text("{}")
+    (folder / "trainer_state.json").write_text("{}")
+    return folder
+
+
+def test_a_hugging_face_checkpoint_of_pickles_is_one_that_has_to_be_converted(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    folder = unconverted(tmp_path / "job" / "checkpoint-500")
+    with pytest.raises(UsageError, match=r"one checkpoint.*safe_serialization") as caught:
+        repo.import_files(folder, "bert", alias="best")
+    assert caught.value.code == "not-converted"
+    unconverted(tmp_path / "job" / "checkpoint-1000")
+    done = repo.import_files(tmp_path / "job", "bert")
+    assert [(one.checkpoint.step, one.version) for one in done] == [(500, None), (1000, None)]
+    refused = [one.checkpoint.refused for one in done]
+    assert [error.code for error in refused if error] == ["not-converted"] * 2
+    assert repo.models() == []
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["adapter_config.json", "adapter_model.bin", "optimizer.pt"],
+        ["pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"],
+        ["pytorch_model.bin", "optimizer.bin", "random_states_0.pkl"],
+        ["trainer_state.json", "optimizer.pt", "rng_state_0.pth"],
+        ["model_index.json", "unet/diffusion_pytorch_model.bin"],
+    ],
+)
+def test_a_folder_of_one_checkpoint_is_never_several(names: list[str], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(UsageError) as caught:
+        find_checkpoints(tmp_path)
+    assert caught.value.code == "not-converted"
+
+
+def test_checkpoints_beside_a_configuration_are_one_each(tmp_path: Path) -> None:
+    for name in ("config.json", "step_1.pt", "step_2.pt"):
+        (tmp_path / name).touch()
+    found = find_checkpoints(tmp_path)
+    assert [one.step for one in found if one.refused is None] == [1, 2]
+
+
+def test_a_pipeline_with_weights_in_its_folders_is_imported_as_one(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    (tmp_path / "flux" / "unet").mkdir(parents=True)
+    (tmp_path / "flux" / "model_index.json").write_text("{}")
+    save_file({"w": torch.ones(2)}, tmp_path / "flux" / "unet" / "model.safetensors")
+    (done,) = repo.import_files(tmp_path / "flux", "flux")
+    assert done.version is not None
+    assert done.version.state == "files"
+
+
+def test_a_folder_with_checkpoints_among_others_is_told_with_its_command(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    for name in ("a/step-10.pt", "b/v0/last.ckpt", "b/v1/last.ckpt", "logs/events.bin"):
+        (runs / name).parent.mkdir(parents=True, exist_ok=True)
+        (runs / name).touch()
+    for _ in range(2):
+        done = repo.import_files(runs, "gpt")
+        said = {one.checkpoint.path.name: str(one.checkpoint.refused) for one in done}
+        assert f"run `ckpt import {runs}/a MODEL --run a`" in said["a"]
+        assert f"`ckpt import {runs}/b/v0 MODEL --run b-v0`, and the same for" in said["b"]
+        assert "is no checkpoint;" in said["logs"]
+        torch.save({"w": torch.ones(2)}, runs / "final.pt")
+    assert [version.number for version in repo.log("gpt")] == [1]
+
+
+def test_a_link_to_nothing_is_refused_and_not_the_others(
+    repo: ckpt.Repository, folder: Path
+) -> None:
+    for name in ("latest", "latest.pt"):
+        (folder / name).symlink_to(folder / "gone.pt")
+    (folder / "logs").mkdir()
+    (folder / "logs" / "latest").symlink_to(folder / "gone")
+    done = repo.import_files(folder, "net")
+    refused = {one.checkpoint.path.name: one.checkpoint.refused for one in done if not one.version}
+    assert refused["latest.pt"] is not None
+    assert refused["latest.pt"].code == "not-found"
+    assert {"latest", "logs"} < refused.keys()
+    assert len(repo.log("net")) == 3
+    with pytest.raises(CkptError, match="no such file"):
+        repo.import_files(folder / "latest.pt", "net")
