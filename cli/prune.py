@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
 from ckpt.cli.command import Settings, command
+from ckpt.cli.confirm import confirm
 from ckpt.cli.render import count, print_json, size, table, version_json
-from ckpt.core.errors import UsageError
 
 
 @command("prune")
@@ -42,7 +40,8 @@ def prune(
     with settings.open() as repository:
         foreseen = repository.prune(model, keep=rules, dry_run=True)
         if foreseen.victims and not dry_run:
-            _confirm(f"{count(len(foreseen.victims), 'version')} of {model}", yes)
+            victims = f"{count(len(foreseen.victims), 'version')} of {model}"
+            confirm(f"Remove {victims} for ever?", victims, yes=yes)
         pruned = foreseen
         if not dry_run:
             pruned = repository.prune(model, keep=rules, save=save)
@@ -66,14 +65,6 @@ def prune(
         f"{verb} {count(len(pruned.victims), 'version')} of {model}; "
         f"gc frees {size(pruned.freed_bytes)} of it"
     )
-
-
-def _confirm(what: str, yes: bool) -> None:
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise UsageError("not-confirmed", f"nobody to ask about {what}", hint="add --yes")
-    click.confirm(f"Remove {what} for ever?", abort=True, err=True)
 
 
 @command("events")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
 from ckpt.cli.command import Settings, command
+from ckpt.cli.confirm import confirm
 from ckpt.cli.render import print_json, version_json
-from ckpt.core.errors import UsageError
 
 
 @command("rm")
@@ -22,21 +20,13 @@ def rm(settings: Settings, references: tuple[str, ...], dry_run: bool, yes: bool
         versions = list({v.push: v for v in map(repository.get, references)}.values())
         names = " ".join(version.reference for version in versions)
         if not dry_run:
-            _confirm(names, yes)
+            confirm(f"Remove {names} for ever?", names, yes=yes)
             for version in versions:
                 repository.rm(version)
     if settings.as_json:
         print_json({"removed": not dry_run, "versions": [version_json(v) for v in versions]})
     else:
         settings.say(f"{'would remove' if dry_run else 'removed'} {names}")
-
-
-def _confirm(names: str, yes: bool) -> None:
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise UsageError("not-confirmed", f"nobody to ask about {names}", hint="add --yes")
-    click.confirm(f"Remove {names} for ever?", abort=True, err=True)
 
 
 COMMANDS = {"rm": rm}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -192,6 +193,34 @@ def test_rm_asks_and_dry_run_removes_nothing(shell: Shell) -> None:
     assert "net@1" in shell("ls")
     shell("rm", "net", "-y")
     shell("show", "net@1", status=3)
+
+
+class Terminal(io.StringIO):
+    """What a person types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    "arguments", [["rm", "net"], ["prune", "net", "--keep-last", "1"], ["registry", "rebuild"]]
+)
+def test_a_no_is_an_answer_and_no_interruption(
+    shell: Shell, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell("init")
+    for value in range(2):
+        shell.save("net.safetensors", w=value)
+        shell("push", "net.safetensors", "net")
+    monkeypatch.setattr("sys.stdin", Terminal("n\n"))
+    shell(*arguments, status=1)
+    assert "error[declined]: you said no; nothing was changed\n" in shell.err
+    assert len(shell("log", "net").splitlines()) == 3
+    monkeypatch.setattr("sys.stdin", Terminal(""))
+    shell(*arguments, status=130)
+    assert "error[interrupted]" in shell.err
+    monkeypatch.setattr("sys.stdin", Terminal("y\n"))
+    shell(*arguments)
 
 
 def test_hostile_text_is_shown_escaped(shell: Shell) -> None:
