@@ -195,6 +195,42 @@ def test_rm_asks_and_dry_run_removes_nothing(shell: Shell) -> None:
     shell("show", "net@1", status=3)
 
 
+def test_of_several_versions_none_is_removed_while_one_is_kept(shell: Shell) -> None:
+    shell("init")
+    for value in range(3):
+        shell.save("net.safetensors", w=value)
+        shell("push", "net.safetensors", "net")
+    shell("tag", "net@2", "best")
+    for more in (["-y"], ["-n"], ["-y", "--json"]):
+        shell("rm", *more, "net@1", "net@2", status=5)
+        assert "error[aliased]: net@2 is kept by the alias net:best" in shell.err
+        shell("rm", *more, "net@1", "net@9", status=3)
+    assert len(shell("log", "net").splitlines()) == 4
+    shell("untag", "net:best")
+    shell("rm", "-y", "net@1", "net@2", "net@1")
+    assert "removed net@1 net@2" in shell.err
+
+
+def test_what_was_removed_before_another_failed_is_told(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell("init")
+    for value in range(2):
+        shell.save("net.safetensors", w=value)
+        shell("push", "net.safetensors", "net")
+    remove = ckpt.Repository.rm
+
+    def late(repo: ckpt.Repository, ref: ckpt.Version, *, dry_run: bool = False) -> ckpt.Version:
+        if not dry_run and ref.number == 2:
+            repo.tag(ref, "late")
+        return remove(repo, ref, dry_run=dry_run)
+
+    monkeypatch.setattr(ckpt.Repository, "rm", late)
+    shell("rm", "-y", "net@1", "net@2", status=5)
+    assert "net@2 is kept by the alias net:late" in shell.err
+    assert "(removed before that: net@1)" in shell.err
+
+
 class Terminal(io.StringIO):
     """What a person types."""
 
