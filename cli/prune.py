@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from ckpt.cli.command import Settings, command
 from ckpt.cli.confirm import confirm
 from ckpt.cli.render import count, print_json, size, table, version_json
+
+if TYPE_CHECKING:
+    from ckpt.service.retention import Pruned
 
 
 @command("prune")
@@ -16,7 +21,7 @@ from ckpt.cli.render import count, print_json, size, table, version_json
 @click.option("--keep-every", type=click.IntRange(1), metavar="N", help="Steps divisible by N.")
 @click.option("--keep-within", metavar="7d", help="What is younger: 12h, 7d, 2w.")
 @click.option("--save-policy", "save", is_flag=True, help="Use these rules the next time too.")
-@click.option("-n", "--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option("-n", "--dry-run", is_flag=True, help="Only say what would be removed; save nothing.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def prune(
     settings: Settings,
@@ -45,10 +50,16 @@ def prune(
         pruned = foreseen
         if not dry_run:
             pruned = repository.prune(model, keep=rules, save=save)
+    _tell(settings, pruned)
+    if save and dry_run:
+        settings.say("a dry run saves no rules")
+
+
+def _tell(settings: Settings, pruned: Pruned) -> None:
     if settings.as_json:
         print_json(
             {
-                "dry_run": dry_run,
+                "dry_run": pruned.dry_run,
                 "rules": list(pruned.rules),
                 "victims": [version_json(version) for version in pruned.victims],
                 "kept": {version.reference: list(why) for version, why in pruned.kept},
@@ -56,13 +67,13 @@ def prune(
             }
         )
         return
-    verb = "would remove" if dry_run else "removed"
+    verb = "would remove" if pruned.dry_run else "removed"
     if pruned.victims:
         why = f"kept by none of {', '.join(pruned.rules)}"
         rows = [[version.reference, size(version.nbytes), why] for version in pruned.victims]
         click.echo(table([verb.upper(), "SIZE", "WHY"], rows, right=["SIZE"]))
     settings.say(
-        f"{verb} {count(len(pruned.victims), 'version')} of {model}; "
+        f"{verb} {count(len(pruned.victims), 'version')} of {pruned.model}; "
         f"gc frees {size(pruned.freed_bytes)} of it"
     )
 
