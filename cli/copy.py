@@ -6,7 +6,8 @@ import click
 
 from ckpt.cli.command import Settings, command
 from ckpt.cli.push import newest_push
-from ckpt.cli.render import print_json, progress, size, version_json
+from ckpt.cli.render import print_json, progress, version_json
+from ckpt.core.sizes import size
 
 
 @command("copy")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from ckpt.cli.command import Settings, command
-from ckpt.cli.render import count, print_json, size, table
+from ckpt.cli.render import count, print_json, table
+from ckpt.core.sizes import size
 
 
 @command("gc")

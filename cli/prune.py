@@ -8,7 +8,8 @@ import click
 
 from ckpt.cli.command import Settings, command
 from ckpt.cli.confirm import confirm
-from ckpt.cli.render import count, print_json, size, table, version_json
+from ckpt.cli.render import count, print_json, table, version_json
+from ckpt.core.sizes import size
 
 if TYPE_CHECKING:
     from ckpt.service.retention import Pruned

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import click
 
 from ckpt.cli.command import Settings, command
-from ckpt.cli.render import print_json, progress, size, version_json
+from ckpt.cli.render import print_json, progress, version_json
 from ckpt.core.errors import NotFoundError, TrustError, UsageError, from_os_error
 from ckpt.core.names import check_model, check_text
 from ckpt.core.printable import escape
+from ckpt.core.sizes import size
 
 if TYPE_CHECKING:
     from ckpt.service.repository import Repository
