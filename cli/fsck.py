@@ -38,6 +38,7 @@ def fsck(settings: Settings, read_data: str | None, repair: bool) -> None:
                 "healed": found.healed,
                 "damaged": found.damaged,
                 "copies": found.copies,
+                "rewritten": found.rewritten,
                 "repaired": found.repaired,
             }
         )
@@ -46,6 +47,8 @@ def fsck(settings: Settings, read_data: str | None, repair: bool) -> None:
             click.echo(f"broken pack {pack}: {escape(reason)}")
         for key in found.copies:
             click.echo(f"missing or wrong: {key}")
+        for key in found.rewritten:
+            click.echo(f"written again: {key}")
         for reference in found.repaired:
             click.echo(f"repaired {reference}")
         for pack in found.healed:

@@ -29,8 +29,8 @@ class Checked:
         broken: packs that are missing or wrong, with the reason; versions that need one are
             ``damaged``.
         healed: packs that were broken and are whole.
-        copies: documents and events that were missing or wrong in the store; with ``repair``
-            they are there again.
+        copies: documents and events that are missing or wrong in the store, and ``rewritten``
+            those that were, and are there again.
         repaired: versions that were moved to whole packs.
     """
 
@@ -40,6 +40,7 @@ class Checked:
     healed: list[str] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
     copies: list[str] = field(default_factory=list)
+    rewritten: list[str] = field(default_factory=list)
     repaired: list[str] = field(default_factory=list)
 
     @property
@@ -190,5 +191,6 @@ def _check_copies(store: Store, registry: Registry, found: Checked, *, repair: b
         if repair:
             store.delete(copy.key)  # damaged, or not there: the registry has what it must say
             store.put(copy.key, copy.body)
+            found.rewritten.append(copy.key)
         else:
             found.copies.append(copy.key)

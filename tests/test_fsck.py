@@ -140,9 +140,13 @@ def test_copies_that_are_missing_or_wrong_are_written_again(
     for damage in (Path.unlink, lambda path: path.write_bytes(b"{}")):
         first.chmod(0o644)
         damage(first)
-        assert len(filled.fsck().copies) == 1
-        assert filled.fsck(repair=True).is_clean
+        key = str(first.relative_to(filled.location.store))
+        assert filled.fsck().copies == [key]
+        found = filled.fsck(repair=True)
+        assert (found.copies, found.rewritten) == ([], [key])
+        assert found.is_clean
         assert first.read_bytes() == body
+    assert filled.fsck(repair=True).rewritten == []
 
 
 def test_500_edits_are_all_found_and_nothing_else(filled: ckpt.Repository) -> None:
