@@ -55,7 +55,7 @@ def fsck(settings: Settings, read_data: str | None, repair: bool) -> None:
             click.echo(f"whole again: {pack}")
         settings.say(f"looked at {count(found.packs, 'pack')}, read {count(found.chunks, 'chunk')}")
     if not found.is_clean:
-        shown = ", ".join(found.damaged) or "documents or events are missing"
+        shown = ", ".join([*found.damaged, *found.copies])
         first = "push the same content again, then " if found.damaged else ""
         raise IntegrityError(
             "damaged", f"damaged: {shown}", hint=f"{first}run `ckpt fsck --repair`"

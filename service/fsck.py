@@ -27,7 +27,7 @@ class Checked:
     Attributes:
         packs: how many were looked at, and ``chunks`` how many chunks were read and hashed.
         broken: packs that are missing or wrong, with the reason; versions that need one are
-            ``damaged``.
+            ``damaged``. One that none needs is no harm: gc removes it.
         healed: packs that were broken and are whole.
         copies: documents and events that are missing or wrong in the store, and ``rewritten``
             those that were, and are there again.
@@ -46,7 +46,7 @@ class Checked:
     @property
     def is_clean(self) -> bool:
         """Whether nothing is wrong any more."""
-        return not self.broken and not self.damaged and not self.copies
+        return not self.damaged and not self.copies
 
 
 def check(
@@ -85,11 +85,11 @@ def check(
     if repair:
         _repair(store, registry, found)
     _check_copies(store, registry, found, repair=repair)
-    for pack in list(found.broken):
+    for pack in found.broken:
         needing = [reference for _, reference in registry.repairs.users(pack)]
         found.damaged += [one for one in needing if one not in found.damaged]
-        if not needing and repair:
-            del found.broken[pack]  # nobody needs it; gc removes it
+        if not needing:
+            found.broken[pack] += "; no version needs it, gc removes it"
     return found
 
 

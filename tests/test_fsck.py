@@ -97,6 +97,20 @@ def test_the_next_push_of_the_content_heals_it(filled: ckpt.Repository, name: st
     assert filled.fsck(read_data=1).is_clean
 
 
+def test_a_broken_pack_that_no_version_needs_is_no_damage(filled: ckpt.Repository) -> None:
+    flip(pack_of(filled, "b"))
+    filled.fsck(read_data=1)
+    filled.push(state(2), "copy")
+    assert filled.fsck(repair=True).repaired == ["b@1"]
+    for _ in range(2):
+        found = filled.fsck()
+        assert found.is_clean
+        (reason,) = found.broken.values()
+        assert reason.endswith("; no version needs it, gc removes it")
+    filled.gc()
+    assert not filled.fsck().broken
+
+
 def test_a_row_that_says_another_place_is_found_and_a_rebuild_puts_it_right(
     filled: ckpt.Repository,
 ) -> None:
@@ -192,6 +206,10 @@ def test_the_command_line_tells_and_ends_with_4(filled: ckpt.Repository) -> None
     said = run("--read-data", status=4)
     assert "holds other bytes" in said
     assert "error[damaged]: damaged: b@1" in said
+    event, *_ = filled.location.store.glob("events/1/*")
+    event.unlink()
+    assert f"error[damaged]: damaged: b@1, events/1/{event.name}; push" in run(status=4)
+    assert f"written again: events/1/{event.name}\n" in run("--repair", status=4)
     assert json.loads(run("--json", status=4).partition("\nerror")[0])["damaged"] == ["b@1"]
     assert "share-invalid" in run("--read-data=all", status=2)
     with pytest.raises(CkptError):
