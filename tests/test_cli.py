@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 import ckpt
 from ckpt.cli import main as entry
 from ckpt.cli.main import COMMANDS
+from ckpt.core.errors import AccessError
 
 ROOT = Path(__file__).parents[1]
 
@@ -229,6 +230,24 @@ def test_what_was_removed_before_another_failed_is_told(
     shell("rm", "-y", "net@1", "net@2", status=5)
     assert "net@2 is kept by the alias net:late" in shell.err
     assert "(removed before that: net@1)" in shell.err
+
+
+def test_what_cannot_be_marked_is_told_with_what_is_wrong(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell("init")
+    shell("push", "net.safetensors", "net")
+    (pack,) = shell.folder.glob(".ckpt/store/packs/*/*")
+    pack.unlink()
+
+    def refuse(*_: object) -> None:
+        raise AccessError("permission", "not permitted to write the registry", hint="see its mode")
+
+    monkeypatch.setattr("ckpt.registry.engine.Database.write", refuse)
+    assert f"broken pack {pack.stem}: it is missing" in shell("fsck", status=4)
+    assert "error[damaged]: damaged: net@1; push the same content again" in shell.err
+    assert "(nothing could be marked: not permitted to write the registry)" in shell.err
+    assert json.loads(shell("fsck", "--json", status=4))["unmarked"] is not None
 
 
 class Terminal(io.StringIO):

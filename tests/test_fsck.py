@@ -15,7 +15,7 @@ from promise_scene import flip
 from sqlalchemy import update
 
 import ckpt
-from ckpt.core.errors import CkptError, IntegrityError
+from ckpt.core.errors import AccessError, CkptError, IntegrityError
 from ckpt.registry.tables import chunks
 from ckpt.service.rebuild import rebuild_registry
 
@@ -109,6 +109,26 @@ def test_a_broken_pack_that_no_version_needs_is_no_damage(filled: ckpt.Repositor
         assert reason.endswith("; no version needs it, gc removes it")
     filled.gc()
     assert not filled.fsck().broken
+
+
+def test_a_repository_that_cannot_be_written_is_reported_whole(
+    filled: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip(pack_of(filled, "a@1"))
+    flip(pack_of(filled, "b"))
+
+    def refuse(*_: object) -> None:
+        raise AccessError("permission", "not permitted to write the registry")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(filled._registry._database, "write", refuse)
+        found = filled.fsck(read_data=1)
+        assert (len(found.broken), sorted(found.damaged)) == (2, ["a@1", "a@2", "b@1"])
+        assert found.unmarked is not None
+        assert found.unmarked.code == "permission"
+        assert not found.is_clean
+    assert filled.fsck(read_data=1).unmarked is None
+    assert len(filled.fsck().broken) == 2
 
 
 def test_a_row_that_says_another_place_is_found_and_a_rebuild_puts_it_right(
