@@ -43,14 +43,14 @@ class Machine(VersionsMachine):
             return
         broken = place.broken_keys()
         dead = place.dead_keys()  # a collection that died leaves the rest to the next
-        over = place.ended_pushes()
         foreseen = repo.gc(grace=grace, dry_run=True)
         collected = repo.gc(grace=grace)
         freed = {pack.key for pack in collected.freed}
-        if not over:
-            assert foreseen.orphans == collected.orphans
-            assert {pack.key for pack in foreseen.freed} <= freed
-            assert grace or foreseen.freed_bytes == collected.freed_bytes
+        assert foreseen.orphans == collected.orphans
+        assert foreseen.orphan_bytes == collected.orphan_bytes
+        assert foreseen.finished == collected.finished
+        assert {pack.key for pack in foreseen.freed} <= freed
+        assert grace or foreseen.freed_bytes == collected.freed_bytes
         after = place.pack_files()
         assert before.keys() - after.keys() == before.keys() & (freed | dead | {*collected.orphans})
         assert place.unfinished_pushes() <= place.open_pushes()
