@@ -226,7 +226,11 @@ class Repository(Lookup, Exchange, Upkeep):
         progress: Progress | None = None,
     ) -> Version:
         """Push a version of another repository to this one: the same content, environment and
-        facts. Chunks that are here already are shared; run again, it goes on where it was.
+        facts, but not its number, time and aliases. Chunks that are here already are shared; run
+        again, it goes on where it was.
+
+        A version of the model is answered instead when it has the same run, content, step,
+        metrics and labels, also one that is not the newest.
 
         Raises:
             IntegrityError: ``object-corrupt`` when the other one is damaged.

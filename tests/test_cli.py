@@ -81,6 +81,12 @@ def test_what_is_not_done_is_not_told_as_done(shell: Shell) -> None:
     assert "of it added there" in shell.err
     shell("copy", "net", "other")
     assert "was there already, nothing is added" in shell.err
+    shell.save("net.safetensors", w=2)
+    shell("push", "net.safetensors", "net")
+    shell("copy", "net", "other")
+    assert "of it added there" in shell.err
+    assert shell("copy", "net@1", "other") == "net@1\n"
+    assert "net@1 was there already, nothing is added" in shell.err
 
 
 def test_push_prints_only_the_reference_on_stdout(shell: Shell) -> None:

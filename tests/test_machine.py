@@ -119,7 +119,7 @@ class Machine(VersionsMachine):
             self.places.append(Place(self.template / "archive", self.folder / "archive"))
         other = self.places[place is self.place]
         version = other.actor(0).copy(place.actor(actor), kept.reference)
-        other.check_record(version, other.shelf.push(kept.model, kept.facts))
+        other.check_record(version, other.shelf.copy(kept.model, kept.facts))
         other.check_pull(0, version, kept.content)
 
     @rule(who=actors, repair=st.booleans())
