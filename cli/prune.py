@@ -91,7 +91,7 @@ def _tell(settings: Settings, pruned: Pruned) -> None:
     help="How many.",
 )
 def events(settings: Settings, since: str | None, limit: int) -> None:
-    """List who did what to what, newest first."""
+    """List who did what to what, newest first by the clock of the registry."""
     with settings.open() as repository:
         found = repository.events(since=since, limit=limit)
     if settings.as_json:
