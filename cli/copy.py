@@ -5,8 +5,10 @@ from __future__ import annotations
 import click
 
 from ckpt.cli.command import Settings, command
-from ckpt.cli.push import newest_push
-from ckpt.cli.render import print_json, progress, size, version_json
+from ckpt.cli.push import newest_number
+from ckpt.cli.render import print_json, progress, version_json
+from ckpt.core.names import check_model
+from ckpt.core.sizes import size
 
 
 @command("copy")
@@ -16,16 +18,21 @@ from ckpt.cli.render import print_json, progress, size, version_json
 def copy(settings: Settings, reference: str, target: str, model: str | None) -> None:
     """Copy the version REF into the repository REPO, every byte checked on the way.
 
-    Chunks that are there already are shared. Prints the new reference on stdout.
+    Chunks that are there already are shared. Its number, time and aliases do not come along; a
+    version that REPO's model has with the same run, content, step, metrics and labels is answered
+    instead of a new one. Prints the reference there on stdout.
     """
     from ckpt.service.opening import open_repository
 
-    with settings.open() as here, open_repository(target) as there:
+    with settings.open() as here:
+        # All that can be refused is, before a repository is made for it.
         version = here.get(reference)
-        before = newest_push(there, model or version.model)
-        with progress(settings, f"copy {version.reference}") as meter:
-            copied = there.copy(here, version, model=model, progress=meter)
-    if copied.push == before:
+        name = version.model if model is None else check_model(model)
+        with open_repository(target) as there:
+            before = newest_number(there, name)
+            with progress(settings, f"copy {version.reference}") as meter:
+                copied = there.copy(here, version, model=name, progress=meter)
+    if copied.number <= before:
         settings.say(f"{copied.reference} was there already, nothing is added")
     else:
         settings.say(f"{size(copied.nbytes)}, {size(copied.new_bytes)} of it added there")

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpt.cli.command import Settings, command
-from ckpt.cli.render import count, print_json, progress, size, table, version_json
+from ckpt.cli.render import count, print_json, progress, table, version_json
 from ckpt.core.printable import escape
+from ckpt.core.sizes import size
 
 if TYPE_CHECKING:
     from ckpt.core.documents import Tensor

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ckpt.cli.command import Settings, command
-from ckpt.cli.render import print_json, progress, size, version_json
+from ckpt.cli.render import print_json, progress, version_json
+from ckpt.core.sizes import size
 
 if TYPE_CHECKING:
     from ckpt.service.exporting import ExportFormat

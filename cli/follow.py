@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from ckpt.cli.command import Settings
-from ckpt.cli.render import metrics, point_json, print_json, size, version_json
+from ckpt.cli.render import metrics, point_json, print_json, version_json
 from ckpt.core.errors import NotFoundError
 from ckpt.core.names import check_key, check_model
 from ckpt.core.printable import escape
+from ckpt.core.sizes import size
 
 if TYPE_CHECKING:
     from ckpt.core.records import Curve, Version

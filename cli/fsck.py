@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,6 +11,9 @@ from ckpt.cli.command import Settings, command
 from ckpt.cli.render import count, print_json
 from ckpt.core.errors import IntegrityError, UsageError
 from ckpt.core.printable import escape
+
+if TYPE_CHECKING:
+    from ckpt.service.fsck import Checked
 
 
 @command("fsck")
@@ -29,6 +33,14 @@ def fsck(settings: Settings, read_data: str | None, repair: bool) -> None:
     """
     with settings.open() as repository:
         found = repository.fsck(read_data=_share(read_data), repair=repair)
+    _tell(settings, found)
+    if found.damaged or found.copies:
+        raise _damaged(found)
+    if found.unmarked is not None:
+        raise found.unmarked
+
+
+def _tell(settings: Settings, found: Checked) -> None:
     if settings.as_json:
         print_json(
             {
@@ -38,25 +50,33 @@ def fsck(settings: Settings, read_data: str | None, repair: bool) -> None:
                 "healed": found.healed,
                 "damaged": found.damaged,
                 "copies": found.copies,
+                "rewritten": found.rewritten,
                 "repaired": found.repaired,
+                "unmarked": None if found.unmarked is None else found.unmarked.message,
             }
         )
-    else:
-        for pack, reason in found.broken.items():
-            click.echo(f"broken pack {pack}: {escape(reason)}")
-        for key in found.copies:
-            click.echo(f"missing or wrong: {key}")
-        for reference in found.repaired:
-            click.echo(f"repaired {reference}")
-        for pack in found.healed:
-            click.echo(f"whole again: {pack}")
-        settings.say(f"looked at {count(found.packs, 'pack')}, read {count(found.chunks, 'chunk')}")
-    if not found.is_clean:
-        shown = ", ".join(found.damaged) or "documents or events are missing"
-        first = "push the same content again, then " if found.damaged else ""
-        raise IntegrityError(
-            "damaged", f"damaged: {shown}", hint=f"{first}run `ckpt fsck --repair`"
-        )
+        return
+    for pack, reason in found.broken.items():
+        click.echo(f"broken pack {pack}: {escape(reason)}")
+    for key in found.copies:
+        click.echo(f"missing or wrong: {key}")
+    for key in found.rewritten:
+        click.echo(f"written again: {key}")
+    for reference in found.repaired:
+        click.echo(f"repaired {reference}")
+    for pack in found.healed:
+        click.echo(f"whole again: {pack}")
+    settings.say(f"looked at {count(found.packs, 'pack')}, read {count(found.chunks, 'chunk')}")
+
+
+def _damaged(found: Checked) -> IntegrityError:
+    shown = ", ".join([*found.damaged, *found.copies])
+    first = "push the same content again, then " if found.damaged else ""
+    hint = f"{first}run `ckpt fsck --repair`"
+    error = IntegrityError("damaged", f"damaged: {shown}", hint=hint)
+    if found.unmarked is not None:
+        error.add_note(f"nothing could be marked: {found.unmarked.message}")
+    return error
 
 
 def _share(text: str | None) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from ckpt.cli.command import Settings, command
-from ckpt.cli.render import count, print_json, size, table
+from ckpt.cli.render import count, print_json, table
+from ckpt.core.sizes import size
 
 
 @command("gc")
@@ -36,10 +37,18 @@ def gc(settings: Settings, grace: str, dry_run: bool, allow: tuple[str, ...], re
     verb = "would free" if dry_run else "freed"
     click.echo(f"{verb} {size(collected.freed_bytes)} in {count(len(collected.freed), 'pack')}")
     if collected.repacked:
-        verb = "would be written" if dry_run else "written"
-        settings.say(f"{count(len(collected.repacked), 'mostly dead pack')} {verb} again")
+        done = "would be written" if dry_run else "written"
+        settings.say(f"{count(len(collected.repacked), 'mostly dead pack')} {done} again")
     if collected.orphans:
-        settings.say(f"{count(len(collected.orphans), 'unfinished pack')} of pushes that ended")
+        settings.say(
+            f"{verb} {size(collected.orphan_bytes)} in "
+            f"{count(len(collected.orphans), 'unfinished pack')} of pushes that ended"
+        )
+    if collected.finished:
+        settings.say(
+            f"{verb} {size(collected.finished_bytes)} in {count(len(collected.finished), 'pack')} "
+            "that an earlier collection had left"
+        )
     if collected.waiting:
         settings.say(
             f"unneeded: {size(collected.waiting_bytes)} in {count(len(collected.waiting), 'pack')} until the end "

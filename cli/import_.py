@@ -10,10 +10,11 @@ import click
 
 from ckpt.cli.command import Settings, command
 from ckpt.cli.push import pairs
-from ckpt.cli.render import count, print_json, progress, size, table, version_json
+from ckpt.cli.render import count, print_json, progress, table, version_json
 from ckpt.core.errors import CkptError
 from ckpt.core.names import check_aliases, check_model, check_text
 from ckpt.core.printable import escape
+from ckpt.core.sizes import size
 
 if TYPE_CHECKING:
     from ckpt.service.importing import Checkpoint, Imported

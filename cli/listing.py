@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ckpt.cli.command import Settings, command
-from ckpt.cli.render import age, print_json, size, table, version_json
+from ckpt.cli.render import age, print_json, table, version_json
+from ckpt.core.sizes import size
 
 if TYPE_CHECKING:
     from ckpt.core.records import ClassUse

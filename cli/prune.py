@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from ckpt.cli.command import Settings, command
-from ckpt.cli.render import count, print_json, size, table, version_json
-from ckpt.core.errors import UsageError
+from ckpt.cli.confirm import confirm
+from ckpt.cli.render import count, print_json, table, version_json
+from ckpt.core.sizes import size
+
+if TYPE_CHECKING:
+    from ckpt.service.retention import Pruned
 
 
 @command("prune")
@@ -18,7 +22,7 @@ from ckpt.core.errors import UsageError
 @click.option("--keep-every", type=click.IntRange(1), metavar="N", help="Steps divisible by N.")
 @click.option("--keep-within", metavar="7d", help="What is younger: 12h, 7d, 2w.")
 @click.option("--save-policy", "save", is_flag=True, help="Use these rules the next time too.")
-@click.option("-n", "--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option("-n", "--dry-run", is_flag=True, help="Only say what would be removed; save nothing.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def prune(
     settings: Settings,
@@ -42,14 +46,21 @@ def prune(
     with settings.open() as repository:
         foreseen = repository.prune(model, keep=rules, dry_run=True)
         if foreseen.victims and not dry_run:
-            _confirm(f"{count(len(foreseen.victims), 'version')} of {model}", yes)
+            victims = f"{count(len(foreseen.victims), 'version')} of {model}"
+            confirm(f"Remove {victims} for ever?", victims, yes=yes)
         pruned = foreseen
         if not dry_run:
             pruned = repository.prune(model, keep=rules, save=save)
+    _tell(settings, pruned)
+    if save and dry_run:
+        settings.say("a dry run saves no rules")
+
+
+def _tell(settings: Settings, pruned: Pruned) -> None:
     if settings.as_json:
         print_json(
             {
-                "dry_run": dry_run,
+                "dry_run": pruned.dry_run,
                 "rules": list(pruned.rules),
                 "victims": [version_json(version) for version in pruned.victims],
                 "kept": {version.reference: list(why) for version, why in pruned.kept},
@@ -57,23 +68,15 @@ def prune(
             }
         )
         return
-    verb = "would remove" if dry_run else "removed"
+    verb = "would remove" if pruned.dry_run else "removed"
     if pruned.victims:
         why = f"kept by none of {', '.join(pruned.rules)}"
         rows = [[version.reference, size(version.nbytes), why] for version in pruned.victims]
         click.echo(table([verb.upper(), "SIZE", "WHY"], rows, right=["SIZE"]))
     settings.say(
-        f"{verb} {count(len(pruned.victims), 'version')} of {model}; "
+        f"{verb} {count(len(pruned.victims), 'version')} of {pruned.model}; "
         f"gc frees {size(pruned.freed_bytes)} of it"
     )
-
-
-def _confirm(what: str, yes: bool) -> None:
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise UsageError("not-confirmed", f"nobody to ask about {what}", hint="add --yes")
-    click.confirm(f"Remove {what} for ever?", abort=True, err=True)
 
 
 @command("events")
@@ -88,7 +91,7 @@ def _confirm(what: str, yes: bool) -> None:
     help="How many.",
 )
 def events(settings: Settings, since: str | None, limit: int) -> None:
-    """List who did what to what, newest first."""
+    """List who did what to what, newest first by the clock of the registry."""
     with settings.open() as repository:
         found = repository.events(since=since, limit=limit)
     if settings.as_json:

@@ -8,9 +8,10 @@ from pathlib import Path
 import click
 
 from ckpt.cli.command import Settings, command
-from ckpt.cli.render import print_json, progress, size, version_json
+from ckpt.cli.render import print_json, progress, version_json
 from ckpt.core.errors import ConflictError, NotFoundError
 from ckpt.core.printable import escape
+from ckpt.core.sizes import size
 
 
 @command("pull")

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import click
 
 from ckpt.cli.command import Settings, command
-from ckpt.cli.render import print_json, progress, size, version_json
+from ckpt.cli.render import print_json, progress, version_json
 from ckpt.core.errors import NotFoundError, TrustError, UsageError, from_os_error
 from ckpt.core.names import check_model, check_text
 from ckpt.core.printable import escape
+from ckpt.core.sizes import size
 
 if TYPE_CHECKING:
     from ckpt.service.repository import Repository
@@ -61,7 +62,7 @@ def push(
     check_model(name)
     given = (alias, *aliases) if colon else aliases
     with settings.open(create=True) as repository, progress(settings, f"push {file.name}") as meter:
-        before = newest_push(repository, name)
+        before = newest_number(repository, name)
         version = repository.push_file(
             file,
             name,
@@ -76,7 +77,7 @@ def push(
             progress=meter,
         )
         root = repository.location.root
-    if version.push == before:
+    if version.number <= before:
         lost = ", and the message is not kept" if message and message != version.message else ""
         said = f"{version.reference} in {root} was already committed, nothing is added{lost}"
         settings.say(said)
@@ -89,13 +90,13 @@ def push(
         click.echo(version.reference)
 
 
-def newest_push(repository: Repository, model: str) -> str | None:
-    """The push that made the newest version of a model, or None."""
+def newest_number(repository: Repository, model: str) -> int:
+    """The number of the newest version of a model, or 0: what is made later has a higher one."""
     try:
         newest = repository.log(model, limit=1)
     except NotFoundError:
-        return None
-    return newest[0].push if newest else None
+        return 0
+    return newest[0].number if newest else 0
 
 
 def refuse_unfit(path: Path) -> None:

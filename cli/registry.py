@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
 from ckpt.cli.command import Settings, command
+from ckpt.cli.confirm import confirm
 from ckpt.cli.render import count, print_json
-from ckpt.core.errors import IntegrityError, UsageError
+from ckpt.core.errors import IntegrityError
 from ckpt.core.printable import escape
 
 
@@ -31,7 +30,7 @@ def rebuild(settings: Settings, yes: bool) -> None:
     from ckpt.service.rebuild import rebuild_registry
 
     location = locate(settings.repo)
-    _confirm(yes)
+    confirm("Make the registry anew from the store?", "the rebuild", yes=yes)
     store = open_store(location.store_place, location.options)
     try:
         found = rebuild_registry(location, store)
@@ -60,14 +59,6 @@ def rebuild(settings: Settings, yes: bool) -> None:
             hint="put the packs back and run this again, or push the same content again, then run "
             "`ckpt fsck --repair`",
         )
-
-
-def _confirm(yes: bool) -> None:
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise UsageError("not-confirmed", "nobody to ask about the rebuild", hint="add --yes")
-    click.confirm("Make the registry anew from the store?", abort=True, err=True)
 
 
 registry.add_command(rebuild)

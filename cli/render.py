@@ -18,19 +18,10 @@ import click
 from ckpt.cli.command import Settings
 from ckpt.core.printable import escape
 from ckpt.core.records import Curve, Point, Version
+from ckpt.core.sizes import size
 
 _PROGRESS_BYTES = 64 << 20
 _LINE_SECONDS = 5.0
-
-
-def size(nbytes: int) -> str:
-    """``1.5 MiB``; bytes below 1 KiB."""
-    value = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{nbytes} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
 
 
 def count(number: int, noun: str) -> str:

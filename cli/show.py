@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpt.cli.command import Settings, command
-from ckpt.cli.render import age, metrics, print_json, size, table, version_json
+from ckpt.cli.render import age, metrics, print_json, table, version_json
 from ckpt.core.printable import escape
+from ckpt.core.sizes import size
 
 if TYPE_CHECKING:
     from ckpt.core.documents import Document, Probe

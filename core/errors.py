@@ -6,6 +6,8 @@ import errno
 from functools import partial
 from typing import ClassVar
 
+from ckpt.core.sizes import size
+
 
 class CkptError(Exception):
     """Base of every error that ckpt raises on purpose.
@@ -82,6 +84,15 @@ class TrustError(CkptError):
 
 class CkptWarning(UserWarning):
     """Something that was done is not quite what was recorded."""
+
+
+def no_room(folder: str, nbytes: int, free: int) -> SpaceError:
+    """The error for ``nbytes`` more that surely do not fit into what is ``free``."""
+    return SpaceError(
+        "no-space",
+        f"{folder} needs {size(nbytes)} more and has {size(free)} free",
+        hint="free some space and run again; nothing was left behind",
+    )
 
 
 def from_os_error(error: OSError, doing: str) -> CkptError:

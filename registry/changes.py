@@ -177,12 +177,7 @@ class Changes:
     def _refuse_aliased(transaction: Transaction, row: Row[Any], model: Row[Any]) -> None:
         named = transaction.rows(select(aliases.c.name).where(aliases.c.version == row.id))
         if named:
-            shown = f"{model.name}:{named[0].name}"
-            raise ConflictError(
-                "aliased",
-                f"{model.name}@{row.number} is kept by the alias {shown}",
-                hint=f"run `ckpt untag {shown}` first",
-            )
+            raise aliased(f"{model.name}@{row.number}", f"{model.name}:{named[0].name}")
 
     @staticmethod
     def _drop_document(transaction: Transaction, digest: str) -> None:
@@ -213,6 +208,15 @@ def _locked_model(transaction: Transaction, name: str) -> Row[Any]:
     if row is None:
         raise model_missing(name)
     return row
+
+
+def aliased(reference: str, alias: str) -> ConflictError:
+    """The error for a version that is not removed while ``alias``, ``model:name``, names it."""
+    return ConflictError(
+        "aliased",
+        f"{reference} is kept by the alias {alias}",
+        hint=f"run `ckpt untag {alias}` first",
+    )
 
 
 def note_event(

@@ -37,6 +37,14 @@ def _needed() -> ColumnElement[bool]:
     return referred | exists().where(claims.c.pack == packs.c.id)
 
 
+def _will_be_needed(now: int) -> ColumnElement[bool]:
+    """The same, once the pushes whose lease has ended are aborted."""
+    referred = exists().where(refs.c.pack == packs.c.id)
+    claiming = pushes.alias("claiming")
+    claimed = exists().where(claims.c.pack == packs.c.id, claims.c.push == claiming.c.id)
+    return referred | claimed.where(claiming.c.expires_at >= now)
+
+
 class Collector:
     """The registry's part of a collection."""
 
@@ -58,8 +66,9 @@ class Collector:
 
         return self._database.write(act)
 
-    def unneeded(self) -> list[Unneeded]:
-        """Packs that no version refers to and no push claims, as they are now.
+    def unneeded(self, *, lapsed: bool = False) -> list[Unneeded]:
+        """Packs that no version refers to and no push claims, as they are now; with ``lapsed`` as
+        they will be when :meth:`expire` was called.
 
         One is ``explained`` when its push was aborted, its version was removed by an act, or
         its version is still there and needs it no more.
@@ -69,11 +78,11 @@ class Collector:
         query = (
             select(packs, made.label("made"), committed.label("committed"))
             .join(pushes, pushes.c.id == packs.c.push)
-            .where(~_needed())
             .order_by(packs.c.id)
         )
         with self._database.read() as transaction:
-            rows = transaction.rows(query)
+            needed = _will_be_needed(transaction.now()) if lapsed else _needed()
+            rows = transaction.rows(query.where(~needed))
             # Only a version that was made and is gone can have been removed by an act.
             asked = any(row.committed and not row.made for row in rows)
             ended = _ended(transaction) if asked else set()
@@ -165,14 +174,17 @@ class Collector:
         return dead, [key for key in some if creators[key] not in states]
 
     def orphans(self, keys: Iterable[str]) -> tuple[list[str], list[str]]:
-        """What :meth:`sweep` would find; nothing is changed."""
+        """What :meth:`sweep` would find after :meth:`expire`; nothing is changed."""
         with self._database.read() as transaction:
-            states = {row.id: row.state for row in transaction.rows(select(pushes))}
+            now = transaction.now()
+            creators = transaction.rows(select(pushes))
             known = {row.key for row in transaction.rows(select(packs.c.key))}
             known |= {row.key for row in transaction.rows(select(dead_keys.c.key))}
         left = sorted(set(keys) - known)
-        over = [key for key in left if states.get(_creator(key), "open") != PushState.OPEN.value]
-        return over, [key for key in left if _creator(key) not in states]
+        opened = PushState.OPEN.value
+        is_over = {row.id: row.state != opened or row.expires_at < now for row in creators}
+        over = [key for key in left if is_over.get(_creator(key), False)]
+        return over, [key for key in left if _creator(key) not in is_over]
 
     def dead(self) -> list[DeadKey]:
         """All dead keys, in the order of their events."""

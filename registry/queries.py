@@ -52,6 +52,7 @@ _NEWEST_DIGEST = (
 )
 _PAGE = NEWEST_FIRST.limit(bindparam("most"))
 _NEXT_PAGE = _PAGE.where(versions.c.number < bindparam("below"))
+_OF_DIGEST = NEWEST_FIRST.where(versions.c.digest == bindparam("whole"))
 _DOCUMENT = (
     select(documents.c.body, structures.c.body.label("structure"), versions.c.facts)
     .join(structures, structures.c.digest == documents.c.structure)
@@ -92,6 +93,12 @@ class Queries:
         """The digest of a model's newest version, or None when it has none."""
         row = self._database.ask(_NEWEST_DIGEST, of_model(model))
         return None if row is None else str(row.digest)
+
+    def of_digest(self, model: str, digest: str) -> list[Version]:
+        """The versions of a model with this digest, newest first; none without the model."""
+        with self._database.read() as transaction:
+            rows = transaction.rows(_OF_DIGEST, of_model(model) | {"whole": digest})
+            return records_of(transaction, rows)
 
     def log(self, model: str, before: int | None = None, limit: int = 100) -> list[Version]:
         """Versions of a model, newest first, from below number ``before``; at most ``limit``."""

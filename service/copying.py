@@ -13,7 +13,8 @@ from ckpt.core.printable import escape
 from ckpt.core.records import Environment, Version
 from ckpt.core.tensors import CHUNK_BYTES
 from ckpt.registry.registry import Registry
-from ckpt.service.push import Described, Said, push_described
+from ckpt.service.acknowledge import acknowledge_push
+from ckpt.service.push import Described, Said, check_may_push, is_repeated, push_described
 from ckpt.service.sharded import JointPush, Shard
 from ckpt.service.upload import Progress
 from ckpt.storage.chunks import Places, read_chunk
@@ -65,6 +66,10 @@ def copy_version(
     """Push a version of one repository to another: the same document, environment and facts; the
     chunks that are there already are shared. Run again, it goes on where it was.
 
+    A version of the model there is answered instead when it has the same run, content, step,
+    metrics and labels, also one that is not the newest: copies of several versions, made again,
+    add nothing.
+
     Raises:
         IntegrityError: ``object-corrupt`` when the source is damaged; nothing was committed.
     """
@@ -80,6 +85,10 @@ def copy_version(
         message=version.message,
         run=version.run,
     )
+    check_may_push(*target, model)
+    known = _copied_before(*target, said, document, version.digest)
+    if known is not None:
+        return known
     if any(entry.parts for entry in document.tensors):
         shards = list(_shards(document, store, places))
         joint = JointPush(*target, said)
@@ -97,6 +106,15 @@ def copy_version(
         document, version, stored(document.tensors), stored(document.probe_tensors)
     )
     return push_described(*target, described, said, environment.body, progress)[0]
+
+
+def _copied_before(
+    store: Store, registry: Registry, said: Said, document: Document, digest: str
+) -> Version | None:
+    for version in registry.queries.of_digest(said.model, digest):
+        if is_repeated(store, registry, version, said, document, digest):
+            return acknowledge_push(store, registry, version.push)
+    return None
 
 
 def _shards(document: Document, store: Store, places: Places) -> Iterator[Shard]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from ckpt.core.documents import Tensor, canonical
 from ckpt.core.dtypes import ITEM_SIZES, PACK_CODES
 from ckpt.core.effects import perform
-from ckpt.core.errors import ConflictError, NotFoundError, SpaceError, TrustError, from_os_error
+from ckpt.core.errors import ConflictError, NotFoundError, TrustError, from_os_error, no_room
 from ckpt.core.printable import is_printable
 from ckpt.service.fetch import Wanted, stored_size
 from ckpt.storage.header import parse_header
@@ -193,11 +193,7 @@ def _exists(destination: Path) -> ConflictError:
 def _check_room(folder: Path, nbytes: int) -> None:
     free = perform("statvfs", shutil.disk_usage, folder).free
     if nbytes > free:
-        raise SpaceError(
-            "no-space",
-            f"{folder} needs {nbytes / 2**30:.1f} GiB and has {free / 2**30:.1f} GiB free",
-            hint="free some space and run again; nothing was left behind",
-        )
+        raise no_room(str(folder), nbytes, free)
 
 
 def sync_folder(folder: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import random
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from ckpt.core.errors import IntegrityError
+from ckpt.core.errors import AccessError, CkptError, IntegrityError, SpaceError
 from ckpt.core.records import Chunk, FinishedPack, Pack, PackState, Version
 from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import copy_pending
@@ -27,11 +28,12 @@ class Checked:
     Attributes:
         packs: how many were looked at, and ``chunks`` how many chunks were read and hashed.
         broken: packs that are missing or wrong, with the reason; versions that need one are
-            ``damaged``.
+            ``damaged``. One that none needs is no harm: gc removes it.
         healed: packs that were broken and are whole.
-        copies: documents and events that were missing or wrong in the store; with ``repair``
-            they are there again.
+        copies: documents and events that are missing or wrong in the store, and ``rewritten``
+            those that were, and are there again.
         repaired: versions that were moved to whole packs.
+        unmarked: why something that was found could not be written down, if so.
     """
 
     packs: int = 0
@@ -40,12 +42,23 @@ class Checked:
     healed: list[str] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
     copies: list[str] = field(default_factory=list)
+    rewritten: list[str] = field(default_factory=list)
     repaired: list[str] = field(default_factory=list)
+    unmarked: CkptError | None = None
 
     @property
     def is_clean(self) -> bool:
         """Whether nothing is wrong any more."""
-        return not self.broken and not self.damaged and not self.copies
+        return not self.damaged and not self.copies and self.unmarked is None
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """What cannot be written, to a repository that others own or a full disk, must not hold
+        back the report."""
+        try:
+            yield
+        except (AccessError, SpaceError) as error:
+            self.unmarked = error
 
 
 def check(
@@ -75,21 +88,27 @@ def check(
         was = finished.pack.state is PackState.BROKEN
         if reason is not None:
             found.broken[finished.pack.id] = reason
-            registry.repairs.mark(finished.pack.id, broken=True)
+            with found.guarded():
+                registry.repairs.mark(finished.pack.id, broken=True)
         elif was and hashed:
-            found.healed.append(finished.pack.id)
-            registry.repairs.mark(finished.pack.id, broken=False)
+            with found.guarded():
+                registry.repairs.mark(finished.pack.id, broken=False)
+                found.healed.append(finished.pack.id)
         elif was:
             found.broken[finished.pack.id] = "it was found wrong before; --read-data looks again"
     if repair:
         _repair(store, registry, found)
     _check_copies(store, registry, found, repair=repair)
-    for pack in list(found.broken):
+    _name_damaged(registry, found)
+    return found
+
+
+def _name_damaged(registry: Registry, found: Checked) -> None:
+    for pack in found.broken:
         needing = [reference for _, reference in registry.repairs.users(pack)]
         found.damaged += [one for one in needing if one not in found.damaged]
-        if not needing and repair:
-            del found.broken[pack]  # nobody needs it; gc removes it
-    return found
+        if not needing:
+            found.broken[pack] += "; no version needs it, gc removes it"
 
 
 def mark_damaged(store: Store, registry: Registry, version: Version) -> None:
@@ -183,12 +202,14 @@ def _repair(store: Store, registry: Registry, found: Checked) -> None:
 
 def _check_copies(store: Store, registry: Registry, found: Checked, *, repair: bool) -> None:
     """Every document and event that should be in the store is, with exactly its bytes."""
-    copy_pending(store, registry)
+    with found.guarded():
+        copy_pending(store, registry)
     for copy in registry.copies.all():
         if store.size(copy.key) == len(copy.body) and store.get(copy.key) == copy.body:
             continue
         if repair:
             store.delete(copy.key)  # damaged, or not there: the registry has what it must say
             store.put(copy.key, copy.body)
+            found.rewritten.append(copy.key)
         else:
             found.copies.append(copy.key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ class Collected:
         freed: packs that are gone from the store, with their bytes.
         waiting: packs that nobody needs, and that wait for the end of the grace.
         orphans: keys without a row, of pushes that ended before they registered them.
+        finished: keys that an earlier collection, which was stopped, had left to be deleted.
         unknown: keys of pushes that the registry never heard of; left alone.
         warnings: what a person should look at.
         repacked: packs of which little was needed, and that was written again; with ``dry_run``
@@ -44,6 +45,9 @@ class Collected:
     warnings: tuple[str, ...] = ()
     dry_run: bool = False
     repacked: tuple[Pack, ...] = ()
+    orphan_bytes: int = 0
+    finished: tuple[str, ...] = ()
+    finished_bytes: int = 0
 
     @property
     def freed_bytes(self) -> int:
@@ -76,19 +80,19 @@ def collect(
     epoch, _ = registry.copies.position()
     listed = _Listed(store)
     ended = _check(registry, listed, allow)
-    found = registry.collector.unneeded()
-    _check_share(registry, found, allow)
+    _check_share(registry, registry.collector.unneeded(), allow)
     warnings = _clock_warning(registry)
     if dry_run:
         sparse = [pack for pack, _ in registry.repacks.sparse(SHARE)] if repack else []
-        return _foreseen(registry, found, listed, grace, warnings, sparse)
+        return _foreseen(registry, listed, grace, warnings, sparse)
     registry.collector.expire()
     repacked, damaged = write_sparse_again(store, registry) if repack else ([], [])
     registry.collector.condemn(one.pack for one in registry.collector.unneeded())
     freed = registry.collector.remove(int(grace * 1e6), author())
     orphans, unknown = registry.collector.sweep(listed.packs, author())
     copy_pending(store, registry)
-    _delete(store, registry)
+    earlier = listed.packs.keys() - {*orphans, *(pack.key for pack in freed)}
+    finished = [key for key in _delete(store, registry) if key in earlier]
     _delete_documents(store, registry, listed, ended, epoch)
     store.discard_unfinished(registry.books.is_over)
     waiting = [one.pack for one in registry.collector.unneeded()]
@@ -99,6 +103,9 @@ def collect(
         tuple(unknown),
         (*warnings, *damaged),
         repacked=tuple(repacked),
+        orphan_bytes=listed.size(orphans),
+        finished=tuple(finished),
+        finished_bytes=listed.size(finished),
     )
 
 
@@ -107,7 +114,7 @@ class _Listed:
     """What the store holds, by kind."""
 
     store: Store
-    packs: list[str] = field(default_factory=list)
+    packs: dict[str, int] = field(default_factory=dict)  # with their bytes
     documents: dict[str, str] = field(default_factory=dict)
     events: dict[str, str] = field(default_factory=dict)
 
@@ -116,7 +123,11 @@ class _Listed:
         for place, found in (("documents/", self.documents), ("events/", self.events)):
             for info in self.store.list(place):
                 found[info.key.rpartition("-")[2].removesuffix(".json")] = info.key
-        self.packs = [info.key for info in self.store.list("packs/")]
+        self.packs = {info.key: info.size for info in self.store.list("packs/")}
+
+    def size(self, keys: Iterable[str]) -> int:
+        """Bytes of these packs."""
+        return sum(self.packs[key] for key in keys)
 
 
 def _check(registry: Registry, listed: _Listed, allow: Collection[str]) -> set[str]:
@@ -164,7 +175,6 @@ def _clock_warning(registry: Registry) -> tuple[str, ...]:
 
 def _foreseen(
     registry: Registry,
-    found: list[Unneeded],
     listed: _Listed,
     grace: float,
     warnings: tuple[str, ...],
@@ -172,13 +182,14 @@ def _foreseen(
 ) -> Collected:
     latest = registry.collector.now() - int(grace * 1e6)
     ripe, waiting = [], []
-    for one in found:
+    for one in registry.collector.unneeded(lapsed=True):
         is_over = grace == 0 or (one.condemned_at is not None and one.condemned_at <= latest)
         if is_over or one.pack.state is PackState.BROKEN:
             ripe.append(one.pack)
         else:
             waiting.append(one.pack)
     orphans, unknown = registry.collector.orphans(listed.packs)
+    finished = [dead.key for dead in registry.collector.dead() if dead.key in listed.packs]
     return Collected(
         tuple(ripe),
         tuple(waiting),
@@ -187,11 +198,15 @@ def _foreseen(
         warnings,
         dry_run=True,
         repacked=tuple(sparse),
+        orphan_bytes=listed.size(orphans),
+        finished=tuple(finished),
+        finished_bytes=listed.size(finished),
     )
 
 
-def _delete(store: Store, registry: Registry) -> None:
-    """(i): each key whose ``dead`` event, and every earlier one, is in the store by now."""
+def _delete(store: Store, registry: Registry) -> list[str]:
+    """(i): each key whose ``dead`` event, and every earlier one, is in the store by now; returns
+    them."""
     gone = []
     for dead in registry.collector.dead():
         if registry.copies.is_copied(dead.event) and registry.collector.may_delete(dead):
@@ -200,6 +215,7 @@ def _delete(store: Store, registry: Registry) -> None:
             gone.append(dead)
     # One that is written late, by a push that died, is found by the next sweep.
     registry.collector.forget(gone)
+    return [dead.key for dead in gone]
 
 
 def _delete_documents(
@@ -223,6 +239,9 @@ def gc_summary(collected: Collected) -> dict[str, Any]:
         "waiting_bytes": collected.waiting_bytes,
         "waiting": [pack.id for pack in collected.waiting],
         "orphans": list(collected.orphans),
+        "orphan_bytes": collected.orphan_bytes,
+        "finished": list(collected.finished),
+        "finished_bytes": collected.finished_bytes,
         "unknown": list(collected.unknown),
         "warnings": list(collected.warnings),
     }

@@ -206,22 +206,7 @@ def same_version(
     if registry.queries.newest_digest(said.model) != digest:
         return None
     newest = registry.queries.newest(said.model)
-    if newest is None or newest.digest != digest or newest.step != said.step:
-        return None
-    if newest.run != said.run:  # whose line of versions would miss this one
-        return None
-    if newest.labels != said.labels or repr(newest.metrics) != repr(dict(said.metrics)):
-        return None
-    # The digest leaves these out: what lies around the tensors of a pushed file, and the probe.
-    known = registry.queries.document(newest)
-    if (known.safetensors, known.files) != (document.safetensors, document.files):
-        return None
-    if known.order != document.order:  # of the keys of its dicts
-        return None
-    if document.probe is not None and known.probe != document.probe:
-        return None
-    # What is damaged is not answered but written again.
-    if not is_whole(store, registry, newest, document):
+    if newest is None or not is_repeated(store, registry, newest, said, document, digest):
         return None
     acknowledge_push(store, registry, newest.push)
     for alias in [alias for alias in said.aliases if alias not in newest.aliases]:
@@ -229,6 +214,33 @@ def same_version(
         event, newest = registry.changes.tag(named, alias, None, author())
         acknowledge_event(store, registry, event)
     return newest
+
+
+def is_repeated(
+    store: Store,
+    registry: Registry,
+    version: Version,
+    said: Said,
+    document: Document,
+    digest: str,
+) -> bool:
+    """Whether a push of this would only repeat a version of the model."""
+    if version.digest != digest or version.step != said.step:
+        return False
+    if version.run != said.run:  # whose line of versions would miss this one
+        return False
+    if version.labels != said.labels or repr(version.metrics) != repr(dict(said.metrics)):
+        return False
+    # The digest leaves these out: what lies around the tensors of a pushed file, and the probe.
+    known = registry.queries.document(version)
+    if (known.safetensors, known.files) != (document.safetensors, document.files):
+        return False
+    if known.order != document.order:  # of the keys of its dicts
+        return False
+    if document.probe is not None and known.probe != document.probe:
+        return False
+    # What is damaged is not answered but written again.
+    return is_whole(store, registry, version, document)
 
 
 def is_whole(store: Store, registry: Registry, version: Version, document: Document) -> bool:

@@ -25,7 +25,7 @@ from ckpt.core.names import (
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
 from ckpt.core.references import Reference, parse_reference
-from ckpt.registry.changes import Changes
+from ckpt.registry.changes import Changes, aliased
 from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import acknowledge_event, copy_pending
 from ckpt.service.author import author
@@ -226,7 +226,11 @@ class Repository(Lookup, Exchange, Upkeep):
         progress: Progress | None = None,
     ) -> Version:
         """Push a version of another repository to this one: the same content, environment and
-        facts. Chunks that are here already are shared; run again, it goes on where it was.
+        facts, but not its number, time and aliases. Chunks that are here already are shared; run
+        again, it goes on where it was.
+
+        A version of the model is answered instead when it has the same run, content, step,
+        metrics and labels, also one that is not the newest.
 
         Raises:
             IntegrityError: ``object-corrupt`` when the other one is damaged.
@@ -411,8 +415,11 @@ class Repository(Lookup, Exchange, Upkeep):
         acknowledge_event(self._store, self._registry, event)
         return version
 
-    def rm(self, ref: VersionLike) -> Version:
+    def rm(self, ref: VersionLike, *, dry_run: bool = False) -> Version:
         """Remove a version; its bytes go with a later ``gc``. Returns what was removed.
+
+        Args:
+            dry_run: only look whether it would be.
 
         Raises:
             ConflictError: ``aliased`` while an alias names it.
@@ -423,8 +430,12 @@ class Repository(Lookup, Exchange, Upkeep):
             # "It is gone" may repeat an rm whose process died before its event was copied.
             copy_pending(self._store, self._registry)
             raise
-        event = self._changes.remove(version.push, author())
-        acknowledge_event(self._store, self._registry, event)
+        changes = self._changes
+        if not dry_run:
+            event = changes.remove(version.push, author())
+            acknowledge_event(self._store, self._registry, event)
+        elif version.aliases:
+            raise aliased(version.reference, f"{version.model}:{version.aliases[0]}")
         return version
 
     def _reference(self, ref: VersionLike) -> Reference:

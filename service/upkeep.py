@@ -81,7 +81,8 @@ class Upkeep:
         return prune_model(self._store, self._registry, model, keep, dry_run=dry_run, save=save)
 
     def events(self, *, since: str | None = None, limit: int = 100) -> list[Event]:
-        """Who did what to what, newest first; ``since`` is ``7d``, ``12h`` or an ISO date.
+        """Who did what to what, newest first by the clock of the registry; ``since`` is ``7d``,
+        ``12h`` or an ISO date.
 
         Raises:
             UsageError: ``time-invalid``, ``limit-invalid``.

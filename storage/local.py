@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ckpt.core.effects import perform
-from ckpt.core.errors import SpaceError, StorageError, from_os_error
+from ckpt.core.errors import StorageError, from_os_error, no_room
 from ckpt.storage.direct import BLOCK, DirectFile
 from ckpt.storage.store import (
     ObjectInfo,
@@ -147,11 +147,7 @@ class LocalStore(Store):
             folder = next(path for path in (self.root, *self.root.parents) if path.exists())
             free = perform("statvfs", shutil.disk_usage, folder).free
         if nbytes > free:
-            raise SpaceError(
-                "no-space",
-                f"{self.root} needs {_gib(nbytes)} more and has {_gib(free)} free",
-                hint="free some space and run again; nothing was left behind",
-            )
+            raise no_room(self.name, nbytes, free)
 
     def path(self, key: str) -> Path:
         """Where the object lies."""
@@ -274,7 +270,3 @@ def _typed(doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise from_os_error(error, doing) from error
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.1f} GiB"

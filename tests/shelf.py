@@ -179,6 +179,12 @@ class Shelf:
         line.aliases |= dict.fromkeys(facts.aliases, kept.number)
         return kept
 
+    def copy(self, model: str, facts: Facts) -> Kept:
+        """The version that a copy must answer: also one that is not the newest."""
+        line = self.lines.get(model, Line())
+        known = [kept for kept in line.versions.values() if kept.is_repeated_by(facts)]
+        return known[-1] if known else self.push(model, facts)
+
     def _parent(self, model: str, run: str) -> str | None:
         """The run's previous version, else the newest."""
         versions = self.lines[model].versions

@@ -192,11 +192,6 @@ class Place:
     def open_pushes(self) -> set[str]:
         return {push for (push,) in self.rows("SELECT id FROM pushes WHERE state = 'open'")}
 
-    def ended_pushes(self) -> set[str]:
-        """Open pushes whose lease is over."""
-        over = "SELECT id FROM pushes WHERE state = 'open' AND expires_at = 0"
-        return {push for (push,) in self.rows(over)}
-
     def unfinished_pushes(self) -> set[str]:
         """The pushes that have temporary files of packs in the store."""
         names = [path.name for path in (self.root / "store" / ".tmp").glob("*-*.safetensors.*")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 import ckpt
 from ckpt.cli import main as entry
 from ckpt.cli.main import COMMANDS
+from ckpt.core.errors import AccessError
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,6 +81,12 @@ def test_what_is_not_done_is_not_told_as_done(shell: Shell) -> None:
     assert "of it added there" in shell.err
     shell("copy", "net", "other")
     assert "was there already, nothing is added" in shell.err
+    shell.save("net.safetensors", w=2)
+    shell("push", "net.safetensors", "net")
+    shell("copy", "net", "other")
+    assert "of it added there" in shell.err
+    assert shell("copy", "net@1", "other") == "net@1\n"
+    assert "net@1 was there already, nothing is added" in shell.err
 
 
 def test_push_prints_only_the_reference_on_stdout(shell: Shell) -> None:
@@ -192,6 +200,88 @@ def test_rm_asks_and_dry_run_removes_nothing(shell: Shell) -> None:
     assert "net@1" in shell("ls")
     shell("rm", "net", "-y")
     shell("show", "net@1", status=3)
+
+
+def test_of_several_versions_none_is_removed_while_one_is_kept(shell: Shell) -> None:
+    shell("init")
+    for value in range(3):
+        shell.save("net.safetensors", w=value)
+        shell("push", "net.safetensors", "net")
+    shell("tag", "net@2", "best")
+    for more in (["-y"], ["-n"], ["-y", "--json"]):
+        shell("rm", *more, "net@1", "net@2", status=5)
+        assert "error[aliased]: net@2 is kept by the alias net:best" in shell.err
+        shell("rm", *more, "net@1", "net@9", status=3)
+    assert len(shell("log", "net").splitlines()) == 4
+    shell("untag", "net:best")
+    shell("rm", "-y", "net@1", "net@2", "net@1")
+    assert "removed net@1 net@2" in shell.err
+
+
+def test_what_was_removed_before_another_failed_is_told(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell("init")
+    for value in range(2):
+        shell.save("net.safetensors", w=value)
+        shell("push", "net.safetensors", "net")
+    remove = ckpt.Repository.rm
+
+    def late(repo: ckpt.Repository, ref: ckpt.Version, *, dry_run: bool = False) -> ckpt.Version:
+        if not dry_run and ref.number == 2:
+            repo.tag(ref, "late")
+        return remove(repo, ref, dry_run=dry_run)
+
+    monkeypatch.setattr(ckpt.Repository, "rm", late)
+    shell("rm", "-y", "net@1", "net@2", status=5)
+    assert "net@2 is kept by the alias net:late" in shell.err
+    assert "(removed before that: net@1)" in shell.err
+
+
+def test_what_cannot_be_marked_is_told_with_what_is_wrong(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell("init")
+    shell("push", "net.safetensors", "net")
+    (pack,) = shell.folder.glob(".ckpt/store/packs/*/*")
+    pack.unlink()
+
+    def refuse(*_: object) -> None:
+        raise AccessError("permission", "not permitted to write the registry", hint="see its mode")
+
+    monkeypatch.setattr("ckpt.registry.engine.Database.write", refuse)
+    assert f"broken pack {pack.stem}: it is missing" in shell("fsck", status=4)
+    assert "error[damaged]: damaged: net@1; push the same content again" in shell.err
+    assert "(nothing could be marked: not permitted to write the registry)" in shell.err
+    assert json.loads(shell("fsck", "--json", status=4))["unmarked"] is not None
+
+
+class Terminal(io.StringIO):
+    """What a person types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    "arguments", [["rm", "net"], ["prune", "net", "--keep-last", "1"], ["registry", "rebuild"]]
+)
+def test_a_no_is_an_answer_and_no_interruption(
+    shell: Shell, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell("init")
+    for value in range(2):
+        shell.save("net.safetensors", w=value)
+        shell("push", "net.safetensors", "net")
+    monkeypatch.setattr("sys.stdin", Terminal("n\n"))
+    shell(*arguments, status=1)
+    assert "error[declined]: you said no; nothing was changed\n" in shell.err
+    assert len(shell("log", "net").splitlines()) == 3
+    monkeypatch.setattr("sys.stdin", Terminal(""))
+    shell(*arguments, status=130)
+    assert "error[interrupted]" in shell.err
+    monkeypatch.setattr("sys.stdin", Terminal("y\n"))
+    shell(*arguments)
 
 
 def test_hostile_text_is_shown_escaped(shell: Shell) -> None:

@@ -67,6 +67,37 @@ def test_only_what_is_not_there_is_written(repo: ckpt.Repository, other: ckpt.Re
     assert torch.equal(other.pull(copied)["a"], big["a"])
 
 
+def test_copies_made_again_add_nothing(repo: ckpt.Repository, other: ckpt.Repository) -> None:
+    """Also of versions that are not the newest there."""
+    for number in range(3):
+        state = {"w": torch.full((9,), float(number))}
+        repo.push(state, "net", step=number, metrics={"loss": float("nan")}, labels={"of": "us"})
+    copied = [other.copy(repo, f"net@{number}") for number in (1, 2, 3)]
+    again = [other.copy(repo, f"net@{number}") for number in (1, 2, 3)]
+    assert [one.push for one in again] == [one.push for one in copied]
+    repo.annotate("net@2", labels={"of": "all"})
+    assert other.copy(repo, "net@2").reference == "net@4"
+    path = other.location.store / f"packs/{copied[0].push[:2]}/{copied[0].push}-0.safetensors"
+    path.unlink()
+    assert other.copy(repo, "net@1").reference == "net@5"
+    assert torch.equal(other.pull("net@5")["w"], torch.zeros(9))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"), [(["nosuch"], 3), (["net@9"], 3), (["net", "--model", "a b"], 2)]
+)
+def test_a_copy_that_is_refused_makes_no_repository(
+    repo: ckpt.Repository, tmp_path: Path, arguments: list[str], status: int
+) -> None:
+    repo.push({"w": torch.ones(3)}, "net")
+    there = tmp_path / "typo" / "deep"
+    program = str(Path(sys.executable).with_name("ckpt"))
+    command = [program, "-r", str(repo.location.root), "copy", *arguments[:1], str(there)]
+    shown = subprocess.run(command + arguments[1:], capture_output=True, text=True, check=False)
+    assert shown.returncode == status, shown.stderr
+    assert not there.parent.exists()
+
+
 def test_a_damaged_source_commits_nothing(repo: ckpt.Repository, other: ckpt.Repository) -> None:
     repo.push({"w": torch.ones(50)}, "m")
     (pack,) = repo.location.store.glob("packs/*/*")

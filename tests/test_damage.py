@@ -129,13 +129,18 @@ def test_a_disk_that_fills_at_any_write_stops_push_and_pull_cleanly(
 
 
 def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(
-    repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+    repo: ckpt.Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    repo.push({"w": torch.randn(3000)}, "m")
+    before = list(repo.location.store.glob("packs/*/*"))
     usage = shutil.disk_usage(repo.location.root)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(SpaceError, match=r"has 0\.0 GiB free"):
-        repo.push({"w": torch.randn(3000)}, "m")
-    assert not list(repo.location.store.glob("packs/*/*"))
+    with pytest.raises(SpaceError, match=r"needs 11\.7 KiB more and has 1000 B free"):
+        repo.push({"w": torch.randn(3000)}, "other")
+    with pytest.raises(SpaceError, match=r"needs 11\.8 KiB more and has 1000 B free"):
+        repo.pull_file("m", tmp_path / "m.safetensors")
+    assert list(repo.location.store.glob("packs/*/*")) == before
+    assert not (tmp_path / "m.safetensors").exists()
 
 
 @pytest.fixture

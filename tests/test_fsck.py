@@ -15,7 +15,7 @@ from promise_scene import flip
 from sqlalchemy import update
 
 import ckpt
-from ckpt.core.errors import CkptError, IntegrityError
+from ckpt.core.errors import AccessError, CkptError, IntegrityError
 from ckpt.registry.tables import chunks
 from ckpt.service.rebuild import rebuild_registry
 
@@ -97,6 +97,40 @@ def test_the_next_push_of_the_content_heals_it(filled: ckpt.Repository, name: st
     assert filled.fsck(read_data=1).is_clean
 
 
+def test_a_broken_pack_that_no_version_needs_is_no_damage(filled: ckpt.Repository) -> None:
+    flip(pack_of(filled, "b"))
+    filled.fsck(read_data=1)
+    filled.push(state(2), "copy")
+    assert filled.fsck(repair=True).repaired == ["b@1"]
+    for _ in range(2):
+        found = filled.fsck()
+        assert found.is_clean
+        (reason,) = found.broken.values()
+        assert reason.endswith("; no version needs it, gc removes it")
+    filled.gc()
+    assert not filled.fsck().broken
+
+
+def test_a_repository_that_cannot_be_written_is_reported_whole(
+    filled: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip(pack_of(filled, "a@1"))
+    flip(pack_of(filled, "b"))
+
+    def refuse(*_: object) -> None:
+        raise AccessError("permission", "not permitted to write the registry")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(filled._registry._database, "write", refuse)
+        found = filled.fsck(read_data=1)
+        assert (len(found.broken), sorted(found.damaged)) == (2, ["a@1", "a@2", "b@1"])
+        assert found.unmarked is not None
+        assert found.unmarked.code == "permission"
+        assert not found.is_clean
+    assert filled.fsck(read_data=1).unmarked is None
+    assert len(filled.fsck().broken) == 2
+
+
 def test_a_row_that_says_another_place_is_found_and_a_rebuild_puts_it_right(
     filled: ckpt.Repository,
 ) -> None:
@@ -140,9 +174,13 @@ def test_copies_that_are_missing_or_wrong_are_written_again(
     for damage in (Path.unlink, lambda path: path.write_bytes(b"{}")):
         first.chmod(0o644)
         damage(first)
-        assert len(filled.fsck().copies) == 1
-        assert filled.fsck(repair=True).is_clean
+        key = str(first.relative_to(filled.location.store))
+        assert filled.fsck().copies == [key]
+        found = filled.fsck(repair=True)
+        assert (found.copies, found.rewritten) == ([], [key])
+        assert found.is_clean
         assert first.read_bytes() == body
+    assert filled.fsck(repair=True).rewritten == []
 
 
 def test_500_edits_are_all_found_and_nothing_else(filled: ckpt.Repository) -> None:
@@ -188,6 +226,10 @@ def test_the_command_line_tells_and_ends_with_4(filled: ckpt.Repository) -> None
     said = run("--read-data", status=4)
     assert "holds other bytes" in said
     assert "error[damaged]: damaged: b@1" in said
+    event, *_ = filled.location.store.glob("events/1/*")
+    event.unlink()
+    assert f"error[damaged]: damaged: b@1, events/1/{event.name}; push" in run(status=4)
+    assert f"written again: events/1/{event.name}\n" in run("--repair", status=4)
     assert json.loads(run("--json", status=4).partition("\nerror")[0])["damaged"] == ["b@1"]
     assert "share-invalid" in run("--read-data=all", status=2)
     with pytest.raises(CkptError):

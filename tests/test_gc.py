@@ -180,6 +180,51 @@ def test_what_a_killed_push_left_goes_with_its_lease(repo: ckpt.Repository, at: 
     assert torch.equal(repo.pull("a")["w0"], state(1)["w0"])
 
 
+def test_a_dry_run_counts_what_a_push_left_whose_lease_has_ended(repo: ckpt.Repository) -> None:
+    kept = repo.push(state(1), "a")
+    with pytest.raises(StoppedError), observed(stopping("sql.commit", 1)):
+        repo.push(state(9), "killed")
+    (left,) = stored(repo) - {f"{kept.push}-0.safetensors"}
+    (path,) = repo.location.store.glob(f"packs/*/{left}")
+    nbytes = path.stat().st_size
+    assert repo.gc(grace=0, dry_run=True).orphans == ()
+    write(repo, update(pushes).where(pushes.c.state == "open").values(expires_at=0))
+    for collected in (repo.gc(grace=0, dry_run=True), repo.gc(grace=0)):
+        assert (len(collected.orphans), collected.orphan_bytes) == (1, nbytes)
+    assert not path.exists()
+
+
+def test_a_dry_run_counts_what_only_a_push_claims_whose_lease_has_ended(
+    repo: ckpt.Repository,
+) -> None:
+    repo.push(state(2), "b")
+    first = repo.push(state(1), "a")
+    (pack,) = repo._registry.books.read_plan(first.push)[0]
+    repo._registry.books.open_push("c" * 32, "push", {pack})
+    repo.rm(first)
+    assert repo.gc(grace=0, dry_run=True).freed == ()
+    write(repo, update(pushes).where(pushes.c.id == "c" * 32).values(expires_at=0))
+    foreseen = repo.gc(grace=0, dry_run=True)
+    assert [one.id for one in foreseen.freed] == [pack]
+    assert [one.id for one in repo.gc(grace=0).freed] == [pack]
+
+
+def test_what_an_earlier_collection_left_is_counted_by_the_one_that_finishes_it(
+    repo: ckpt.Repository,
+) -> None:
+    repo.push(state(2), "b")
+    removed = repo.rm(repo.push(state(1), "a"))
+    with suppress(StoppedError), observed(stopping("unlink")):
+        repo.gc(grace=0)
+    (left,) = repo.location.store.glob(f"packs/*/{removed.push}-0.safetensors")
+    nbytes = left.stat().st_size
+    for collected in (repo.gc(grace=0, dry_run=True), repo.gc(grace=0)):
+        assert (len(collected.finished), collected.finished_bytes) == (1, nbytes)
+        assert (collected.freed, collected.orphans) == ((), ())
+    assert not left.exists()
+    assert repo.gc(grace=0).finished == ()
+
+
 def test_a_push_whose_file_was_tidied_away_says_that_its_lease_is_over(
     repo: ckpt.Repository, tmp_path: Path
 ) -> None:
@@ -364,4 +409,11 @@ def test_the_command_line_tells_what_it_frees(repo: ckpt.Repository) -> None:
     assert "unneeded: 52.0 KiB in 1 pack until" in run("gc")
     assert "would free 52.0 KiB in 1 pack" in run("gc", "--grace", "0", "-n")
     assert "freed 52.0 KiB in 1 pack" in run("gc", "--grace", "0")
+    push = "d" * 32
+    repo._registry.books.open_push(push, "push")
+    repo._store.put(f"packs/dd/{push}-0.safetensors", bytes(3 << 10))
+    repo._registry.books.abort(push)
+    assert "would free 3.0 KiB in 1 unfinished pack of pushes that ended" in run("gc", "-n")
+    assert json.loads(run("gc", "-n", "--json"))["orphan_bytes"] == 3 << 10
+    assert "freed 3.0 KiB in 1 unfinished pack of pushes that ended" in run("gc")
     assert json.loads(run("gc", "--json"))["freed"] == []

@@ -144,6 +144,10 @@ def test_the_command_line_asks_tells_and_keeps_a_history(trained: ckpt.Repositor
     assert "would remove 6 versions of net" in said
     assert "net@1" in said
     assert "kept by none of best:loss:min:1, last:2" in said
+    assert "saves no rules" not in said
+    assert "a dry run saves no rules" in run(
+        "prune", "net", "--keep-last", "2", "-n", "--save-policy"
+    )
     each = ("--keep-every", "300", "--keep-within", "0d", "--keep-best", "loss:max:1")
     foreseen = json.loads(run("prune", "net", *each, "-n", "--json"))
     # 1, 4, 7 and 10 stay by their steps, 2 by its alias.

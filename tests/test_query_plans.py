@@ -36,6 +36,7 @@ QUESTIONS: dict[str, Callable[[ckpt.Repository], Any]] = {
     "get number": lambda repo: repo.get("net@5"),
     "get alias": lambda repo: repo.get("net:best"),
     "get digest": lambda repo: repo.get(f"net@b3:{repo.get('net@7').digest[:16]}"),
+    "of a digest": lambda repo: repo._registry.queries.of_digest("net", repo.get("net@7").digest),
     "get parent": lambda repo: repo.get("net~1"),
     "log": lambda repo: repo.log("net", limit=5),
     "log, next page": lambda repo: repo.log("net", before=8, limit=5),
