@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, insert, select, true, update
 
 from ckpt.core.records import Chunk, FinishedPack, Pack, PackState, PushState
 from ckpt.registry.books import as_chunk, as_pack, lock_packs, require_open
 from ckpt.registry.engine import Database, Transaction
 from ckpt.registry.needs import chunks_of_version, places_in, places_of_version, unreadable
 from ckpt.registry.tables import chunks, claims, models, packs, pushes, refs, versions
+
+_NAMED = (
+    select(versions.c.id, versions.c.push, models.c.name, versions.c.number)
+    .join(models, models.c.id == versions.c.model)
+    .order_by(models.c.name, versions.c.number)
+)
 
 
 class Repairs:
@@ -54,8 +60,36 @@ class Repairs:
             rows = transaction.rows(query)
         return [(row.push, f"{row.name}@{row.number}") for row in rows]
 
-    def substitutes(self, push: str, lost: str) -> list[Pack] | None:
-        """Live packs that have what a version needs from a lost one; None when some is nowhere."""
+    def incomplete(self) -> list[tuple[str, str]]:
+        """``(push, reference)`` of every version that names chunks which no whole pack that it
+        refers to has."""
+        whole = {
+            one.pack.id: one.chunks
+            for one in self.packs()
+            if one.pack.state is not PackState.BROKEN
+        }
+        alone = {
+            pack: {chunk.digest for chunk in places if chunk.base is None}
+            for pack, places in whole.items()
+        }
+        found = []
+        with self._database.read() as transaction:
+            referred: dict[int, list[str]] = {}
+            for row in transaction.rows(select(refs)):
+                if row.pack in whole:
+                    referred.setdefault(row.version, []).append(row.pack)
+            for version in transaction.rows(_NAMED):
+                mine = referred.get(version.id, ())
+                # Most are there as they are: the places of the rest alone are looked at.
+                named = chunks_of_version(transaction, version.push)
+                left = named.difference(*(alone[pack] for pack in mine))
+                if left and unreadable(left, [one for pack in mine for one in whole[pack]]):
+                    found.append((version.push, f"{version.name}@{version.number}"))
+        return found
+
+    def substitutes(self, push: str, lost: str | None) -> list[Pack] | None:
+        """Live packs that have what a version cannot read without a lost one, if there is one;
+        None when some is nowhere."""
         with self._database.read() as transaction:
             kept = [one for one in places_of_version(transaction, push) if one.pack != lost]
             found: set[str] = set()
@@ -66,7 +100,8 @@ class Repairs:
                     select(chunks.c.pack)
                     .join(packs, packs.c.id == chunks.c.pack)
                     .where(chunks.c.digest.in_({digest, *bases}), chunks.c.base.is_(None))
-                    .where(packs.c.state != PackState.BROKEN.value, packs.c.id != lost)
+                    .where(packs.c.state != PackState.BROKEN.value)
+                    .where(true() if lost is None else packs.c.id != lost)
                     .order_by(chunks.c.pack)
                 )
                 row = transaction.row(query)
@@ -76,13 +111,14 @@ class Repairs:
             rows = transaction.rows(select(packs).where(packs.c.id.in_(sorted(found))))
         return [as_pack(row) for row in rows]
 
-    def switch(self, repair: str, push: str, lost: str, others: Collection[str]) -> bool:
-        """T8, (h): under locks, make a version refer to other packs in place of a lost one; says
+    def switch(self, repair: str, push: str, lost: str | None, others: Collection[str]) -> bool:
+        """T8, (h): under locks, make a version refer to other packs, in place of a lost one; says
         whether every digest can still be read, and changes nothing if not. Ends the repair."""
 
         def act(transaction: Transaction) -> bool:
             require_open(transaction, repair, shared=False)
-            locked = lock_packs(transaction, {lost, *others}, exclusive=True)
+            wanted = {*others} if lost is None else {lost, *others}
+            locked = lock_packs(transaction, wanted, exclusive=True)
             live = {pack.id for pack in locked if pack.state is PackState.LIVE}
             version = transaction.row(select(versions.c.id).where(versions.c.push == push))
             places = [one for one in places_of_version(transaction, push) if one.pack != lost]
@@ -99,9 +135,12 @@ class Repairs:
         return self._database.write(act)
 
     @staticmethod
-    def _move(transaction: Transaction, version: int, lost: str, others: Collection[str]) -> None:
+    def _move(
+        transaction: Transaction, version: int, lost: str | None, others: Collection[str]
+    ) -> None:
         mine = refs.c.version == version
-        transaction.run(delete(refs).where(mine, refs.c.pack == lost))
+        if lost is not None:
+            transaction.run(delete(refs).where(mine, refs.c.pack == lost))
         there = {row.pack for row in transaction.rows(select(refs.c.pack).where(mine))}
         rows = [{"version": version, "pack": pack} for pack in sorted(set(others) - there)]
         if rows:

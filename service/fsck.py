@@ -96,14 +96,18 @@ def check(
                 found.healed.append(finished.pack.id)
         elif was:
             found.broken[finished.pack.id] = "it was found wrong before; --read-data looks again"
+    incomplete = registry.repairs.incomplete()
     if repair:
-        _repair(store, registry, found)
+        incomplete = _repair(store, registry, found, incomplete)
     _check_copies(store, registry, found, repair=repair)
-    _name_damaged(registry, found)
+    _name_damaged(registry, found, incomplete)
     return found
 
 
-def _name_damaged(registry: Registry, found: Checked) -> None:
+def _name_damaged(
+    registry: Registry, found: Checked, incomplete: Sequence[tuple[str, str]]
+) -> None:
+    found.damaged += [reference for _, reference in incomplete]
     for pack in found.broken:
         needing = [reference for _, reference in registry.repairs.users(pack)]
         found.damaged += [one for one in needing if one not in found.damaged]
@@ -183,21 +187,36 @@ def _read(store: Store, pack: Pack, offset: int, length: int) -> bytearray:
     return body
 
 
-def _repair(store: Store, registry: Registry, found: Checked) -> None:
-    """Move every version that needs a broken pack to others that have the same chunks."""
+def _repair(
+    store: Store, registry: Registry, found: Checked, incomplete: Sequence[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    """Move every version that needs a broken pack, or refers to too few, to others that have the
+    same chunks; returns those of ``incomplete`` that stay so."""
     for lost in found.broken:
         for push, reference in registry.repairs.users(lost):
-            others = registry.repairs.substitutes(push, lost)
-            if others is None:
-                continue
-            repair = secrets.token_hex(16)
-            claimed = registry.books.open_push(repair, "repair", {pack.id for pack in others})
-            # (c): a claim, then the size.
-            whole = {pack.id for pack in claimed if store.size(pack.key) == pack.size}
-            if whole != {pack.id for pack in others}:
-                registry.books.abort(repair)
-            elif registry.repairs.switch(repair, push, lost, whole):
+            if _moved(store, registry, push, lost):
                 found.repaired.append(reference)
+    left = []
+    for push, reference in registry.repairs.incomplete() if incomplete else ():
+        if _moved(store, registry, push, None):
+            found.repaired.append(reference)
+        else:
+            left.append((push, reference))
+    return left
+
+
+def _moved(store: Store, registry: Registry, push: str, lost: str | None) -> bool:
+    others = registry.repairs.substitutes(push, lost)
+    if others is None:
+        return False
+    repair = secrets.token_hex(16)
+    claimed = registry.books.open_push(repair, "repair", {pack.id for pack in others})
+    # (c): a claim, then the size.
+    whole = {pack.id for pack in claimed if store.size(pack.key) == pack.size}
+    if whole != {pack.id for pack in others}:
+        registry.books.abort(repair)
+        return False
+    return registry.repairs.switch(repair, push, lost, whole)
 
 
 def _check_copies(store: Store, registry: Registry, found: Checked, *, repair: bool) -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from promise_scene import flip
-from sqlalchemy import update
+from sqlalchemy import delete, update
 
 import ckpt
 from ckpt.core.errors import AccessError, CkptError, IntegrityError
-from ckpt.registry.tables import chunks
+from ckpt.registry.tables import chunks, refs
 from ckpt.service.rebuild import rebuild_registry
 
 
@@ -142,6 +142,20 @@ def test_a_row_that_says_another_place_is_found_and_a_rebuild_puts_it_right(
     with ckpt.open(filled.location.root) as again:
         assert again.fsck(read_data=1).is_clean
         assert torch.equal(again.pull("b")["w0"], state(2)["w0"])
+
+
+def test_a_version_that_refers_to_too_few_packs_is_found_and_repaired(
+    filled: ckpt.Repository,
+) -> None:
+    registry = filled._registry._database
+    registry.write(lambda transaction: transaction.run(delete(refs)) and None)
+    assert filled.fsck().damaged == ["a@1", "a@2", "b@1"]
+    found = filled.fsck(repair=True)
+    assert found.repaired == ["a@1", "a@2", "b@1"]
+    assert found.is_clean
+    filled.gc(grace=0)
+    assert filled.fsck(read_data=1).is_clean
+    assert torch.equal(filled.pull("a@2")["w1"], state(1)["w1"])
 
 
 def test_what_nobody_has_any_more_stays_damaged_and_is_told(filled: ckpt.Repository) -> None:
