@@ -10,7 +10,7 @@ import click
 from ckpt.cli.command import Settings, command
 from ckpt.cli.render import count, print_json
 from ckpt.core.errors import IntegrityError, UsageError
-from ckpt.core.printable import escape
+from ckpt.core.printable import escape, few
 
 if TYPE_CHECKING:
     from ckpt.service.fsck import Checked
@@ -58,6 +58,8 @@ def _tell(settings: Settings, found: Checked) -> None:
         return
     for pack, reason in found.broken.items():
         click.echo(f"broken pack {pack}: {escape(reason)}")
+    for reference in found.damaged:
+        click.echo(f"damaged: {reference}")
     for key in found.copies:
         click.echo(f"missing or wrong: {key}")
     for key in found.rewritten:
@@ -70,7 +72,7 @@ def _tell(settings: Settings, found: Checked) -> None:
 
 
 def _damaged(found: Checked) -> IntegrityError:
-    shown = ", ".join([*found.damaged, *found.copies])
+    shown = few([*found.damaged, *found.copies])
     first = "push the same content again, then " if found.damaged else ""
     hint = f"{first}run `ckpt fsck --repair`"
     error = IntegrityError("damaged", f"damaged: {shown}", hint=hint)

@@ -8,7 +8,7 @@ from ckpt.cli.command import Settings, command
 from ckpt.cli.confirm import confirm
 from ckpt.cli.render import count, print_json
 from ckpt.core.errors import IntegrityError
-from ckpt.core.printable import escape
+from ckpt.core.printable import escape, few
 
 
 @click.group("registry")
@@ -48,6 +48,8 @@ def rebuild(settings: Settings, yes: bool) -> None:
         )
     else:
         click.echo(f"rebuilt: {count(found.versions, 'version')}, epoch {found.epoch}")
+        for reference in found.damaged:
+            settings.say(f"{reference} is damaged: not all of its bytes are in the store")
         for line in found.unreadable:
             settings.say(f"left alone: {escape(line)}")
         if found.kept is not None:
@@ -55,7 +57,7 @@ def rebuild(settings: Settings, yes: bool) -> None:
     if found.damaged:
         raise IntegrityError(
             "damaged",
-            f"the store has not all bytes of {', '.join(found.damaged)}",
+            f"the store has not all bytes of {few(found.damaged)}",
             hint="put the packs back and run this again, or push the same content again, then run "
             "`ckpt fsck --repair`",
         )

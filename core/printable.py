@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
+
+_FEW = 6
 
 # Controls, format characters (bidi, zero width), surrogates, private use, unassigned, separators.
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
@@ -17,6 +20,12 @@ def escape(text: str, limit: int = 400) -> str:
     """``text`` with every hidden character as an escape, cut after ``limit`` characters."""
     shown = text if is_printable(text) else "".join(map(_escape_character, text))
     return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    shown, left = ", ".join(names[:_FEW]), len(names) - _FEW
+    return f"{shown} and {left} more" if left > 0 else shown
 
 
 def _is_hidden(character: str) -> bool:

@@ -159,7 +159,8 @@ class Encoder:
             raise RefusedError(f"its {_NOTED} is no dict; use dict(value)")
         inner = (*path, _NOTED)
         facts = list(noted.values())
-        alike = len(set(map(repr, facts))) == 1  # of most modules it is the same
+        # Of most modules it is the same. Of large arrays repr tells only a part.
+        alike = all(map(_is_version, facts)) and len(set(map(repr, facts))) == 1
         encoded = self._encode_items(facts[:1] if alike else facts, inner)
         return {"$state_dict": [pairs, self._encode_items(list(noted), inner), encoded]}
 
@@ -240,6 +241,11 @@ def _are_themselves(items: Collection[Any]) -> bool:
     if kinds == {int}:
         return bool(min(items) > -_SMALL and max(items) < _SMALL)
     return kinds == {str} and all(map(str.isascii, items))
+
+
+def _is_version(fact: Any) -> bool:
+    """Whether this is what torch itself notes of a module."""
+    return type(fact) is dict and all(type(value) is int for value in fact.values())
 
 
 def _sort_key(encoded: Any) -> bytes:

@@ -65,13 +65,13 @@ class Copies:
             found += [_event_copy(row) for row in transaction.rows(_EVENTS)]
         return found
 
-    def copied(self) -> dict[str, str]:
-        """What was noted to be in the store, by id: references of versions, kinds of acts."""
+    def noted(self) -> dict[str, str]:
+        """What is written down to be in the store, by id: references of versions, kinds of acts."""
         with self._database.read() as transaction:
             there = {
-                row.push: f"{row.name}@{row.number}" for row in transaction.rows(_COPIED_VERSIONS)
+                row.push: f"{row.name}@{row.number}" for row in transaction.rows(_NOTED_VERSIONS)
             }
-            return there | {row.id: f"a {row.kind}" for row in transaction.rows(_COPIED_EVENTS)}
+            return there | {row.id: f"a {row.kind}" for row in transaction.rows(_NOTED_EVENTS)}
 
     def is_wanted(self, copy: StoreCopy) -> bool:
         """Whether the version or the event is still there."""
@@ -163,12 +163,12 @@ _EVENTS = select(
     events.c.body.label("said"),
     *(cast(null(), LargeBinary).label(name) for name in ("document", "structure", "environment")),
 ).where(events.c.counter.is_not(None))
-_COPIED_VERSIONS = (
+_NOTED_VERSIONS = (
     select(versions.c.push, models.c.name, versions.c.number)
     .join(models, models.c.id == versions.c.model)
     .where(versions.c.copied == true())
 )
-_COPIED_EVENTS = select(events.c.id, events.c.kind).where(
+_NOTED_EVENTS = select(events.c.id, events.c.kind).where(
     events.c.copied == true(), events.c.counter.is_not(None)
 )
 # Of both at one moment: else a later one could be copied before an earlier one.

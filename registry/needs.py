@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from sqlalchemy import select
 
 from ckpt.core.documents import Document, join_document
+from ckpt.core.errors import IntegrityError
 from ckpt.core.records import Chunk, PackState
 from ckpt.registry.bodies import decompress
 from ckpt.registry.books import as_chunk
@@ -32,6 +33,30 @@ def chunks_of_version(transaction: Transaction, push: str) -> set[str]:
     if row is None:
         return set()
     return document_chunks(join_document(decompress(row.structure), decompress(row.body)))
+
+
+def chunks_of_documents(transaction: Transaction, digests: Collection[str]) -> dict[str, set[str]]:
+    """The digests of the chunks that each of these documents names.
+
+    Raises:
+        IntegrityError: ``registry-damaged`` when one of them is not there.
+    """
+    query = (
+        select(documents.c.digest, documents.c.body, structures.c.body.label("structure"))
+        .join(structures, structures.c.digest == documents.c.structure)
+        .where(documents.c.digest.in_(sorted(digests)))
+    )
+    found = {
+        row.digest: document_chunks(join_document(decompress(row.structure), decompress(row.body)))
+        for row in transaction.rows(query)
+    }
+    if found.keys() != set(digests):
+        raise IntegrityError(
+            "registry-damaged",
+            f"the registry lacks {len(digests) - len(found)} of its documents",
+            hint="run `ckpt registry rebuild`, which reads the store",
+        )
+    return found
 
 
 def with_bases(digests: Collection[str], places: Iterable[Chunk]) -> set[str]:

@@ -73,6 +73,26 @@ def fence(database: Database) -> None:
     database.write(lambda transaction: transaction.run(update(meta).values(epoch=CLOSED)) and None)
 
 
+def check_numbers(contents: StoreContents) -> None:
+    """Refuse what an old copy of the registry leaves that was put back and used: numbers that are
+    given a second time.
+
+    Raises:
+        IntegrityError: ``number-twice``.
+    """
+    seen: dict[tuple[str, int], str] = {}
+    for version in contents.versions:
+        name = version.facts["model"], version.facts["number"]
+        other = seen.setdefault(name, version.facts["push"])
+        if other != version.facts["push"]:
+            raise IntegrityError(
+                "number-twice",
+                f"two versions are {name[0]}@{name[1]}: of the pushes {other} and "
+                f"{version.facts['push']}",
+                hint="move the document of one out of documents/ in the store, and run again",
+            )
+
+
 def rebuild(
     database: Database, store: str, contents: StoreContents, kept: str
 ) -> tuple[list[str], bool]:
@@ -106,7 +126,7 @@ class _Rebuild:
         values = {"epoch": self.contents.epoch, "next_counter": counter}
         self.transaction.run(update(meta).values(**values))
         removed = self.contents.removed
-        self._check_numbers()
+        check_numbers(self.contents)
         self._make_models()
         self._make_events()
         self._make_pushes(removed)
@@ -118,20 +138,6 @@ class _Rebuild:
         for name in self.models:
             self._replay(name, {one.facts["push"]: one for one in kept}, ids)
         return sorted(self.damaged)
-
-    def _check_numbers(self) -> None:
-        """An old copy of the registry that was put back and used gives numbers a second time."""
-        seen: dict[tuple[str, int], str] = {}
-        for version in self.contents.versions:
-            name = version.facts["model"], version.facts["number"]
-            other = seen.setdefault(name, version.facts["push"])
-            if other != version.facts["push"]:
-                raise IntegrityError(
-                    "number-twice",
-                    f"two versions are {name[0]}@{name[1]}: of the pushes {other} and "
-                    f"{version.facts['push']}",
-                    hint="move the document of one out of documents/ in the store, and run again",
-                )
 
     def _make_models(self) -> None:
         """Counters end above every number and place that was ever given."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ckpt.core.documents import Document
-from ckpt.core.errors import AccessError, IntegrityError, StorageError
+from ckpt.core.errors import AccessError, CkptError, IntegrityError, StorageError
 from ckpt.core.records import Environment, FinishedPack, PushFacts
 from ckpt.registry.books import Books
 from ckpt.registry.changes import Changes
@@ -26,10 +26,22 @@ from ckpt.registry.schema import check_made, check_schema, migrate
 from ckpt.registry.sqlite import open_sqlite
 from ckpt.registry.usage import Usages
 
-# What is said of a registry that others may be using; one with other faults can do no more harm.
-_IN_USE = frozenset(
-    {"foreign-store", "schema-newer", "registry", "registry-busy", "registry-unreachable"}
+_BEYOND_USE = frozenset(
+    {
+        "document-damaged",
+        "registry-corrupt",
+        "registry-damaged",
+        "registry-journal",
+        "registry-missing",
+        "registry-rule",
+        "schema-older",  # also of a database without tables
+    }
 )
+
+
+def _is_beyond_use(error: CkptError) -> bool:
+    """Whether a registry with this fault can do no harm any more; another may be in use."""
+    return error.code in _BEYOND_USE
 
 
 class Registry:
@@ -101,15 +113,16 @@ class Registry:
             if error.code == "registry":  # a disk that fails now may serve others, or later
                 more = "; if it stays so, move it away and run `ckpt registry rebuild`"
                 raise StorageError(error.code, error.message, hint=f"run again{more}") from error
-            if error.code in _IN_USE:
+            if not _is_beyond_use(error):
                 raise
         finally:
             database.close()
 
     @classmethod
     def copied(cls, where: Path | str, store: str) -> Mapping[str, str]:
-        """What an old registry knows to be in the store, if it can be read: of every version and
-        every act, by the id of the push or of the event, what to call it.
+        """What an old registry has noted to be in the store, if it can be read: of versions and of
+        acts, by the id of the push or of the event, what to call them. The last acts of a process
+        that was killed are noted by the next one.
 
         Raises:
             IntegrityError: ``foreign-store``; StorageError: ``schema-newer``, and what says that
@@ -121,9 +134,9 @@ class Registry:
             return {}
         try:
             check_schema(database, store)
-            return Copies(database).copied()
+            return Copies(database).noted()
         except (StorageError, IntegrityError) as error:
-            if error.code in _IN_USE:
+            if not _is_beyond_use(error):
                 raise
             return {}
         finally:

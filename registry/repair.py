@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from sqlalchemy import delete, insert, select, true, update
 
 from ckpt.core.records import Chunk, FinishedPack, Pack, PackState, PushState
 from ckpt.registry.books import as_chunk, as_pack, lock_packs, require_open
-from ckpt.registry.engine import Database, Transaction
-from ckpt.registry.needs import chunks_of_version, places_in, places_of_version, unreadable
+from ckpt.registry.engine import Database, Transaction, batches
+from ckpt.registry.needs import (
+    chunks_of_documents,
+    chunks_of_version,
+    places_in,
+    places_of_version,
+    unreadable,
+)
 from ckpt.registry.tables import chunks, claims, models, packs, pushes, refs, versions
 
 _NAMED = (
-    select(versions.c.id, versions.c.push, models.c.name, versions.c.number)
+    select(versions.c.id, versions.c.push, versions.c.document, models.c.name, versions.c.number)
     .join(models, models.c.id == versions.c.model)
     .order_by(models.c.name, versions.c.number)
 )
@@ -28,11 +34,20 @@ class Repairs:
     def packs(self) -> list[FinishedPack]:
         """Every pack with its chunks."""
         with self._database.read() as transaction:
-            known = [as_pack(row) for row in transaction.rows(select(packs).order_by(packs.c.id))]
-            found: dict[str, list[Chunk]] = {}
-            for row in transaction.rows(select(chunks)):
-                found.setdefault(row.pack, []).append(as_chunk(row))
-        return [FinishedPack(pack, tuple(found.get(pack.id, ()))) for pack in known]
+            return _packs(transaction)
+
+    def look(self) -> tuple[list[FinishedPack], list[tuple[str, str]]]:
+        """At one moment every pack with its chunks, and ``(push, reference)`` of every version that
+        names chunks which no whole pack that it refers to has."""
+        with self._database.read() as transaction:
+            known = _packs(transaction)
+            return known, _incomplete(transaction, known)
+
+    def is_incomplete(self, push: str) -> bool:
+        """Whether a version names chunks which no whole pack that it refers to has."""
+        with self._database.read() as transaction:
+            named = chunks_of_version(transaction, push)
+            return bool(unreadable(named, places_of_version(transaction, push)))
 
     def mark(self, pack: str, *, broken: bool) -> None:
         """Make a pack broken, or live again when it was found whole; under its exclusive lock."""
@@ -59,33 +74,6 @@ class Repairs:
         with self._database.read() as transaction:
             rows = transaction.rows(query)
         return [(row.push, f"{row.name}@{row.number}") for row in rows]
-
-    def incomplete(self) -> list[tuple[str, str]]:
-        """``(push, reference)`` of every version that names chunks which no whole pack that it
-        refers to has."""
-        whole = {
-            one.pack.id: one.chunks
-            for one in self.packs()
-            if one.pack.state is not PackState.BROKEN
-        }
-        alone = {
-            pack: {chunk.digest for chunk in places if chunk.base is None}
-            for pack, places in whole.items()
-        }
-        found = []
-        with self._database.read() as transaction:
-            referred: dict[int, list[str]] = {}
-            for row in transaction.rows(select(refs)):
-                if row.pack in whole:
-                    referred.setdefault(row.version, []).append(row.pack)
-            for version in transaction.rows(_NAMED):
-                mine = referred.get(version.id, ())
-                # Most are there as they are: the places of the rest alone are looked at.
-                named = chunks_of_version(transaction, version.push)
-                left = named.difference(*(alone[pack] for pack in mine))
-                if left and unreadable(left, [one for pack in mine for one in whole[pack]]):
-                    found.append((version.push, f"{version.name}@{version.number}"))
-        return found
 
     def substitutes(self, push: str, lost: str | None) -> list[Pack] | None:
         """Live packs that have what a version cannot read without a lost one, if there is one;
@@ -145,3 +133,33 @@ class Repairs:
         rows = [{"version": version, "pack": pack} for pack in sorted(set(others) - there)]
         if rows:
             transaction.run(insert(refs), rows)
+
+
+def _packs(transaction: Transaction) -> list[FinishedPack]:
+    known = [as_pack(row) for row in transaction.rows(select(packs).order_by(packs.c.id))]
+    found: dict[str, list[Chunk]] = {}
+    for row in transaction.rows(select(chunks)):
+        found.setdefault(row.pack, []).append(as_chunk(row))
+    return [FinishedPack(pack, tuple(found.get(pack.id, ()))) for pack in known]
+
+
+def _incomplete(transaction: Transaction, known: Sequence[FinishedPack]) -> list[tuple[str, str]]:
+    whole = {one.pack.id: one.chunks for one in known if one.pack.state is not PackState.BROKEN}
+    alone = {
+        pack: {chunk.digest for chunk in places if chunk.base is None}
+        for pack, places in whole.items()
+    }
+    referred: dict[int, list[str]] = {}
+    for row in transaction.rows(select(refs)):
+        if row.pack in whole:
+            referred.setdefault(row.version, []).append(row.pack)
+    found = []
+    for some in batches(transaction.rows(_NAMED), 200):
+        named = chunks_of_documents(transaction, {version.document for version in some})
+        for version in some:
+            mine = referred.get(version.id, ())
+            # Most lie there as they are: only for the rest are the bases looked at.
+            left = named[version.document].difference(*(alone[pack] for pack in mine))
+            if left and unreadable(left, [place for pack in mine for place in whole[pack]]):
+                found.append((version.push, f"{version.name}@{version.number}"))
+    return found

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from ckpt.core.printable import escape
+from ckpt.core.printable import escape, few
 from ckpt.core.records import Curve, Point
 
 # More lines than these are no picture; the runs that saved last are drawn.
 _LINES = 8
-_NAMED = 6
 # Beyond this the length of an axis would be no finite number.
 _LARGEST = 4e307
 # What lies closer together, beside its size, is drawn as flat: labels would need more digits.
@@ -187,21 +186,15 @@ def _marked(curve: Curve, drawn: Sequence[Point]) -> Iterator[tuple[Point, str]]
 def _notes(curve: Curve, across: str, left_out: Sequence[str]) -> Iterator[str]:
     strange = [point for point in curve.points if not math.isfinite(point.value)]
     if strange:
-        shown = _few([f"{point.value} at @{point.number}" for point in strange])
+        shown = few([f"{point.value} at @{point.number}" for point in strange])
         yield f"{_count(len(strange), 'value is', 'values are')} not finite: {shown}"
     stepless = [point for point in curve.points if point.step is None]
     if stepless and across == "step":
-        shown = _few([f"@{point.number}" for point in stepless])
+        shown = few([f"@{point.number}" for point in stepless])
         yield f"{_count(len(stepless), 'version has', 'versions have')} no step: {shown}"
     if left_out:
-        shown = _few([escape(run) for run in left_out])
+        shown = few([escape(run) for run in left_out])
         yield f"{_count(len(left_out), 'older run is', 'older runs are')} not drawn: {shown}"
-
-
-def _few(names: Sequence[str]) -> str:
-    left = len(names) - _NAMED
-    shown = ", ".join(names[:_NAMED])
-    return f"{shown} and {left} more" if left > 0 else shown
 
 
 def _count(number: int, one: str, several: str) -> str:

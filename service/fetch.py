@@ -66,8 +66,10 @@ def fetch(
     version: Version,
     wanted: Sequence[Wanted],
     progress: Progress | None = None,
+    places: Places | None = None,
 ) -> None:
-    """Fill the spaces of ``wanted`` with checked bytes.
+    """Fill the spaces of ``wanted`` with checked bytes; ``places`` are those of the version, where
+    somebody has asked for them already.
 
     A pack may be replaced by another while we read; then the plan is made anew. What is missing
     or wrong under an unchanged plan is an error.
@@ -79,7 +81,8 @@ def fetch(
     """
     before: set[str] | None = None
     while True:
-        places = Places(*registry.books.read_plan(version.push))
+        if places is None:
+            places = Places(*registry.books.read_plan(version.push))
         try:
             pieces = _plan(version, wanted, places, Mappings(store, places))
             _read_all(store, version, places, pieces, progress)
@@ -91,7 +94,7 @@ def fetch(
                 ) from None
             if before == set(places.packs):
                 raise
-            before = set(places.packs)
+            before, places = set(places.packs), None
 
 
 def _plan(

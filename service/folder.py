@@ -26,6 +26,7 @@ from ckpt.service.export import file_header, file_with, sync_folder
 from ckpt.service.fetch import Wanted, fetch
 from ckpt.service.safetensors_file import OpenFile, open_file, open_plain
 from ckpt.service.upload import Progress
+from ckpt.storage.chunks import Places
 from ckpt.storage.store import Store
 
 # Of a folder at once: a process may often have no more than 256 files open.
@@ -190,6 +191,7 @@ def _write_files(
     progress: Progress | None,
 ) -> None:
     names, done = list(document.files), 0
+    places = Places(*registry.books.read_plan(version.push))
 
     def report(more: int, _: int) -> None:
         if progress is not None:
@@ -202,7 +204,7 @@ def _write_files(
                 path = folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 wanted += _opened(stack, document, document.files[name], path)
-            fetch(store, registry, version, wanted, report)
+            fetch(store, registry, version, wanted, report, places)
         done += sum(one.nbytes for one in wanted)
 
 

@@ -78,7 +78,7 @@ def check(
     if repair:
         check_newest(store, registry)
     found = Checked()
-    known = registry.repairs.packs()
+    known, incomplete = registry.repairs.look()
     places = Places.of(known)
     for finished in known:
         found.packs += 1
@@ -96,9 +96,10 @@ def check(
                 found.healed.append(finished.pack.id)
         elif was:
             found.broken[finished.pack.id] = "it was found wrong before; --read-data looks again"
-    incomplete = registry.repairs.incomplete()
     if repair:
-        incomplete = _repair(store, registry, found, incomplete)
+        with found.guarded():
+            _repair(store, registry, found, incomplete)
+    incomplete = [one for one in incomplete if registry.repairs.is_incomplete(one[0])]
     _check_copies(store, registry, found, repair=repair)
     _name_damaged(registry, found, incomplete)
     return found
@@ -189,20 +190,16 @@ def _read(store: Store, pack: Pack, offset: int, length: int) -> bytearray:
 
 def _repair(
     store: Store, registry: Registry, found: Checked, incomplete: Sequence[tuple[str, str]]
-) -> list[tuple[str, str]]:
+) -> None:
     """Move every version that needs a broken pack, or refers to too few, to others that have the
-    same chunks; returns those of ``incomplete`` that stay so."""
+    same chunks."""
     for lost in found.broken:
         for push, reference in registry.repairs.users(lost):
             if _moved(store, registry, push, lost):
                 found.repaired.append(reference)
-    left = []
-    for push, reference in registry.repairs.incomplete() if incomplete else ():
-        if _moved(store, registry, push, None):
+    for push, reference in incomplete:
+        if registry.repairs.is_incomplete(push) and _moved(store, registry, push, None):
             found.repaired.append(reference)
-        else:
-            left.append((push, reference))
-    return left
 
 
 def _moved(store: Store, registry: Registry, push: str, lost: str | None) -> bool:
@@ -226,9 +223,9 @@ def _check_copies(store: Store, registry: Registry, found: Checked, *, repair: b
     for copy in registry.copies.all():
         if store.size(copy.key) == len(copy.body) and store.get(copy.key) == copy.body:
             continue
+        found.copies.append(copy.key)
         if repair:
-            store.delete(copy.key)  # damaged, or not there: the registry has what it must say
-            store.put(copy.key, copy.body)
-            found.rewritten.append(copy.key)
-        else:
-            found.copies.append(copy.key)
+            with found.guarded():
+                store.delete(copy.key)  # damaged, or not there: the registry has what it must say
+                store.put(copy.key, copy.body)
+                found.rewritten.append(found.copies.pop())

@@ -33,6 +33,7 @@ _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
 # No step: part of a decimal (0.31), of a grouped number or a list (1_000, 3-1000), 100k, 1e5.
 _NUMBER = r"[-_=]?(\d{1,18})(?![^\W_]|\.\d|[-_]\d+(?!\.?\d))"
 _STEP = re.compile(rf"(?:step|iter|iteration|checkpoint|ckpt){_NUMBER}", re.IGNORECASE)
+_COUNTED = re.compile(r"(?:step|iter|iteration|checkpoint|ckpt)[-_=]?\d", re.IGNORECASE)
 _EPOCH = re.compile(rf"epoch{_NUMBER}", re.IGNORECASE)
 # Right after a word; after "=" it is what that word says, such as a loss.
 _LAST_NUMBER = re.compile(r"(?:^|[^\W\d_](?:\d*[-_]|\.))(\d{1,18})$")
@@ -146,7 +147,7 @@ def _look(path: Path, *, alone: bool) -> Checkpoint:
     name = _DATE.sub("", path.name if path.is_dir() else path.stem)
     steps, epochs = _STEP.findall(name), _EPOCH.findall(name)
     if not steps and not epochs and not alone:
-        steps = _LAST_NUMBER.findall(name)
+        steps = _LAST_NUMBER.findall(name) if not _COUNTED.search(name) else []
     labels = {"epoch": str(int(epochs[-1]))} if epochs else {}
     step = int(steps[-1]) if steps else None
     return Checkpoint(path, None if refused else kind, nbytes, step, labels, refused)

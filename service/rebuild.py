@@ -15,9 +15,9 @@ from ckpt.core.digests import digest_of
 from ckpt.core.documents import canonical, decode_document
 from ckpt.core.effects import perform
 from ckpt.core.errors import IntegrityError, StorageError, from_os_error
-from ckpt.core.printable import escape
+from ckpt.core.printable import escape, few
 from ckpt.core.records import FinishedPack, Pack, PackState
-from ckpt.registry.rebuild import StoreContents, StoredVersion
+from ckpt.registry.rebuild import StoreContents, StoredVersion, check_numbers
 from ckpt.registry.registry import Registry
 from ckpt.registry.sqlite import copy_database
 from ckpt.service.config import Location, complete, no_repository, prepare, store_missing
@@ -66,8 +66,12 @@ def rebuild_registry(location: Location, store: Store) -> Rebuilt:
     identity = read_identity(store)
     if identity is None:
         raise store_missing(location) if location.exists else no_repository(location)
+    # Asked first: what is acknowledged or removed meanwhile, the store then has as well.
+    copied = Registry.copied(location.registry_place, identity)
     reader = _Reader(store)
-    _check_complete(reader.contents(), Registry.copied(location.registry_place, identity))
+    contents = reader.contents()
+    _check_complete(contents, copied)
+    check_numbers(contents)
     # First the old registry is cut off, then the store is listed: nothing is acknowledged between.
     Registry.fence(location.registry_place, identity)
     contents = reader.contents()
@@ -89,10 +93,9 @@ def _check_complete(contents: StoreContents, copied: Mapping[str, str]) -> None:
     known |= {event["id"] for event in contents.events}
     missing = sorted(said for one, said in copied.items() if one not in known)
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise IntegrityError(
             "copy-missing",
-            f"the store lacks what the registry knows: {', '.join(missing[:3])}{more}",
+            f"the store lacks what the registry knows: {few(missing)}",
             hint="run `ckpt fsck --repair`, which writes it again, or move the registry away",
         )
 

@@ -312,7 +312,9 @@ def test_a_successor_is_stored_as_a_difference(repo: ckpt.Repository) -> None:
 def test_a_writer_makes_one_version_at_a_time(repo: ckpt.Repository) -> None:
     writer = ckpt.dcp_writer(repo, "m")
     state = {"w": torch.ones(2)}
+    writer.prepare_global_plan([SavePlan([])])  # of a save that failed before it wrote
     (plan,) = writer.prepare_global_plan([SavePlan([])])
+    writer.write_data(plan, DefaultSavePlanner())
     with pytest.raises(CheckpointException) as found:
         dcp_save(state, storage_writer=writer, no_dist=True)
     assert "still saving" in raised(found.value).message

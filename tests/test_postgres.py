@@ -28,6 +28,7 @@ from ckpt.core.errors import (
     UsageError,
 )
 from ckpt.registry import postgres as registry_postgres
+from ckpt.registry import repair
 from ckpt.registry.engine import Transaction
 from ckpt.registry.postgres import PostgresDatabase, open_postgres
 from ckpt.registry.registry import Registry
@@ -66,6 +67,22 @@ def database(postgres_url: str) -> Iterator[PostgresDatabase]:
     found = open_postgres(postgres_url)
     yield found
     found.close()
+
+
+def test_fsck_looks_at_one_moment(
+    repos: tuple[ckpt.Repository, ckpt.Repository], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is pushed between two of its questions refers to packs that it has not seen."""
+    repo, other = repos
+    read = repair._packs
+
+    def read_and_push(transaction: Transaction) -> Any:
+        found = read(transaction)
+        other.push(STATE, "late")
+        return found
+
+    monkeypatch.setattr(repair, "_packs", read_and_push)
+    assert repo.fsck().is_clean
 
 
 def wait_until(condition: Callable[[], object]) -> None:

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import nn
 import ckpt
 from ckpt.core.effects import observed
 from ckpt.core.errors import CkptError, ConflictError, IntegrityError, StorageError
-from ckpt.service import push
+from ckpt.service import push, rebuild
 from ckpt.service.config import locate
 from ckpt.service.opening import upgrade_registry
 from ckpt.service.rebuild import Rebuilt, rebuild_registry
@@ -268,6 +269,40 @@ def test_a_registry_that_knows_more_than_its_store_is_not_replaced(
     rebuilt(filled)
     with ckpt.open(filled) as repo:
         assert [version.number for version in repo.log("a")] == [5, 3, 2, 1]
+
+
+def test_a_rebuild_beside_a_writer_misses_nothing_and_finds_nothing_missing(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ckpt.open(filled) as repo:
+        listed = rebuild._Reader.contents
+
+        def contents(reader: Any) -> Any:
+            found = listed(reader)
+            with suppress(ConflictError):  # the second time it is closed
+                repo.push(state(6), "a", step=6)
+                repo.rm("a@2")
+            return found
+
+        monkeypatch.setattr(rebuild._Reader, "contents", contents)
+        assert rebuilt(filled).versions == 5
+    with ckpt.open(filled) as repo:
+        assert [version.number for version in repo.log("a")] == [5, 3, 1]
+
+
+def test_numbers_that_were_given_twice_change_nothing(filled: Path) -> None:
+    document = next(one for one in copies(filled, "documents") if b'"number":3' in one.read_bytes())
+    push = document.stem.rpartition("-")[2]
+    other = "f" * 32
+    twice = document.with_name(document.name.replace(push, other))
+    twice.write_bytes(document.read_bytes().replace(push.encode(), other.encode()))
+    before = sorted((filled / ".ckpt").rglob("*"))
+    with pytest.raises(IntegrityError) as caught:
+        rebuilt(filled)
+    assert caught.value.code == "number-twice"
+    assert sorted((filled / ".ckpt").rglob("*")) == before
+    twice.unlink()
+    assert rebuilt(filled).versions == 5
 
 
 def test_without_a_registry_a_damaged_document_is_not_passed_over(filled: Path) -> None:

@@ -229,6 +229,13 @@ def test_what_somebody_hung_on_a_tensor_is_named(repo: ckpt.Repository) -> None:
         repo.push({"a": {"w": weight}, "b": weight}, "net")
 
 
+def test_what_is_noted_of_modules_may_be_large_and_differ(repo: ckpt.Repository) -> None:
+    state = OrderedDict(w=torch.ones(1))
+    noted = {name: {"scale": [*range(2000), last]} for name, last in (("a", 1), ("b", 2))}
+    vars(state)["_metadata"] = OrderedDict(noted)
+    assert vars(repo.pull(repo.push({"net": state}, "net"))["net"])["_metadata"] == noted
+
+
 def test_an_ordered_dict_with_another_attribute_is_refused(repo: ckpt.Repository) -> None:
     state = OrderedDict(a=1)
     vars(state)["mine"] = 2

@@ -75,6 +75,7 @@ class DcpWriter(StorageWriter):
         self.version: Version | None = None
         self._joint = joint
         self._push: str | None = None
+        self._written: str | None = None  # the push that this process began to write
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
@@ -100,11 +101,16 @@ class DcpWriter(StorageWriter):
                 "a cached plan cannot name a new push",
                 hint="use DefaultSavePlanner() without enable_plan_caching",
             )
-        if self._push is not None and self._joint.is_open(self._push):
+        # One that failed before anything was written is over, though nobody ended it.
+        if (
+            self._push is not None
+            and self._push == self._written
+            and self._joint.is_open(self._push)
+        ):
             raise UsageError(
                 "usage",
                 "this dcp_writer is still saving",
-                hint="wait for that save, or make a dcp_writer for each",
+                hint="wait for that save, or make another dcp_writer",
             )
         self._push = self._joint.open()
         return [
@@ -114,6 +120,7 @@ class DcpWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         member: _Member = plan.storage_data
+        self._written = member.push
         try:
             report = self._write(member, plan, planner)
         except BaseException as error:

@@ -165,8 +165,8 @@ def _makers_of_state(module: nn.Module) -> Iterator[Any]:
 
 
 def parameter_names(parts: Mapping[str, Any]) -> dict[int, str]:
-    """Names of the parameters of all tracked modules, by identity; with or without a wrapper, such
-    as that of torch.compile, they are the same."""
+    """Names of the parameters of all tracked modules, by identity; with or without a wrapper around
+    all of a module, such as that of torch.compile, they are the same."""
     return {
         id(parameter): f"{name}.{unwrapped(path)}"
         for name, part in parts.items()
