@@ -195,6 +195,13 @@ def rebuild(world: World, repo: ckpt.Repository) -> None:
     rebuild_registry(repo.location, repo._store)
 
 
+def repair(world: World, repo: ckpt.Repository) -> None:
+    """As the command does: what could not be written is told after the rest of the report."""
+    found = repo.fsck(read_data=1, repair=True)
+    if found.unmarked is not None:
+        raise found.unmarked
+
+
 def is_repaired(world: World, repo: ckpt.Repository) -> None:
     world.holds(repo, "one")
     assert repo.fsck(read_data=1, repair=True).is_clean
@@ -214,7 +221,7 @@ VERBS = {
         lambda w, r: r.gc(grace=0, allow=["much"], repack=True), is_repacked, half_needed
     ),
     "rebuild": Verb(rebuild, lambda w, r: w.holds(r, "two"), removed),
-    "fsck": Verb(lambda w, r: r.fsck(read_data=1, repair=True), is_repaired, damaged),
+    "fsck": Verb(repair, is_repaired, damaged),
 }
 
 
