@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from ckpt.cli.command import Settings, command
@@ -9,6 +11,9 @@ from ckpt.cli.confirm import confirm
 from ckpt.cli.render import count, print_json
 from ckpt.core.errors import IntegrityError
 from ckpt.core.printable import escape, few
+
+if TYPE_CHECKING:
+    from ckpt.service.rebuild import Rebuilt
 
 
 @click.group("registry")
@@ -36,6 +41,17 @@ def rebuild(settings: Settings, yes: bool) -> None:
         found = rebuild_registry(location, store)
     finally:
         store.close()
+    _tell(settings, found)
+    if found.damaged:
+        raise IntegrityError(
+            "damaged",
+            f"the store has not all bytes of {few(found.damaged)}",
+            hint="put the packs back and run this again, or push the same content again, then run "
+            "`ckpt fsck --repair`",
+        )
+
+
+def _tell(settings: Settings, found: Rebuilt) -> None:
     if settings.as_json:
         print_json(
             {
@@ -46,21 +62,14 @@ def rebuild(settings: Settings, yes: bool) -> None:
                 "kept": found.kept,
             }
         )
-    else:
-        click.echo(f"rebuilt: {count(found.versions, 'version')}, epoch {found.epoch}")
-        for reference in found.damaged:
-            settings.say(f"{reference} is damaged: not all of its bytes are in the store")
-        for line in found.unreadable:
-            settings.say(f"left alone: {escape(line)}")
-        if found.kept is not None:
-            settings.say(f"the old registry is {found.kept}")
-    if found.damaged:
-        raise IntegrityError(
-            "damaged",
-            f"the store has not all bytes of {few(found.damaged)}",
-            hint="put the packs back and run this again, or push the same content again, then run "
-            "`ckpt fsck --repair`",
-        )
+        return
+    click.echo(f"rebuilt: {count(found.versions, 'version')}, epoch {found.epoch}")
+    for reference in found.damaged:
+        settings.say(f"{reference} is damaged: not all of its bytes are in the store")
+    for line in found.unreadable:
+        settings.say(f"left alone: {escape(line)}")
+    if found.kept is not None:
+        settings.say(f"the old registry is {found.kept}")
 
 
 registry.add_command(rebuild)

@@ -94,17 +94,9 @@ def copy_version(
         joint = JointPush(*target, said)
         return joint.push_alone(document, environment.body, shards, progress)
 
-    def stored(entries: Sequence[Tensor]) -> list[StoredTensor | None]:
-        return [
-            StoredTensor(entry, entry.stored_shape, entry.chunks, store, places)
-            if entry.has_bytes
-            else None
-            for entry in entries
-        ]
-
-    described = _described(
-        document, version, stored(document.tensors), stored(document.probe_tensors)
-    )
+    sources = _whole(document.tensors, store, places)
+    probed = _whole(document.probe_tensors, store, places)
+    described = _described(document, version, sources, probed)
     return push_described(*target, described, said, environment.body, progress)[0]
 
 
@@ -115,6 +107,15 @@ def _copied_before(
         if is_repeated(store, registry, version, said, document, digest):
             return acknowledge_push(store, registry, version.push)
     return None
+
+
+def _whole(entries: Sequence[Tensor], store: Store, places: Places) -> list[StoredTensor | None]:
+    return [
+        StoredTensor(entry, entry.stored_shape, entry.chunks, store, places)
+        if entry.has_bytes
+        else None
+        for entry in entries
+    ]
 
 
 def _shards(document: Document, store: Store, places: Places) -> Iterator[Shard]:

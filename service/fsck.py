@@ -79,6 +79,24 @@ def check(
         check_newest(store, registry)
     found = Checked()
     known, incomplete = registry.repairs.look()
+    _check_packs(store, registry, known, read_data, found)
+    if repair:
+        with found.guarded():
+            _repair(store, registry, found, incomplete)
+    incomplete = [one for one in incomplete if registry.repairs.is_incomplete(one[0])]
+    _check_copies(store, registry, found, repair=repair)
+    _name_damaged(registry, found, incomplete)
+    return found
+
+
+def _check_packs(
+    store: Store,
+    registry: Registry,
+    known: Sequence[FinishedPack],
+    read_data: float,
+    found: Checked,
+) -> None:
+    """Look at every pack, and mark those of which something else was known."""
     places = Places.of(known)
     for finished in known:
         found.packs += 1
@@ -96,13 +114,6 @@ def check(
                 found.healed.append(finished.pack.id)
         elif was:
             found.broken[finished.pack.id] = "it was found wrong before; --read-data looks again"
-    if repair:
-        with found.guarded():
-            _repair(store, registry, found, incomplete)
-    incomplete = [one for one in incomplete if registry.repairs.is_incomplete(one[0])]
-    _check_copies(store, registry, found, repair=repair)
-    _name_damaged(registry, found, incomplete)
-    return found
 
 
 def _name_damaged(

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from ckpt.core.documents import Document, Tensor
 from ckpt.core.errors import CkptWarning, IntegrityError, UsageError
-from ckpt.core.printable import escape
+from ckpt.core.printable import escape, few
 from ckpt.core.records import Version
 from ckpt.core.state_dict import state_dict_names
 from ckpt.core.tensors import TensorBytes
@@ -76,10 +76,9 @@ def _pull_weights(
     if everything:
         names += left
     elif left:
-        shown = ", ".join(escape(name, 80) for name, _ in left[:5])
-        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+        shown = few([escape(name, 80) for name, _ in left])
         warnings.warn(
-            f"{version.reference} has tensors outside its state_dict: {shown}{more}; "
+            f"{version.reference} has tensors outside its state_dict: {shown}; "
             "all=True brings them",
             CkptWarning,
             stacklevel=4,

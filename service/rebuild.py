@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -157,9 +157,9 @@ class _Reader:
         store = self._store
         epoch, before = _epochs(store)
         documents = _counted(store, "documents/", epoch, set(before["documents"]))
-        versions = [self._once(info, _read_version) for info in documents]
+        versions = list(self._all(documents, _read_version))
         acts = _counted(store, "events/", epoch, set(before["events"]))
-        events = [self._once(info, _read_event) for info in acts]
+        events = list(self._all(acts, _read_event))
         listed = {info.key: info for info in store.list("packs/")}
         dead = {event["key"] for event in events if event["kind"] == "dead"}
         packs = [
@@ -175,19 +175,25 @@ class _Reader:
         }
         return StoreContents(epoch + 1, versions, events, packs, frozenset(listed), lost)
 
-    def _once(self, info: ObjectInfo, read: Callable[[Store, ObjectInfo], T]) -> T:
-        if info.key not in self._read:
+    def _all(
+        self, listed: Iterable[ObjectInfo], read: Callable[[Store, ObjectInfo], T]
+    ) -> Iterator[T]:
+        for info in listed:
+            if info.key in self._read:
+                yield self._read[info.key]
+                continue
             try:
-                self._read[info.key] = read(self._store, info)
+                found = self._read[info.key] = read(self._store, info)
             except _DAMAGED as error:
+                if self._store.size(info.key) is None:  # its version was removed meanwhile
+                    continue
                 raise IntegrityError(
                     "copy-damaged",
                     f"{info.key} in the store is damaged: {escape(str(error), 200)}",
                     hint="run `ckpt fsck --repair` if the registry is whole, restore the file from "
                     "a backup, or, to go on without what it says, move it away",
                 ) from None
-        found: T = self._read[info.key]
-        return found
+            yield found
 
     def _pack(self, info: ObjectInfo) -> FinishedPack | None:
         """A pack, or None where it is damaged. Of a disk or server that fails nothing follows, so

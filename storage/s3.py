@@ -14,7 +14,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -80,8 +79,8 @@ class S3Store(Store):
         self._bucket, folders = parse_address(url)
         self._root = f"{folders[1:]}/" if folders else ""
         self._name = f"s3://{self._bucket}{folders}"
-        self._connect = partial(_Connections, endpoint, region)
-        self._connections = self._connect()
+        self._server = endpoint, region
+        self._connections = _Connections(*self._server)
         host = urlsplit(self._client.meta.endpoint_url).hostname or ""
         on_aws = host.endswith(_AWS)
         self.checksum = {"ChecksumAlgorithm": "CRC32"} if on_aws else {}
@@ -101,7 +100,7 @@ class S3Store(Store):
 
     def _own(self) -> _Connections:
         if self._connections.process != os.getpid():  # forked: these are the other process's
-            self._connections = self._connect()
+            self._connections = _Connections(*self._server)
         return self._connections
 
     @property

@@ -427,7 +427,7 @@ OTHERS = (
     Mutant(
         "fsck that does not mark what is broken",
         "what_fsck_found_broken_is_written_again",
-        "ckpt.service.fsck:check",
+        "ckpt.service.fsck:_check_packs",
         "registry.repairs.mark(finished.pack.id, broken=True)",
         "pass",
     ),

@@ -7,7 +7,8 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -288,6 +289,35 @@ def test_a_rebuild_beside_a_writer_misses_nothing_and_finds_nothing_missing(
         assert rebuilt(filled).versions == 5
     with ckpt.open(filled) as repo:
         assert [version.number for version in repo.log("a")] == [5, 3, 1]
+
+
+def test_a_document_that_is_collected_after_it_was_listed_is_no_damage(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, removed = rebuild._read_version, threading.Event()
+
+    def remove_first(store: Any, info: Any) -> Any:
+        if not removed.is_set():
+            removed.set()
+            with ckpt.open(filled) as repo:
+                repo.rm("a@2")
+                repo.gc(grace=0)
+        return read(store, info)
+
+    monkeypatch.setattr(rebuild, "_read_version", remove_first)
+    listed = list(LocalStore(filled / ".ckpt" / "store").list("documents/"))
+    monkeypatch.setattr(rebuild, "_counted", counted_of(listed))
+    assert rebuilt(filled).versions == 4
+    with ckpt.open(filled) as repo:
+        assert [version.number for version in repo.log("a")] == [3, 1]
+
+
+def counted_of(documents: Sequence[Any]) -> Callable[..., Any]:
+    """As a server lists them: a page at once, of which some are gone when they are read."""
+    counted = rebuild._counted
+    return lambda store, place, *more: (
+        iter(documents) if place == "documents/" else counted(store, place, *more)
+    )
 
 
 def test_numbers_that_were_given_twice_change_nothing(filled: Path) -> None:
