@@ -435,7 +435,7 @@ def test_json_that_is_no_document_or_event_is_not_passed_over(
 def test_a_pack_that_describes_nothing_is_left_alone_and_told(filled: Path, described: str) -> None:
     metadata = json.dumps({"__metadata__": {"ckpt": described}}).encode()
     pack = filled / ".ckpt" / "store" / "packs" / "ff" / f"{'f' * 32}-0.safetensors"
-    pack.parent.mkdir()
+    pack.parent.mkdir(exist_ok=True)
     pack.write_bytes(len(metadata).to_bytes(8, "little") + metadata)
     (unreadable,) = rebuilt(filled).unreadable
     assert "does not describe its chunks" in unreadable
