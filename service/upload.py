@@ -217,7 +217,9 @@ class Upload:
         if not digests:
             self._empty.append(index)
             return
-        fresh = not any(digest in known for digest in digests)
+        fresh = (
+            not any(digest in known for digest in digests) and self._costs[index] <= HEADER_BYTES
+        )
         own = len(set(digests)) == len(digests) and self._mine.isdisjoint(digests)
         own |= source.nbytes <= _REPEATED_BYTES
         if fresh and own and not self._may_encode(index):

@@ -17,6 +17,7 @@ import ckpt
 from ckpt.core.digests import digest_of
 from ckpt.core.errors import IntegrityError
 from ckpt.core.records import Pack
+from ckpt.core.tensors import CHUNK_BYTES
 from ckpt.loader.sources import MemoryTensor
 from ckpt.storage.memory import MemoryStore
 from ckpt.storage.packs import PackWriter, header_cost, pack_key, read_pack
@@ -205,6 +206,22 @@ class TestPushedPacks:
         repo.push(state, "m")
         assert len(self.packs(repo)) > 1
         assert repo.pull("m") == state
+
+    def test_a_tensor_of_more_chunks_than_a_header_has_room_for_spans_packs(
+        self, repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for module in ("ckpt.storage.packs", "ckpt.service.upload"):
+            monkeypatch.setattr(f"{module}.HEADER_BYTES", 700)
+        monkeypatch.setattr("ckpt.storage.packs._PAGE", 64)
+        state = {
+            "large": torch.arange(10 * CHUNK_BYTES // 4, dtype=torch.int32),
+            "usual": torch.ones(3),
+        }
+        repo.push(state, "m", compress="none")
+        assert len(self.packs(repo)) > 1
+        assert repo.fsck(read_data=1).is_clean
+        pulled = repo.pull("m")
+        assert all(torch.equal(pulled[name], state[name]) for name in state)
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
