@@ -181,16 +181,20 @@ class Changes:
 
     @staticmethod
     def _drop_document(transaction: Transaction, digest: str) -> None:
-        """Drop the document, and then its structure, unless another version has it."""
+        """Drop the document, and then its structure, unless another version has it. Each is locked
+        before anybody is asked: of two that drop their version at once, the later one sees it."""
+        same = documents.c.digest == digest
+        found = transaction.row(select(documents.c.structure).where(same).with_for_update())
+        assert found is not None
         query = select(versions.c.id).where(versions.c.document == digest).limit(1)
         if transaction.row(query) is not None:
             return
-        found = transaction.row(select(documents).where(documents.c.digest == digest))
-        assert found is not None
-        transaction.run(delete(documents).where(documents.c.digest == digest))
-        same = documents.c.structure == found.structure
-        if transaction.row(select(documents.c.digest).where(same).limit(1)) is None:
-            transaction.run(delete(structures).where(structures.c.digest == found.structure))
+        transaction.run(delete(documents).where(same))
+        shared = structures.c.digest == found.structure
+        transaction.run(select(structures.c.digest).where(shared).with_for_update())
+        others = select(documents.c.digest).where(documents.c.structure == found.structure)
+        if transaction.row(others.limit(1)) is None:
+            transaction.run(delete(structures).where(shared))
 
 
 def _locked(transaction: Transaction, reference: Reference) -> tuple[Row[Any], Row[Any]]:

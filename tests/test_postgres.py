@@ -182,6 +182,17 @@ class TestRaces:
         assert torch.equal(two.pull(made)["w"], STATE["w"])
         assert [model.versions for model in one.models()] == [1, 0]
 
+    @pytest.mark.parametrize("other", [STATE["w"], torch.zeros(3)], ids=["content", "structure"])
+    def test_two_removals_leave_nothing_of_what_both_share(
+        self, race: Act, repos: tuple[ckpt.Repository, ckpt.Repository], other: torch.Tensor
+    ) -> None:
+        one, two = repos
+        one.push(STATE, "a")
+        one.push({"w": other}, "b")
+        assert total(one, structures) == 1
+        race(lambda: one.rm("a@1"), lambda: two.rm("b@1"))
+        assert (total(one, documents), total(one, structures)) == (0, 0)
+
     def test_many_pushes_at_once_get_a_number_each(
         self, postgres_url: str, repo: ckpt.Repository
     ) -> None:
