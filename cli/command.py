@@ -70,7 +70,7 @@ def common_options(function: F) -> F:
     )(function)
     function = _option("quiet", "-q", "--quiet", is_flag=True, help="Say only results.")(function)
     function = _option("as_json", "--json", is_flag=True, help="Print JSON.")(function)
-    return _option("repo", "-r", "--repo", metavar="DIR", help=repo)(function)
+    return _option("repo", "-r", "--repo", type=click.Path(), metavar="DIR", help=repo)(function)
 
 
 def command(name: str, **attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:

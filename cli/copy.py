@@ -13,7 +13,7 @@ from ckpt.core.sizes import size
 
 @command("copy")
 @click.argument("reference", metavar="REF")
-@click.argument("target", metavar="REPO")
+@click.argument("target", type=click.Path(), metavar="REPO")
 @click.option("--model", metavar="NAME", help="Its model there; default: as here.")
 def copy(settings: Settings, reference: str, target: str, model: str | None) -> None:
     """Copy the version REF into the repository REPO, every byte checked on the way.
@@ -35,7 +35,7 @@ def copy(settings: Settings, reference: str, target: str, model: str | None) -> 
     if copied.number <= before:
         settings.say(f"{copied.reference} was there already, nothing is added")
     else:
-        settings.say(f"{size(copied.nbytes)}, {size(copied.new_bytes)} of it added there")
+        settings.say(f"{size(copied.nbytes)}, {size(copied.new_bytes)} new there")
     if settings.as_json:
         print_json(version_json(copied))
     else:

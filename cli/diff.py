@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpt.cli.command import Settings, command
-from ckpt.cli.render import count, print_json, progress, table, version_json
+from ckpt.cli.render import cells_of, count, print_json, progress, table, version_json
 from ckpt.core.printable import escape
 from ckpt.core.sizes import size
 
@@ -31,7 +31,9 @@ _SIGNS = {"changed": "~", "added": "+", "removed": "-"}
 @click.argument("before", metavar="A")
 @click.argument("after", metavar="B")
 @click.option("--stats", is_flag=True, help="Read the tensors that changed, and say how far.")
-@click.option("--output", metavar="FILE.svg", help="Write a picture of the layers, too.")
+@click.option(
+    "--output", type=click.Path(), metavar="FILE.svg", help="Write a picture of the layers, too."
+)
 def diff(settings: Settings, before: str, after: str, stats: bool, output: str | None) -> None:
     """Show what differs between the versions A and B, also of different models.
 
@@ -156,12 +158,13 @@ def _show_bars(found: Diff, width: int | None) -> None:
     rows = [row for row in shown.rows if row.value != 0]
     room = None if width is None else width - _BAR - 18
     names = [_shortened(row.name, room) for row in rows]
-    longest = max(map(len, (*names, "LAYER")))
+    longest = max(map(cells_of, (*names, "LAYER")))
     block = _block()
     click.echo(f"\n{'LAYER'.ljust(longest)}  {shown.axis.upper()}")
     for name, row in zip(names, rows, strict=True):
         filled = math.ceil(_BAR * (row.value or 0.0) / shown.top)
-        click.echo(f"{name.ljust(longest)}  {(block * filled).ljust(_BAR)}  {row.text}")
+        blanks = " " * (longest - cells_of(name))
+        click.echo(f"{name}{blanks}  {(block * filled).ljust(_BAR)}  {row.text}")
     if len(rows) < len(shown.rows):
         click.echo(f"and {count(len(shown.rows) - len(rows), 'layer')} whose bytes are the same")
 
@@ -179,7 +182,9 @@ def _show_table(
 ) -> None:
     """A table whose last cells are shortened at their beginning to fit."""
     if width is not None:
-        used = [max(len(row[place]) for row in (head, *rows)) for place in range(len(head) - 1)]
+        used = [
+            max(cells_of(row[place]) for row in (head, *rows)) for place in range(len(head) - 1)
+        ]
         room = width - sum(used) - 2 * len(used)
         rows = [[*row[:-1], _shortened(escape(row[-1]), room)] for row in rows]
     click.echo(f"\n{table(head, rows, right=right)}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ckpt.cli.command import Settings, command
-from ckpt.cli.render import print_json, progress, version_json
+from ckpt.cli.render import count, print_json, progress, version_json
 from ckpt.core.sizes import size
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _FORMATS = ("pt", "safetensors", "dcp", "hf")
 
 @command("export")
 @click.argument("reference", metavar="REF")
-@click.argument("destination", metavar="DEST")
+@click.argument("destination", type=click.Path(), metavar="DEST")
 @click.option("--format", "form", type=click.Choice(_FORMATS), help="Default: by DEST's suffix.")
 @click.option("-f", "--force", is_flag=True, help="Replace the file DEST if it exists.")
 def export(
@@ -38,10 +38,12 @@ def export(
                 version, destination, format=form, force=force, progress=meter
             )
         left = 0 if done.exact or version.state == "files" else repository.unnamed_values(version)
-    said = "importing it gives the same digest" if done.exact else "every tensor bit for bit"
+    said = "importing it gives the same digest" if done.exact else "every tensor in it bit for bit"
     settings.say(f"{version.reference}: {size(version.nbytes)}, {said}")
-    if left:
-        settings.say(f"{left} plain values are not in it; a .pt file would have them")
+    if version.state == "module":
+        settings.say("the module itself comes by load, from Python")
+    elif left and done.format != "pt":
+        settings.say(f"not in it: {count(left, 'plain value')}, which a .pt file would have")
     if settings.as_json:
         print_json(
             {

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     "--read-data",
     is_flag=False,
     flag_value="100%",
-    metavar="N%",
-    help="Also read and hash every byte, or of this share of the packs.",
+    metavar="[=N%]",
+    help="Also read and hash every byte, or that of N% of the packs, taken at random.",
 )
 @click.option("--repair", is_flag=True, help="Write copies again; move versions to whole packs.")
 def fsck(settings: Settings, read_data: str | None, repair: bool) -> None:

@@ -10,7 +10,13 @@ from ckpt.core.sizes import size
 
 
 @command("gc")
-@click.option("--grace", default="7d", show_default=True, help="How long to keep what is unneeded.")
+@click.option(
+    "--grace",
+    default="7d",
+    show_default=True,
+    metavar="DURATION",
+    help="How long to keep what is unneeded: 7d, 12h, 30m (minutes), 0.",
+)
 @click.option("-n", "--dry-run", is_flag=True, help="Only say what would be freed.")
 @click.option(
     "--allow",
@@ -22,8 +28,8 @@ from ckpt.core.sizes import size
 def gc(settings: Settings, grace: str, dry_run: bool, allow: tuple[str, ...], repack: bool) -> None:
     """Free the bytes that no version needs.
 
-    What was removed a moment ago waits for the end of the grace. Safe beside pushes, pulls and
-    other collectors.
+    The grace begins with the first gc that sees that a pack is unneeded: run it regularly. Safe
+    beside pushes, pulls and other collectors.
     """
     from ckpt.service.gc import gc_summary
 

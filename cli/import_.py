@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @command("import")
-@click.argument("path")
+@click.argument("path", type=click.Path(), metavar="PATH")
 @click.argument("model", metavar="MODEL[:ALIAS]")
 @click.option("--step", type=int, help="Training step of a single checkpoint.")
 @click.option("-m", "--message", help="What these versions are.")
@@ -133,8 +133,9 @@ def _end(done: Sequence[Imported]) -> None:
     if failed:
         raise CkptError(
             "import-incomplete",
-            f"{count(len(failed), 'checkpoint')} of {len(done)} could not be imported",
-            hint="see above why; the others are in",
+            f"{count(len(failed), 'checkpoint')} could not be imported",
+            hint=f"see above why; {count(sum(one.version is not None for one in done), 'other')} "
+            "came in",
         )
 
 

@@ -13,7 +13,7 @@ from ckpt.core.printable import escape
 
 
 @command("init")
-@click.argument("folder", required=False)
+@click.argument("folder", type=click.Path(), metavar="[FOLDER]", required=False)
 @click.option("--registry", metavar="URL", help="postgresql+psycopg://… in place of a file.")
 @click.option("--store", metavar="URL", help="s3://bucket/prefix in place of a folder.")
 @click.option("--endpoint", metavar="URL", help="Of an S3 server that is not AWS.")

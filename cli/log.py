@@ -27,7 +27,12 @@ _LISTED = 20
 @click.option("--where", metavar="TEXT", help="Only what matches: 'loss < 0.3 and step >= 100'.")
 @click.option("--order-by", metavar="METRIC", help="Lowest first; -METRIC: highest first.")
 @click.option("--plot", "metric", metavar="METRIC", help="Draw this metric over the steps.")
-@click.option("--output", metavar="FILE.svg", help="With --plot: write a picture of it, too.")
+@click.option(
+    "--output",
+    type=click.Path(),
+    metavar="FILE.svg",
+    help="With --plot: write a picture of it, too.",
+)
 @click.option("-f", "--follow", is_flag=True, help="Go on with new versions, until Ctrl-C.")
 def log(
     settings: Settings,
@@ -70,7 +75,13 @@ def log(
 
             _show_curve(settings, read_curve(repository, model, metric, before, limit), picture)
         elif where is None and order_by is None:
-            _show_versions(settings, repository.log(model, before=before, limit=listed))
+            found = repository.log(model, before=before, limit=listed)
+            _show_versions(settings, found)
+            if not found:
+                below = "" if before is None else f" below {before}"
+                settings.say(f"{model} has no versions{below}")
+            elif limit is None and len(found) == listed and found[-1].number > 1:
+                settings.say(f"older ones: ckpt log {model} --before {found[-1].number}")
         else:
             found = repository.find(model, where or "", order_by=order_by, limit=listed)
             _show_versions(settings, found)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import signal
 import sys
 import traceback
+import warnings
+from functools import partial
 from types import FrameType
 from typing import NoReturn
 
 import click
 
 from ckpt.cli.command import Settings, common_options
-from ckpt.core.errors import CkptError, from_os_error
+from ckpt.core.errors import CkptError, CkptWarning, from_os_error
 from ckpt.core.printable import escape
 
 # Command -> the module in ckpt.cli that has it.
@@ -56,7 +59,10 @@ class _Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
-            return None
+            near = difflib.get_close_matches(cmd_name, COMMANDS, 1)
+            if not near or ctx.resilient_parsing:
+                return None
+            ctx.fail(f"No such command {cmd_name!r}. Did you mean {near[0]!r}?")
         module = importlib.import_module(f"ckpt.cli.{COMMANDS[cmd_name]}")
         found = module.COMMANDS[cmd_name]
         assert isinstance(found, click.Command)
@@ -101,6 +107,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _on_terminate)
     _open_closed_streams()
     settings = Settings()
+    warnings.showwarning = partial(_warn, settings)
     try:
         status = _run(settings)
         sys.stdout.flush()
@@ -125,6 +132,12 @@ def main() -> None:
         said = escape(f"{type(error).__name__}: {error}")
         status = _fail("bug", f"{said}; please report it, with the output of --debug", 70)
     sys.exit(status)
+
+
+def _warn(settings: Settings, message: Warning | str, category: type[Warning], *_: object) -> None:
+    """A warning of ckpt in one line; those of libraries are for who debugs."""
+    if settings.debug or issubclass(category, CkptWarning):
+        settings.say(f"warning: {message}")
 
 
 def _discard_output() -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.option("--keep-last", type=click.IntRange(1), metavar="N", help="The newest N.")
 @click.option("--keep-best", multiple=True, metavar="METRIC:min|max:N", help="Repeatable.")
 @click.option("--keep-every", type=click.IntRange(1), metavar="N", help="Steps divisible by N.")
-@click.option("--keep-within", metavar="7d", help="What is younger: 12h, 7d, 2w.")
+@click.option("--keep-within", metavar="7d", help="What is younger: 2w, 7d, 12h, 30m (minutes).")
 @click.option("--save-policy", "save", is_flag=True, help="Use these rules the next time too.")
 @click.option("-n", "--dry-run", is_flag=True, help="Only say what would be removed; save nothing.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")

@@ -8,15 +8,15 @@ from pathlib import Path
 import click
 
 from ckpt.cli.command import Settings, command
-from ckpt.cli.render import print_json, progress, version_json
-from ckpt.core.errors import ConflictError, NotFoundError
+from ckpt.cli.render import count, print_json, progress, version_json
+from ckpt.core.errors import ConflictError, NotFoundError, UsageError
 from ckpt.core.printable import escape
 from ckpt.core.sizes import size
 
 
 @command("pull")
 @click.argument("reference", metavar="REF")
-@click.argument("destination", metavar="[DEST]", required=False)
+@click.argument("destination", type=click.Path(), metavar="[DEST]", required=False)
 @click.option("-f", "--force", is_flag=True, help="Replace DEST if it exists.")
 @click.option(
     "--tensors",
@@ -39,11 +39,19 @@ def pull(
     never replaced. Prints the path on stdout.
     """
     tensors = patterns or None
+    if destination == "-":
+        raise UsageError("usage", "a version cannot be written to stdout", hint="name a file")
     with settings.open() as repository:
         version = repository.get(reference)
         usual = f"{version.model.replace('/', '-')}-{version.number}"
         if version.state != "files" or tensors is not None:
             usual += ".safetensors"
+        elif destination is not None and destination.endswith(".safetensors"):
+            raise UsageError(
+                "is-folder",
+                f"{version.reference} is a folder of files, and {escape(destination, 80)} would be one",
+                hint="name a folder, or give --tensors '*' for one file",
+            )
         path = _place(destination, usual, is_folder=not usual.endswith(".safetensors"), force=force)
         with progress(settings, f"pull {version.reference}") as meter:
             repository.pull_file(version, path, tensors=tensors, force=force, progress=meter)
@@ -51,7 +59,7 @@ def pull(
     if version.state == "module" and tensors is None:
         settings.say("the file has the weights alone; the module itself comes by load, from Python")
     elif left:
-        settings.say(f"{left} plain values are not in the file; pull from Python to get them")
+        settings.say(f"not in the file: {count(left, 'plain value')}; pull from Python to get all")
     pulled = version.nbytes if tensors is None else path.stat().st_size
     settings.say(f"{version.reference}: {size(pulled)}, every byte checked")
     if settings.as_json:
@@ -66,7 +74,7 @@ def _place(destination: str | None, usual: str, *, is_folder: bool, force: bool)
     if destination is None or not os.path.isdir(path):
         if destination is not None and destination.endswith("/") and not is_folder:
             raise NotFoundError(
-                "folder-missing", f"there is no folder {escape(destination)}", hint="make it first"
+                "no-folder", f"there is no folder {escape(destination)}", hint="make it first"
             )
         return path
     if is_folder and force:

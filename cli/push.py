@@ -23,7 +23,7 @@ _PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
 
 
 @command("push")
-@click.argument("path")
+@click.argument("path", type=click.Path(), metavar="PATH")
 @click.argument("model", metavar="MODEL[:ALIAS]")
 @click.option("--step", type=int, help="Training step.")
 @click.option("-m", "--message", help="What this version is.")
@@ -57,6 +57,8 @@ def push(
     Prints the reference of the version, and nothing else, on stdout.
     """
     file = Path(path)
+    if path == "-":
+        raise UsageError("usage", "a checkpoint cannot be read from stdin", hint="name a file")
     refuse_unfit(file)
     name, colon, alias = model.partition(":")
     check_model(name)
@@ -82,8 +84,7 @@ def push(
         said = f"{version.reference} in {root} was already committed, nothing is added{lost}"
         settings.say(said)
     else:
-        added = f"{size(version.new_bytes)} of it added by this version"
-        settings.say(f"{size(version.nbytes)} in {root}, {added}")
+        settings.say(f"{size(version.nbytes)} in {root}, {size(version.new_bytes)} new")
     if settings.as_json:
         print_json(version_json(version))
     else:

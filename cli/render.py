@@ -46,15 +46,24 @@ def metrics(values: Mapping[str, float]) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> str:
     """Aligned columns without lines; an empty last cell leaves no blanks behind it."""
     cells = [head, *([escape(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    widths = [max(cells_of(row[column]) for row in cells) for column in range(len(head))]
     lines = []
     for row in cells:
-        padded = [
-            cell.rjust(width) if title in right else cell.ljust(width)
-            for cell, width, title in zip(row, widths, head, strict=True)
-        ]
+        padded = []
+        for cell, width, title in zip(row, widths, head, strict=True):
+            blanks = " " * (width - cells_of(cell))
+            padded.append(blanks + cell if title in right else cell + blanks)
         lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)
+
+
+def cells_of(text: str) -> int:
+    """How many columns of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
 
 
 def version_json(version: Version) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpt.cli.command import Settings, command
-from ckpt.cli.render import age, metrics, print_json, table, version_json
+from ckpt.cli.render import age, count, metrics, print_json, table, version_json
 from ckpt.core.printable import escape
 from ckpt.core.sizes import size
 
@@ -23,7 +23,14 @@ if TYPE_CHECKING:
 @command("show")
 @click.argument("reference", metavar="REF")
 @click.option("--trust", "needs", is_flag=True, help="Show what a load would have to import.")
-@click.option("--path", "paths", multiple=True, metavar="DIR", help="Look for sources here too.")
+@click.option(
+    "--path",
+    "paths",
+    type=click.Path(),
+    multiple=True,
+    metavar="DIR",
+    help="Look for sources here too.",
+)
 def show(settings: Settings, reference: str, needs: bool, paths: tuple[str, ...]) -> None:
     """Show a version: its facts, what it was made on, its module tree, and its tensors.
 
@@ -60,7 +67,9 @@ def _show_needs(
     ]
     click.echo(table(head, rows))
     wanted = sorted({one.reference.partition(":")[0] for one in classes if not one.allowed})
-    if wanted:
+    if "__main__" in wanted:
+        settings.say("a class of __main__ is only loaded from Python, which gives it: trust=[Net]")
+    elif wanted:
         flags = " ".join(
             [f"--trust {escape(name, 80)}" for name in wanted]
             + [f"--path {escape(path, 80)}" for path in paths]
@@ -99,7 +108,7 @@ def _facts(version: Version, document: Document, environment: Environment) -> li
     return [
         ("version", version.reference),
         ("digest", f"b3:{version.digest}"),
-        ("size", f"{size(version.nbytes)}, {size(version.new_bytes)} of it added"),
+        ("size", f"{size(version.nbytes)}, {size(version.new_bytes)} new in the store"),
         ("created", f"{version.created_at:%Y-%m-%d %H:%M:%S} UTC, {age(version.created_at)}"),
         ("author", f"{version.author} on {body.get('host')}"),
         ("step", "" if version.step is None else str(version.step)),
@@ -123,7 +132,7 @@ def _probe(probe: Probe) -> str:
     conditions, behaviour = probe.conditions, probe.behaviour
     words = [
         f"on {conditions.device}, {conditions.name}, {conditions.capability}",
-        f"{conditions.threads} threads",
+        count(conditions.threads, "thread"),
         f"torch {conditions.torch}",
     ]
     if not behaviour.repeats:

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 @command("verify")
 @click.argument("reference", metavar="REF")
 @click.option("--trust", multiple=True, metavar="MODULE", help="May be imported. Repeatable.")
-@click.option("--path", "paths", multiple=True, metavar="DIR", help="Look for modules here too.")
+@click.option(
+    "--path",
+    "paths",
+    type=click.Path(),
+    multiple=True,
+    metavar="DIR",
+    help="Look for modules here too.",
+)
 @click.option("--require", metavar="VERDICT", help="Fail below this verdict.")
 def verify(
     settings: Settings,

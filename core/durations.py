@@ -31,6 +31,8 @@ def check_duration(duration: float | str) -> float:
         raise UsageError(
             "duration-invalid",
             f'"{escape(str(duration), 40)}" is no duration',
-            hint="write 7d, 12h, 0 or a number of seconds",
+            hint="write 7d, 12h, 30m or 0"
+            if isinstance(duration, str)
+            else "give seconds, or text such as 7d",
         )
     return float(seconds)

@@ -196,10 +196,23 @@ class Event:
 
     @property
     def text(self) -> str:
-        """``said`` in one line."""
-        hidden = ("push", "version") if "version" in self.said else ()
-        rest = [f"{name}={value}" for name, value in self.said.items() if name not in hidden]
-        return " ".join([self.said["version"], *rest] if hidden else rest)
+        """``said`` in one line, without what is empty."""
+        said = dict(self.said)
+        version = said.pop("version", None)
+        if version is None and "number" in said:  # of one that was removed
+            version = f"{self.model}@{said['number']}"
+        if version is not None:
+            said.pop("push", None)
+            said.pop("number", None)
+        words = [] if version is None else [str(version)]
+        for name, value in said.items():
+            if isinstance(value, Mapping):
+                words += [f"{key}={one}" for key, one in value.items()]
+            elif isinstance(value, list):
+                words += [f"{name}={','.join(map(str, value))}"] if value else []
+            else:
+                words.append(f"{name}={value}")
+        return " ".join(words)
 
 
 class Point(NamedTuple):

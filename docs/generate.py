@@ -50,7 +50,13 @@ def _with_children(path: str, command: click.Command) -> Iterator[tuple[str, cli
 
 
 def _help(command: click.Command, path: str) -> str:
-    context = click.Context(command, info_name=path, terminal_width=90, max_content_width=90)
+    context = click.Context(
+        command,
+        info_name=path,
+        terminal_width=90,
+        max_content_width=90,
+        help_option_names=["-h", "--help"],
+    )
     return command.get_help(context)
 
 

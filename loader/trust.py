@@ -184,13 +184,17 @@ class Trust:
             return
         shown = ", ".join(sorted({name.reference for name in refused}))
         modules = sorted({name.reference.partition(":")[0] for name in refused} - {"__main__"})
-        way = f"trust={modules!r}" if modules else "trust=[TheClass]"
+        if modules:
+            way = f"trust={modules!r}, or --trust on the command line"
+        else:  # only the program itself can say which class it means
+            own = sorted({name.reference.partition(":")[2] for name in refused})
+            way = f"from Python, trust=[{', '.join(own)}]"
         noun = "class" if len(refused) == 1 else "classes"
         raise TrustError(
             "class-not-allowed",
             f"the checkpoint names {len(refused)} {noun} you have not trusted: {shown}; "
             "nothing was imported",
-            hint=f"if you trust them: {way}, or --trust on the command line",
+            hint=f"if you trust them: {way}",
         )
 
     def allows(self, name: Named) -> bool:

@@ -10,6 +10,7 @@ from sqlalchemy import Row, bindparam, delete, insert, select, update
 
 from ckpt.core.documents import canonical
 from ckpt.core.errors import ConflictError, NotFoundError
+from ckpt.core.printable import escape
 from ckpt.core.records import Version
 from ckpt.core.references import Reference
 from ckpt.registry.commit import (
@@ -116,13 +117,15 @@ class Changes:
         removed: Sequence[str],
         author: str,
     ) -> tuple[str, Version]:
-        """Set metrics and labels of a version, and remove labels or metrics by key."""
+        """Set metrics and labels of a version, and remove labels or metrics by key.
+
+        Raises:
+            NotFoundError: ``label-missing`` when one to remove is not there.
+        """
 
         def act(transaction: Transaction) -> tuple[str, Version]:
             row, model = _locked(transaction, reference)
-            for table in (labels, metrics) if removed else ():
-                gone = table.c.name.in_(removed) & (table.c.version == row.id)
-                transaction.run(delete(table).where(gone))
+            self._remove_said(transaction, f"{model.name}@{row.number}", row.id, removed)
             set_metrics(transaction, model.id, row.id, metric_values)
             set_labels(transaction, row.id, label_values)
             said = {
@@ -134,6 +137,23 @@ class Changes:
             return event, records_of(transaction, [row])[0]
 
         return self._write(act)
+
+    @staticmethod
+    def _remove_said(
+        transaction: Transaction, reference: str, version: int, removed: Sequence[str]
+    ) -> None:
+        found: set[str] = set()
+        for table in (labels, metrics) if removed else ():
+            gone = table.c.name.in_(removed) & (table.c.version == version)
+            found |= {row.name for row in transaction.rows(select(table.c.name).where(gone))}
+            transaction.run(delete(table).where(gone))
+        missing = sorted(set(removed) - found)
+        if missing:
+            raise NotFoundError(
+                "label-missing",
+                f'{reference} has no label or metric "{escape(missing[0])}"',
+                hint=f"run `ckpt show {reference}`",
+            )
 
     def save_policy(self, model: str, rules: Sequence[str], author: str) -> str:
         """Keep the rules by which a model is pruned."""

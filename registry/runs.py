@@ -36,7 +36,7 @@ class Runs:
                 raise ConflictError(
                     "run-live",
                     f'the run "{escape(name)}" of {model} is live in another job',
-                    hint=f"end that one, wait {left} s if it died, or give this one another name",
+                    hint=f"end that one, wait {left} s if its machine died, or give this one another name",
                 )
             values = {"holder": holder, "held_until": now + int(seconds * 1e6)}
             transaction.run(update(runs).where(mine).values(**values))

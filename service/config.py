@@ -93,7 +93,7 @@ def _given(text: str) -> Location:
     path = as_place(text, "repository")
     assert isinstance(path, Path)  # a repository has no address of its own
     path = Path(os.path.abspath(path))  # the program may go elsewhere while it is open
-    if _is_file(path / CONFIG):
+    if any(_is_file(path / name) for name in (CONFIG, "registry.db", "store/FORMAT")):
         return read_config(path, inside=False)
     return read_config(path / FOLDER, inside=False)
 
@@ -257,7 +257,9 @@ def no_repository(location: Location) -> NotFoundError:
     return NotFoundError(
         "no-repository",
         f"there is no repository at {location.root}",
-        hint="run `ckpt init`, or name one with --repo",
+        hint=f"run `ckpt init {location.root.parent}`, or name one with --repo"
+        if location.root.name == FOLDER
+        else "run `ckpt init`, or name one with --repo",
     )
 
 

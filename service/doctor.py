@@ -81,7 +81,7 @@ def _clock(registry: Registry) -> Finding:
     skew = registry.collector.now() / 1e6 - time.time()
     fine = abs(skew) < _SKEW_SECONDS
     todo = "" if fine else "set the clocks; nothing is lost by it, but times and graces are wrong"
-    return Finding("clock", fine, f"{skew:+.1f} s from the registry's", todo)
+    return Finding("clock", fine, f"{abs(skew):.1f} s from the registry's", todo)
 
 
 def _epoch(registry: Registry) -> Finding:
@@ -93,8 +93,8 @@ def _epoch(registry: Registry) -> Finding:
 
 def _copies(registry: Registry) -> Finding:
     waiting = len(registry.copies.pending())
-    todo = "" if not waiting else "any push, tag or gc copies them"
-    return Finding("copies", True, f"{waiting} documents and events wait for the store", todo)
+    todo = "" if not waiting else "nothing: any push, tag or gc sees to them"
+    return Finding("copies", True, f"{waiting} not yet noted as in the store", todo)
 
 
 def _agreement(store: Store, registry: Registry) -> Finding:
@@ -106,7 +106,7 @@ def _agreement(store: Store, registry: Registry) -> Finding:
             identity = info.key.rpartition("-")[2].removesuffix(".json")
             unknown += identity not in known
     todo = "run `ckpt registry rebuild`: this registry is older than its store" if unknown else ""
-    return Finding("agreement", not unknown, f"{unknown} unknown documents or events", todo)
+    return Finding("agreement", not unknown, f"{unknown} in the store that it does not know", todo)
 
 
 def _packs(store: Store, registry: Registry) -> Finding:

@@ -69,7 +69,7 @@ def collect(
     allow: Collection[str] = (),
     repack: bool = False,
 ) -> Collected:
-    """Free what nobody needs and has not needed for ``grace`` seconds.
+    """Free what nobody needs, ``grace`` seconds after the first collection that saw so.
 
     Args:
         repack: first write those packs again of which less than half is needed.
@@ -138,8 +138,8 @@ def _check(registry: Registry, listed: _Listed, allow: Collection[str]) -> set[s
     unknown += sorted(listed.events.keys() - events)
     if unknown and "unknown" not in allow:
         raise _refused(
-            f"the store {listed.store.name} has {len(unknown)} documents or events that the "
-            "registry does not know: it may be an older copy",
+            f"the store {listed.store.name} knows of {len(unknown)} more than the registry, which "
+            "may be an older copy",
             "unknown",
         )
     if not there and listed.packs and not ended and "empty" not in allow:

@@ -95,13 +95,16 @@ def as_address(text: str, what: str) -> str:
     Raises:
         UsageError: ``uri-refused``, ``password-refused``.
     """
-    place = as_place(text, what)
-    if isinstance(place, Path):
+    servers = [known for known in _SCHEMES[what] if known != "sqlite"]
+    if text.partition("://")[0] not in servers:
         raise UsageError(
             "uri-refused",
             f'"{escape(text, 80)}" is no address of a {what}',
-            hint="a repository's own folder has what lies on this machine",
+            hint=f"give {servers[0]}://…, or leave it out: a repository's own folder has what lies "
+            "on this machine",
         )
+    place = as_place(text, what)
+    assert isinstance(place, str)
     if shown(place) != place:
         raise UsageError(
             "password-refused",

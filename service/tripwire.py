@@ -34,8 +34,8 @@ def check_newest(store: Store, registry: Registry) -> None:
     if newer:
         raise ConflictError(
             "registry-old",
-            f"the store {store.name} knows {len(newer)} acts that the registry does not: "
-            "it is an older copy",
+            f"the store {store.name} knows of {len(newer)} "
+            "more than the registry, which is an older copy",
             hint="run `ckpt registry rebuild`, which brings both together",
         )
     registry.is_newest = True

@@ -36,7 +36,7 @@ class Upkeep:
         allow: Collection[str] = (),
         repack: bool = False,
     ) -> Collected:
-        """Free the bytes that no version needs and has not needed for ``grace``; safe beside
+        """Free the bytes that no version needs, ``grace`` after the first call that saw so; safe beside
         pushes, pulls and other collectors.
 
         Args:

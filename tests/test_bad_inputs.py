@@ -199,7 +199,7 @@ ROWS: list[tuple[str, Prepare, list[str], int, str, str]] = [
     ("a pickle's name", nothing, ["pull", "known", "out.pt"], 2, "not-safetensors", "ckpt export"),
     ("some in a pickle", nothing, ["pull", "known", "o.ckpt", "--tensors", "*"], 2,
      "not-safetensors", "ckpt export"),
-    ("no folder", nothing, ["pull", "known", "nowhere/"], 3, "folder-missing", "nowhere"),
+    ("no folder", nothing, ["pull", "known", "nowhere/"], 3, "no-folder", "nowhere"),
     ("one pattern of two", nothing, ["pull", "known", "--tensors", "*", "--tensors", "x*"], 3,
      "tensor-missing", "x*"),
     ("symlink", link, ["pull", "known", "link.safetensors"], 9, "symlink", "link"),

@@ -346,7 +346,7 @@ def test_a_signal_at_any_moment_of_a_push_leaves_nothing_behind(
     ("closed", "act", "status", "said"),
     [
         ("<&-", "rm", 2, "error[not-confirmed]"),
-        (">&-", "push", 0, "of it added"),
+        (">&-", "push", 0, " new"),
         ("2>&-", "push", 0, "m@2"),
     ],
 )

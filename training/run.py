@@ -27,6 +27,7 @@ from ckpt.core.names import (
 )
 from ckpt.core.records import Added, Version
 from ckpt.core.rules import Rule
+from ckpt.core.sizes import size
 from ckpt.loader.environment import describe_environment
 from ckpt.loader.snapshot import capture_state
 from ckpt.service.bases import check_compress
@@ -351,14 +352,9 @@ def warns(on_error: str) -> bool:
 
 def _told(added: Added, nbytes: int) -> str:
     """Where the bytes of a save are."""
-    unit, each = ("MB", 1e6) if nbytes >= 1e6 else ("kB", 1e3)
-    new, shared, differences, coding = (
-        f"{part / each:.1f}"
-        for part in (added.new, added.shared, added.by_differences, added.by_coding)
-    )
-    told = f"{new} of {nbytes / each:.1f} {unit} new, {shared} shared"
-    told += f", {differences} saved by differences"
-    return f"{told}, {coding} by coding" if added.by_coding else told
+    told = f"{size(nbytes)}, {size(added.new)} new, {size(added.shared)} shared"
+    told += f", {size(added.by_differences)} saved by differences"
+    return f"{told}, {size(added.by_coding)} by coding" if added.by_coding else told
 
 
 def _nothing() -> Future[dict[str, Any]]:
