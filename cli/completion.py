@@ -8,7 +8,7 @@ from ckpt.cli.command import Settings, command
 from ckpt.cli.render import print_json
 
 
-@command("completion")
+@command("completion", short_help="Print the completion script of a shell.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(settings: Settings, shell: str) -> None:
     """Print the completion script for SHELL, e.g. eval "$(ckpt completion bash)"."""

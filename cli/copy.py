@@ -11,7 +11,7 @@ from ckpt.core.names import check_model
 from ckpt.core.sizes import size
 
 
-@command("copy")
+@command("copy", short_help="Copy a version into another repository.")
 @click.argument("reference", metavar="REF")
 @click.argument("target", type=click.Path(), metavar="REPO")
 @click.option("--model", metavar="NAME", help="Its model there; default: as here.")

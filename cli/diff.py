@@ -27,7 +27,7 @@ _BAR = 24
 _SIGNS = {"changed": "~", "added": "+", "removed": "-"}
 
 
-@command("diff")
+@command("diff", short_help="Show what differs between two versions.")
 @click.argument("before", metavar="A")
 @click.argument("after", metavar="B")
 @click.option("--stats", is_flag=True, help="Read the tensors that changed, and say how far.")

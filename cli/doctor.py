@@ -11,7 +11,7 @@ from ckpt.cli.command import Settings, command
 from ckpt.cli.render import print_json, table
 
 
-@command("doctor")
+@command("doctor", short_help="Look at what the repository rests on.")
 def doctor(settings: Settings) -> None:
     """Look at the repository, versions, permissions, clock and server, and say what to do.
 
@@ -22,8 +22,11 @@ def doctor(settings: Settings) -> None:
     if settings.as_json:
         print_json([asdict(one) for one in found])
     else:
-        rows = [["ok" if one.fine else "LOOK", one.name, one.seen, one.todo] for one in found]
-        click.echo(table(["", "WHAT", "SEEN", "WHAT TO DO"], rows))
+        rows: list[list[str]] = []
+        for one in found:
+            rows.append(["ok" if one.fine else "LOOK", one.name, one.seen])
+            rows += [["", "", f"to do: {one.todo}"]] if one.todo else []
+        click.echo(table(["", "WHAT", "SEEN"], rows))
     if not all(one.fine for one in found):
         sys.exit(1)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _FORMATS = ("pt", "safetensors", "dcp", "hf")
 
 
-@command("export")
+@command("export", short_help="Write a version for other programs.")
 @click.argument("reference", metavar="REF")
 @click.argument("destination", type=click.Path(), metavar="DEST")
 @click.option("--format", "form", type=click.Choice(_FORMATS), help="Default: by DEST's suffix.")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ckpt.service.fsck import Checked
 
 
-@command("fsck")
+@command("fsck", short_help="Check the store against the registry; repair.")
 @click.option(
     "--read-data",
     is_flag=False,

@@ -64,7 +64,7 @@ def gc(settings: Settings, grace: str, dry_run: bool, allow: tuple[str, ...], re
         settings.say(f"left alone: {count(len(collected.unknown), 'pack')} of unknown pushes")
 
 
-@command("du")
+@command("du", short_help="Show what removing each version would free.")
 def du(settings: Settings) -> None:
     """Show what the store holds, and what removing each version would free."""
     with settings.open() as repository:

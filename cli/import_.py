@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ckpt.service.importing import Checkpoint, Imported
 
 
-@command("import")
+@command("import", short_help="Store checkpoints of other programs.")
 @click.argument("path", type=click.Path(), metavar="PATH")
 @click.argument("model", metavar="MODEL[:ALIAS]")
 @click.option("--step", type=int, help="Training step of a single checkpoint.")

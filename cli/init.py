@@ -12,7 +12,7 @@ from ckpt.core.errors import UsageError
 from ckpt.core.printable import escape
 
 
-@command("init")
+@command("init", short_help="Make a repository, unless there is one.")
 @click.argument("folder", type=click.Path(), metavar="[FOLDER]", required=False)
 @click.option("--registry", metavar="URL", help="postgresql+psycopg://… in place of a file.")
 @click.option("--store", metavar="URL", help="s3://bucket/prefix in place of a folder.")

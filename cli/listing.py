@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ckpt.core.records import ClassUse
 
 
-@command("ls")
+@command("ls", short_help="List the models.")
 @click.option("--classes", is_flag=True, help="List the classes that modules are made of.")
 def ls(settings: Settings, classes: bool) -> None:
     """List the models, each with its newest version, or the classes that their modules name."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _LISTED = 20
 
 
-@command("log")
+@command("log", short_help="List versions, or draw a metric of them.")
 @click.argument("model")
 @click.option(
     "-n", "--number", "limit", type=int, help=f"How many.  [default: {_LISTED}; with --plot: all]"

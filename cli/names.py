@@ -11,7 +11,7 @@ from ckpt.core.errors import UsageError
 from ckpt.core.names import check_key
 
 
-@command("tag")
+@command("tag", short_help="Make an alias name a version.")
 @click.argument("reference", metavar="REF")
 @click.argument("alias")
 @click.option("--expect", metavar="REF", help="Only if the alias names this version now.")
@@ -39,7 +39,7 @@ def untag(settings: Settings, reference: str) -> None:
         settings.say(f"{reference} is gone; {version.reference} stays")
 
 
-@command("label")
+@command("label", short_help="Set labels and metrics, or remove some.")
 @click.argument("reference", metavar="REF")
 @click.argument("labels", nargs=-1, metavar="[KEY=TEXT]...")
 @click.option("--metric", "metrics", multiple=True, metavar="NAME=NUMBER", help="Repeatable.")

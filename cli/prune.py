@@ -79,13 +79,13 @@ def _tell(settings: Settings, pruned: Pruned) -> None:
     )
 
 
-@command("events")
+@command("events", short_help="List who did what to what.")
 @click.option("--since", metavar="WHEN", help="7d, 12h, or a date such as 2026-11-24.")
 @click.option(
     "-n",
     "--number",
     "limit",
-    type=click.IntRange(1, 1 << 40),
+    type=click.IntRange(1),
     default=100,
     show_default=True,
     help="How many.",

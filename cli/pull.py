@@ -14,7 +14,7 @@ from ckpt.core.printable import escape
 from ckpt.core.sizes import size
 
 
-@command("pull")
+@command("pull", short_help="Write a version to a file, every byte checked.")
 @click.argument("reference", metavar="REF")
 @click.argument("destination", type=click.Path(), metavar="[DEST]", required=False)
 @click.option("-f", "--force", is_flag=True, help="Replace DEST if it exists.")

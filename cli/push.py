@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
 
 
-@command("push")
+@command("push", short_help="Store a file or a folder as a new version.")
 @click.argument("path", type=click.Path(), metavar="PATH")
 @click.argument("model", metavar="MODEL[:ALIAS]")
 @click.option("--step", type=int, help="Training step.")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ckpt.service.inspect import ModuleDescription, NamedClass
 
 
-@command("show")
+@command("show", short_help="Show what a version is, and was made on.")
 @click.argument("reference", metavar="REF")
 @click.option("--trust", "needs", is_flag=True, help="Show what a load would have to import.")
 @click.option(

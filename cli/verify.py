@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ckpt.loader.verify import Report
 
 
-@command("verify")
+@command("verify", short_help="Rebuild a module, and prove it.")
 @click.argument("reference", metavar="REF")
 @click.option("--trust", multiple=True, metavar="MODULE", help="May be imported. Repeatable.")
 @click.option(

@@ -112,6 +112,10 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         digest: BLAKE3 (64 hex) of the weights and the structure.
+        document_digest: BLAKE3 (64 hex) of the document.
+        state: ``module``, ``values`` or ``files``: what was pushed.
+        run: the training job that it belongs to.
+        environment: digest of what it was pushed on; ``repo.environment(ref)`` has that.
         nbytes: bytes of all tensors, ties once.
         new_bytes: bytes that the push added to the store.
         push: id of the push, unique for ever; numbers are unique within a model.
