@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ckpt.core.errors import CkptError
 from ckpt.core.printable import escape
 
 if TYPE_CHECKING:
@@ -71,6 +72,16 @@ def common_options(function: F) -> F:
     function = _option("quiet", "-q", "--quiet", is_flag=True, help="Say only results.")(function)
     function = _option("as_json", "--json", is_flag=True, help="Print JSON.")(function)
     return _option("repo", "-r", "--repo", type=click.Path(), metavar="DIR", help=repo)(function)
+
+
+def complete_models(context: click.Context, _: click.Parameter, begun: str) -> list[str]:
+    """The names of models that begin so, for a shell; none where there is no repository."""
+    settings = context.find_object(Settings) or Settings()
+    try:
+        with settings.open() as repository:
+            return [one.name for one in repository.models() if one.name.startswith(begun)]
+    except CkptError:
+        return []
 
 
 def command(name: str, **attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ckpt.cli.command import Settings, command
+from ckpt.cli.command import Settings, command, complete_models
 from ckpt.cli.push import newest_number
 from ckpt.cli.render import print_json, progress, version_json
 from ckpt.core.names import check_model
@@ -12,7 +12,7 @@ from ckpt.core.sizes import size
 
 
 @command("copy", short_help="Copy a version into another repository.")
-@click.argument("reference", metavar="REF")
+@click.argument("reference", shell_complete=complete_models, metavar="REF")
 @click.argument("target", type=click.Path(), metavar="REPO")
 @click.option("--model", metavar="NAME", help="Its model there; default: as here.")
 def copy(settings: Settings, reference: str, target: str, model: str | None) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckpt.cli.command import Settings, command
+from ckpt.cli.command import Settings, command, complete_models
 from ckpt.cli.render import cells_of, count, print_json, progress, table, version_json
 from ckpt.core.printable import escape
 from ckpt.core.sizes import size
@@ -28,8 +28,8 @@ _SIGNS = {"changed": "~", "added": "+", "removed": "-"}
 
 
 @command("diff", short_help="Show what differs between two versions.")
-@click.argument("before", metavar="A")
-@click.argument("after", metavar="B")
+@click.argument("before", shell_complete=complete_models, metavar="A")
+@click.argument("after", shell_complete=complete_models, metavar="B")
 @click.option("--stats", is_flag=True, help="Read the tensors that changed, and say how far.")
 @click.option(
     "--output", type=click.Path(), metavar="FILE.svg", help="Write a picture of the layers, too."

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckpt.cli.command import Settings, command
+from ckpt.cli.command import Settings, command, complete_models
 from ckpt.cli.render import count, print_json, progress, version_json
 from ckpt.core.sizes import size
 
@@ -18,7 +18,7 @@ _FORMATS = ("pt", "safetensors", "dcp", "hf")
 
 
 @command("export", short_help="Write a version for other programs.")
-@click.argument("reference", metavar="REF")
+@click.argument("reference", shell_complete=complete_models, metavar="REF")
 @click.argument("destination", type=click.Path(), metavar="DEST")
 @click.option("--format", "form", type=click.Choice(_FORMATS), help="Default: by DEST's suffix.")
 @click.option("-f", "--force", is_flag=True, help="Replace the file DEST if it exists.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckpt.cli.command import Settings, command
+from ckpt.cli.command import Settings, command, complete_models
 from ckpt.cli.push import pairs
 from ckpt.cli.render import count, print_json, progress, table, version_json
 from ckpt.core.errors import CkptError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @command("import", short_help="Store checkpoints of other programs.")
 @click.argument("path", type=click.Path(), metavar="PATH")
-@click.argument("model", metavar="MODEL[:ALIAS]")
+@click.argument("model", shell_complete=complete_models, metavar="MODEL[:ALIAS]")
 @click.option("--step", type=int, help="Training step of a single checkpoint.")
 @click.option("-m", "--message", help="What these versions are.")
 @click.option("--label", "labels", multiple=True, metavar="KEY=TEXT", help="Repeatable.")

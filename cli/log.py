@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckpt.cli.command import Settings, command
+from ckpt.cli.command import Settings, command, complete_models
 from ckpt.cli.render import age, metrics, point_json, print_json, table, version_json
 from ckpt.core.sizes import size
 
@@ -19,7 +19,7 @@ _LISTED = 20
 
 
 @command("log", short_help="List versions, or draw a metric of them.")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.option(
     "-n", "--number", "limit", type=int, help=f"How many.  [default: {_LISTED}; with --plot: all]"
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ckpt.cli.command import Settings, command
+from ckpt.cli.command import Settings, command, complete_models
 from ckpt.cli.push import number, pairs
 from ckpt.cli.render import print_json, version_json
 from ckpt.core.errors import UsageError
@@ -12,7 +12,7 @@ from ckpt.core.names import check_key
 
 
 @command("tag", short_help="Make an alias name a version.")
-@click.argument("reference", metavar="REF")
+@click.argument("reference", shell_complete=complete_models, metavar="REF")
 @click.argument("alias")
 @click.option("--expect", metavar="REF", help="Only if the alias names this version now.")
 def tag(settings: Settings, reference: str, alias: str, expect: str | None) -> None:
@@ -26,7 +26,7 @@ def tag(settings: Settings, reference: str, alias: str, expect: str | None) -> N
 
 
 @command("untag")
-@click.argument("reference", metavar="MODEL:ALIAS")
+@click.argument("reference", shell_complete=complete_models, metavar="MODEL:ALIAS")
 def untag(settings: Settings, reference: str) -> None:
     """Remove an alias; the version stays."""
     with settings.open() as repository:
@@ -40,7 +40,7 @@ def untag(settings: Settings, reference: str) -> None:
 
 
 @command("label", short_help="Set labels and metrics, or remove some.")
-@click.argument("reference", metavar="REF")
+@click.argument("reference", shell_complete=complete_models, metavar="REF")
 @click.argument("labels", nargs=-1, metavar="[KEY=TEXT]...")
 @click.option("--metric", "metrics", multiple=True, metavar="NAME=NUMBER", help="Repeatable.")
 @click.option("--remove", multiple=True, metavar="KEY", help="Repeatable.")

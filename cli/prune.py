@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckpt.cli.command import Settings, command
+from ckpt.cli.command import Settings, command, complete_models
 from ckpt.cli.confirm import confirm
 from ckpt.cli.render import count, print_json, table, version_json
 from ckpt.core.sizes import size
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @command("prune")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.option("--keep-last", type=click.IntRange(1), metavar="N", help="The newest N.")
 @click.option("--keep-best", multiple=True, metavar="METRIC:min|max:N", help="Repeatable.")
 @click.option("--keep-every", type=click.IntRange(1), metavar="N", help="Steps divisible by N.")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ckpt.cli.command import Settings, command
+from ckpt.cli.command import Settings, command, complete_models
 from ckpt.cli.render import count, print_json, progress, version_json
 from ckpt.core.errors import ConflictError, NotFoundError, UsageError
 from ckpt.core.printable import escape
@@ -15,7 +15,7 @@ from ckpt.core.sizes import size
 
 
 @command("pull", short_help="Write a version to a file, every byte checked.")
-@click.argument("reference", metavar="REF")
+@click.argument("reference", shell_complete=complete_models, metavar="REF")
 @click.argument("destination", type=click.Path(), metavar="[DEST]", required=False)
 @click.option("-f", "--force", is_flag=True, help="Replace DEST if it exists.")
 @click.option(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckpt.cli.command import Settings, command
+from ckpt.cli.command import Settings, command, complete_models
 from ckpt.cli.render import print_json, progress, version_json
 from ckpt.core.errors import NotFoundError, TrustError, UsageError, from_os_error
 from ckpt.core.names import check_model, check_text
@@ -24,7 +24,7 @@ _PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
 
 @command("push", short_help="Store a file or a folder as a new version.")
 @click.argument("path", type=click.Path(), metavar="PATH")
-@click.argument("model", metavar="MODEL[:ALIAS]")
+@click.argument("model", shell_complete=complete_models, metavar="MODEL[:ALIAS]")
 @click.option("--step", type=int, help="Training step.")
 @click.option("-m", "--message", help="What this version is.")
 @click.option("--metric", "metrics", multiple=True, metavar="NAME=NUMBER", help="Repeatable.")

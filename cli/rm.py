@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckpt.cli.command import Settings, command
+from ckpt.cli.command import Settings, command, complete_models
 from ckpt.cli.confirm import confirm
 from ckpt.cli.render import print_json, version_json
 from ckpt.core.errors import CkptError
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 @command("rm")
-@click.argument("references", nargs=-1, required=True, metavar="REF...")
+@click.argument(
+    "references", shell_complete=complete_models, nargs=-1, required=True, metavar="REF..."
+)
 @click.option("-n", "--dry-run", is_flag=True, help="Only say what would be removed.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def rm(settings: Settings, references: tuple[str, ...], dry_run: bool, yes: bool) -> None:

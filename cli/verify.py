@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckpt.cli.command import Settings, command
+from ckpt.cli.command import Settings, command, complete_models
 from ckpt.cli.render import print_json, table
 from ckpt.core.printable import escape
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @command("verify", short_help="Rebuild a module, and prove it.")
-@click.argument("reference", metavar="REF")
+@click.argument("reference", shell_complete=complete_models, metavar="REF")
 @click.option("--trust", multiple=True, metavar="MODULE", help="May be imported. Repeatable.")
 @click.option(
     "--path",
