@@ -26,7 +26,8 @@ def init(
     endpoint: str | None,
     region: str | None,
 ) -> None:
-    """Make a repository in FOLDER/.ckpt (default: here), unless there is one.
+    """Make a repository in FOLDER/.ckpt (default: here, whatever $CKPT_REPO is), unless there is
+    one.
 
     With the same two addresses, everybody in a team has the same repository. Credentials are
     never written down: the AWS configuration has those of S3, PGPASSWORD or ~/.pgpass the other.
@@ -35,6 +36,8 @@ def init(
     from ckpt.service.opening import make_repository, open_repository
     from ckpt.service.places import S3Options, as_address
 
+    if folder and settings.repo:
+        raise UsageError("usage", "FOLDER and --repo both say where", hint="give one of them")
     chosen = folder or settings.repo or "."
     location = locate(chosen)
     existed = location.exists

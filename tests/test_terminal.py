@@ -157,6 +157,14 @@ def test_a_folder_of_files_gets_no_name_of_a_file(terminal: Terminal) -> None:
     terminal("pull", "bert", "out.safetensors", "--tensors", "*")
 
 
+def test_a_new_repository_has_one_place(terminal: Terminal) -> None:
+    terminal("-r", "one", "init", "two", status=2)
+    assert "give one of them" in terminal.err
+    assert not (terminal.folder / "one").exists()
+    terminal("init", "three", CKPT_REPO=str(terminal.folder / "four"))
+    assert (terminal.folder / "three/.ckpt/config.toml").exists()
+
+
 def test_an_address_of_a_kind_that_init_takes_is_named(terminal: Terminal) -> None:
     terminal("init", "new", "--registry", "mysql://host/db", status=2)
     assert "give postgresql://…, or leave it out" in terminal.err
