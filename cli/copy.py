@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from ckpt.cli.command import Settings, command, complete_models
-from ckpt.cli.push import newest_number
 from ckpt.cli.render import print_json, progress, version_json
 from ckpt.core.names import check_model
 from ckpt.core.sizes import size
@@ -23,6 +22,7 @@ def copy(settings: Settings, reference: str, target: str, model: str | None) -> 
     instead of a new one. Prints the reference there on stdout.
     """
     from ckpt.service.opening import open_repository
+    from ckpt.service.watching import newest_number
 
     with settings.open() as here:
         # All that can be refused is, before a repository is made for it.

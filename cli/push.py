@@ -5,21 +5,15 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from ckpt.cli.command import Settings, command, complete_models
 from ckpt.cli.render import print_json, progress, version_json
-from ckpt.core.errors import NotFoundError, TrustError, UsageError, from_os_error
-from ckpt.core.names import check_model, check_text
+from ckpt.core.errors import TrustError, UsageError, from_os_error
+from ckpt.core.names import PICKLE_SUFFIXES, check_model, check_text
 from ckpt.core.printable import escape
 from ckpt.core.sizes import size
-
-if TYPE_CHECKING:
-    from ckpt.service.repository import Repository
-
-_PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
 
 
 @command("push", short_help="Store a file or a folder as a new version.")
@@ -56,6 +50,8 @@ def push(
 
     Prints the reference of the version, and nothing else, on stdout.
     """
+    from ckpt.service.watching import newest_number
+
     file = Path(path)
     if path == "-":
         raise UsageError("usage", "a checkpoint cannot be read from stdin", hint="name a file")
@@ -91,19 +87,10 @@ def push(
         click.echo(version.reference)
 
 
-def newest_number(repository: Repository, model: str) -> int:
-    """The number of the newest version of a model, or 0: what is made later has a higher one."""
-    try:
-        newest = repository.log(model, limit=1)
-    except NotFoundError:
-        return 0
-    return newest[0].number if newest else 0
-
-
 def refuse_unfit(path: Path) -> None:
     """Refuse what only unpickling could read, folders without weights, and what is not there:
     before a repository is made for it."""
-    if path.suffix.lower() in _PICKLES and not path.is_dir():
+    if path.suffix.lower() in PICKLE_SUFFIXES and not path.is_dir():
         raise TrustError(
             "pickle-refused",
             f"{escape(str(path))} is a pickle, which can run code when it is read",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import msgspec
@@ -196,8 +197,13 @@ class Document(Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unk
         return () if self.probe is None else self.probe.tensors
 
 
+class _OfSomeFormat(Struct):
+    format: int
+
+
 _Digests = tuple[tuple[str, ...], ...]
 _decoder = msgspec.json.Decoder(Document)
+_format_decoder = msgspec.json.Decoder(_OfSomeFormat)
 _varying_decoder = msgspec.json.Decoder(
     tuple[_Digests, _Digests, tuple[tuple[str, str, float], ...]]
 )
@@ -222,16 +228,22 @@ def decode_document(body: bytes) -> Document:
     try:
         document = _decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            _check_format(_format_decoder.decode(body).format)  # which may have other fields
         raise _damaged(str(error)) from None
-    if document.format != FORMAT:
-        raise IntegrityError(
-            "document-format",
-            f"the document has format {document.format}, this ckpt reads {FORMAT}",
-            hint="install a newer ckpt",
-        )
+    _check_format(document.format)
     if encode_document(document) != body:
         raise _damaged("it is not in canonical form, or has fields that this ckpt does not know")
     return document
+
+
+def _check_format(found: int) -> None:
+    if found != FORMAT:
+        raise IntegrityError(
+            "document-format",
+            f"the document has format {found}, this ckpt reads {FORMAT}",
+            hint="install a newer ckpt",
+        )
 
 
 def identity_bytes(document: Document) -> bytes:

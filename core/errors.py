@@ -91,7 +91,7 @@ def no_room(folder: str, nbytes: int, free: int) -> SpaceError:
     return SpaceError(
         "no-space",
         f"{folder} needs {size(nbytes)} more and has {size(free)} free",
-        hint="free some space and run again; nothing was left behind",
+        hint="free some space and run again; what was stored already is used then",
     )
 
 

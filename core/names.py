@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -18,6 +19,8 @@ _DEVICES = frozenset(
     + [f"{port}{digit}" for port in ("com", "lpt") for digit in range(1, 10)]
 )
 _MODEL_LIMIT = 255
+# Of files that torch.save or pickle writes.
+PICKLE_SUFFIXES = frozenset({".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"})
 _NO_TEXT = "it is no text"
 _ARTICLES = {"alias": "an"}
 
@@ -74,11 +77,15 @@ def check_step(step: int | None) -> int | None:
     """Return ``step`` if it is a whole number of at least 0, or None."""
     if step is None:
         return None
-    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**63:
+    try:
+        number = -1 if isinstance(step, bool) else operator.index(step)  # also of NumPy's
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**63:
         raise UsageError(
             "step-invalid", f"step {step!r} is not a whole number", hint="give an int >= 0"
         )
-    return step
+    return number
 
 
 def check_count(what: str, count: int) -> int:

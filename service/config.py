@@ -217,7 +217,7 @@ def complete(location: Location) -> None:
     temporary = config.with_name(f"{CONFIG}.{os.getpid()}.tmp")
     try:
         try:
-            perform("write_text", temporary.write_text, _config_text(location))
+            perform("write_text", temporary.write_text, _config_text(location), encoding="utf-8")
             _sync(temporary)
             perform("rename", temporary.replace, config)
         except BaseException:
@@ -240,7 +240,11 @@ def _config_text(location: Location) -> str:
         "region": location.options.region,
         "capabilities": location.options.capabilities,
     }
-    lines = [f"{key} = {json.dumps(value)}" for key, value in places.items() if value is not None]
+    lines = [
+        f"{key} = {json.dumps(value, ensure_ascii=False)}"
+        for key, value in places.items()
+        if value is not None
+    ]
     return "# A ckpt repository. Paths are relative to this folder.\n" + "\n".join(lines) + "\n"
 
 

@@ -16,8 +16,15 @@ from pathlib import Path
 from ckpt.core.documents import Tensor, canonical
 from ckpt.core.dtypes import ITEM_SIZES, PACK_CODES
 from ckpt.core.effects import perform
-from ckpt.core.errors import ConflictError, NotFoundError, TrustError, from_os_error, no_room
-from ckpt.core.printable import is_printable
+from ckpt.core.errors import (
+    ConflictError,
+    IntegrityError,
+    NotFoundError,
+    TrustError,
+    from_os_error,
+    no_room,
+)
+from ckpt.core.printable import escape, is_printable
 from ckpt.service.fetch import Wanted, stored_size
 from ckpt.storage.header import parse_header
 from ckpt.storage.local import NO_LINKS
@@ -63,23 +70,36 @@ def file_with(
         ]
 
 
-def file_header(first: bytes | None, tensors: Sequence[Tensor]) -> tuple[bytes, list[int]]:
+def file_header(
+    first: bytes | None, tensors: Sequence[Tensor], path: Path
+) -> tuple[bytes, list[int]]:
     """``(first bytes, start of each tensor)`` of a file that was pushed: its own header and where
     it puts each of ``tensors``, which are in the canonical order of their names; nothing and 0
     where the file had no header.
 
     Raises:
-        ValueError: the header and the tensors do not match.
+        IntegrityError: ``document-damaged``: the header and the tensors do not match.
     """
     if first is None:
         return b"", [0] * len(tensors)
     end = len(first) + sum(math.prod(t.shape) * ITEM_SIZES[t.dtype] for t in tensors)
-    header = parse_header(first[8:], end)
+    try:
+        header = parse_header(first[8:], end)
+    except IntegrityError as error:
+        raise file_damaged(path, error.message) from None
     entries = sorted(header.entries, key=lambda entry: canonical(entry.name))
-    pairs = zip(entries, tensors, strict=True)
-    if any((e.dtype, e.shape) != (t.dtype, t.shape) for e, t in pairs):
-        raise ValueError("its header and its tensors do not match")
+    if [(e.dtype, e.shape) for e in entries] != [(t.dtype, t.shape) for t in tensors]:
+        raise file_damaged(path, "its header and its tensors do not match")
     return first, [header.data_start + entry.start for entry in entries]
+
+
+def file_damaged(path: Path, reason: str) -> IntegrityError:
+    """The error for a document by which a file cannot be written."""
+    return IntegrityError(
+        "document-damaged",
+        f"the file {escape(path.name, 80)} cannot be written: {escape(reason)}",
+        hint="run `ckpt fsck`",
+    )
 
 
 def made_header(tensors: Sequence[Tensor]) -> tuple[bytes, list[int]]:

@@ -17,12 +17,12 @@ from typing import Any
 
 from ckpt.core.documents import Document, File, Tensor, canonical
 from ckpt.core.effects import perform
-from ckpt.core.errors import ConflictError, IntegrityError, UsageError, from_os_error
+from ckpt.core.errors import ConflictError, UsageError, from_os_error
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
 from ckpt.core.tensors import TensorBytes
 from ckpt.registry.registry import Registry
-from ckpt.service.export import file_header, file_with, sync_folder
+from ckpt.service.export import file_damaged, file_header, file_with, sync_folder
 from ckpt.service.fetch import Wanted, fetch
 from ckpt.service.safetensors_file import OpenFile, open_file, open_plain
 from ckpt.service.upload import Progress
@@ -41,6 +41,7 @@ class OpenFolder:
     sources: list[TensorBytes] = field(default_factory=list)
     files: dict[str, File] = field(default_factory=dict)
     opened: list[OpenFile] = field(default_factory=list)
+    _taken: dict[str, int] = field(default_factory=dict)
 
     @property
     def root(self) -> Any:
@@ -54,14 +55,13 @@ class OpenFolder:
 
     def add(self, name: str, file: OpenFile) -> None:
         """Take one more file; tensors of one name get numbers, as in any captured state."""
-        taken = {tensor.name for tensor in self.tensors}
         indices = []
         for tensor, source in zip(file.tensors, file.sources, strict=True):
-            unique, count = tensor.name, 1
-            while unique in taken:
-                count += 1
-                unique = f"{tensor.name}~{count}"
-            taken.add(unique)
+            unique = tensor.name
+            while unique in self._taken:
+                self._taken[tensor.name] += 1
+                unique = f"{tensor.name}~{self._taken[tensor.name]}"
+            self._taken[unique] = 1
             indices.append(len(self.tensors))
             self.tensors.append(
                 Tensor(name=unique, dtype=tensor.dtype, shape=tensor.shape, kind=tensor.kind)
@@ -212,12 +212,8 @@ def _opened(stack: ExitStack, document: Document, file: File, path: Path) -> Ite
     """The tensors of one file, each with its room in the open file."""
     try:
         tensors = [document.tensors[index] for index in file.tensors]
-        first, starts = file_header(file.header, tensors)
-    except (IndexError, KeyError, ValueError) as error:
-        raise IntegrityError(
-            "document-damaged",
-            f"the file {escape(path.name, 80)} cannot be written: {escape(str(error))}",
-            hint="run `ckpt fsck`",
-        ) from None
+    except IndexError as error:
+        raise file_damaged(path, str(error)) from None
+    first, starts = file_header(file.header, tensors, path)
     placed = [(tensor, [start]) for tensor, start in zip(tensors, starts, strict=True)]
     yield from stack.enter_context(file_with(first, placed, path, force=False))

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from ckpt.core.documents import Document, Tensor
 from ckpt.core.errors import CkptWarning, IntegrityError, UsageError
+from ckpt.core.names import PICKLE_SUFFIXES
 from ckpt.core.printable import escape, few
 from ckpt.core.records import Version
 from ckpt.core.state_dict import state_dict_names
@@ -22,8 +23,6 @@ from ckpt.service.folder import pull_folder
 from ckpt.service.selection import Patterns, chosen_tensors
 from ckpt.service.upload import Progress
 from ckpt.storage.store import Store
-
-_PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 if TYPE_CHECKING:
     from ckpt.loader.devices import DeviceMap
@@ -143,7 +142,7 @@ def pull_file(
     if document.safetensors is None:
         first, starts = made_header(document.tensors)
     else:
-        first, starts = file_header(document.safetensors.header, document.tensors)
+        first, starts = file_header(document.safetensors.header, document.tensors, destination)
     placed = [(tensor, [start]) for tensor, start in zip(document.tensors, starts, strict=True)]
     with file_with(first, placed, destination, force) as wanted:
         fetch(store, registry, version, wanted, progress)
@@ -183,7 +182,7 @@ def pull_tensors_file(
 
 def _check_suffix(version: Version, destination: Path) -> None:
     """Refuse a name by which everybody would take the file for one of ``torch.save``."""
-    if destination.suffix.lower() in _PICKLES:
+    if destination.suffix.lower() in PICKLE_SUFFIXES:
         raise UsageError(
             "not-safetensors",
             f"what is pulled is a safetensors file, and {escape(str(destination))} the name of a "

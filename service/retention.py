@@ -82,11 +82,11 @@ def prune_model(
     versions = registry.queries.log(model, None, 1 << 40)
     if run is not None:
         versions = [version for version in versions if version.run == run]
-    if save and not dry_run:
-        event = registry.changes.save_policy(model, chosen, author())
-        acknowledge_event(store, registry, event)
     if rules and run is None:
         _check_metrics(model, keepers, versions)
+    if save and not dry_run and chosen != registry.queries.policy(model):
+        event = registry.changes.save_policy(model, chosen, author())
+        acknowledge_event(store, registry, event)
     kept: dict[str, tuple[str, ...]] = {}
     now = registry.collector.now()
     for name in {version.run for version in versions}:

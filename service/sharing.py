@@ -44,8 +44,11 @@ class Sharing:
         }
         wanted = {base: [frozenset({row.pack}) for row in alone.get(base, ())] for base in bases}
         settled = self._settled({**wanted, **ways}, claim)
-        for base in set(bases) & settled.keys():
-            self._bases[base] = [row for row in alone[base] if row.pack in settled[base]]
+        for base in bases:
+            # Not by how it was settled: a hit may be a base, too, and come as a difference.
+            rows = [row for row in alone.get(base, ()) if row.pack in self._usable]
+            if rows:
+                self._bases[base] = rows
         return {digest: set(settled[digest]) for digest in hits.keys() & settled.keys()}
 
     def base_pack(self, base: str) -> str | None:

@@ -24,7 +24,7 @@ def read_identity(store: Store) -> str | None:
     try:
         content = json.loads(store.get(KEY))
         found, identity = content["format"], str(uuid.UUID(content["store"]))
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise IntegrityError(
             "store-damaged", f"{KEY} in {store.name} cannot be read", hint="restore it"
         ) from None

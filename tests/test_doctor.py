@@ -89,6 +89,16 @@ def test_what_an_s3_server_lacks_is_told(
         assert s3.todo == "use another server"
 
 
+def test_a_pack_of_another_size_is_not_well(repo: ckpt.Repository) -> None:
+    repo.push({"w": torch.ones(5)}, "a")
+    assert all(told(repo).values())
+    path = next(iter(repo.location.store.glob("packs/*/*")))
+    path.chmod(0o644)
+    with path.open("ab") as file:
+        file.write(b"more")
+    assert not told(repo)["packs"]
+
+
 def test_the_command_line_ends_with_1_when_something_is_wrong(repo: ckpt.Repository) -> None:
     program = str(Path(sys.executable).with_name("ckpt"))
     command = [program, "-r", str(repo.location.root), "doctor"]

@@ -120,6 +120,9 @@ def test_a_newer_format_is_named() -> None:
     with pytest.raises(IntegrityError) as caught:
         decode_document(GOLDEN.replace(b'"format":1', b'"format":2'))
     assert caught.value.code == "document-format"
+    with pytest.raises(IntegrityError) as caught:  # what is new there, nobody here knows
+        decode_document(GOLDEN.replace(b'"format":1', b'"format":2,"new":[]'))
+    assert caught.value.code == "document-format"
 
 
 # Documents with every kind of member, to be changed; pieces of one come into another.

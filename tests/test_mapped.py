@@ -48,6 +48,14 @@ def test_a_mapped_state_is_the_state(repo: ckpt.Repository) -> None:
         assert pulled[name].dtype == state[name].dtype
 
 
+def test_what_begins_at_no_aligned_place_is_read(repo: ckpt.Repository) -> None:
+    state = {"a": torch.ones(3), "b": torch.rand(1 << 20)}  # b lies 12 bytes behind the first
+    repo.push(state, "model", compress="none")
+    pulled = repo.pull("model", mmap=True)
+    assert pulled["b"].data_ptr() % 16 == 0
+    assert torch.equal(pulled["b"], state["b"])
+
+
 def test_a_large_tensor_is_not_read(repo: ckpt.Repository) -> None:
     repo.push({"large": torch.rand(1 << 20)}, "model", compress="none")
     reads = Reads("read")

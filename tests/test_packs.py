@@ -100,6 +100,36 @@ def test_what_a_pack_says_of_its_chunks_is_read_back() -> None:
     assert digest_of(view) == chunk.digest
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        [1, 12, 12],
+        [-1, 12, 12],
+        [0, 13, 13],
+        [0, 12, 11],
+        [0, -1, 12],
+        [0, 12, CHUNK_BYTES + 1],
+        [0, 12.0, 12],
+        ["0", 12, 12],
+        [0, 12],
+    ],
+    ids=str,
+)
+def test_a_header_whose_chunks_cannot_be_there_is_refused(row: list[object]) -> None:
+    store = MemoryStore()
+    pack = write_pack(store, {"w": torch.arange(3, dtype=torch.int32)}, chunks=[])
+    body, changed = store.objects[pack.key]
+    digest = digest_of(bytes(body[-12:]))
+    first = json.dumps(json.dumps([digest, 0, 12, 12], separators=(",", ":")))[1:-1].encode()
+    other = json.dumps(json.dumps([digest, *row], separators=(",", ":")))[1:-1].encode()
+    assert body.count(first) == 1
+    header = bytes(body[: len(body) - 12]).replace(first, other).rstrip()
+    store.objects[pack.key] = (header.ljust(len(body) - 12) + bytes(body[-12:]), changed)
+    with pytest.raises(IntegrityError) as caught:
+        read_pack(store, pack)
+    assert caught.value.code == "pack-damaged"
+
+
 def test_a_cut_pack_is_refused() -> None:
     store = MemoryStore()
     pack = write_pack(store, {"w": torch.ones(10)}, [])

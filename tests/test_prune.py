@@ -33,6 +33,28 @@ def left(repo: ckpt.Repository) -> list[int]:
     return [version.number for version in reversed(repo.log("net"))]
 
 
+def test_rules_that_are_refused_are_not_saved(trained: ckpt.Repository) -> None:
+    trained.prune("net", keep=["last:9"], save=True)
+    with pytest.raises(NotFoundError):
+        trained.prune("net", keep=["best:los:min:3"], save=True)
+    assert trained.prune("net", dry_run=True).rules == ("last:9",)
+
+
+def test_rules_that_are_saved_already_are_no_act(trained: ckpt.Repository) -> None:
+    for keep in (["last:9"], ["last:9"], ["last:8"]):
+        trained.prune("net", keep=keep, save=True)
+    assert [one.kind for one in trained.events()].count("policy") == 2
+
+
+def test_a_metric_that_is_infinite_is_never_the_best(repo: ckpt.Repository) -> None:
+    for loss in (float("-inf"), 1.0, float("inf"), float("nan"), 2.0):
+        repo.push({"w": torch.tensor(loss)}, "net", metrics={"loss": loss})
+    for mode, best in (("min", 2), ("max", 5)):
+        kept = {one.number for one, why in repo.prune("net", keep=[f"best:loss:{mode}:1"],
+                dry_run=True).kept if any(reason.startswith("best") for reason in why)}  # fmt: skip
+        assert kept == {best}
+
+
 @pytest.mark.parametrize(
     ("rules", "numbers"),
     [

@@ -16,7 +16,7 @@ import torch
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from postgres_server import repository_over
-from sqlalchemy import String, func, insert, text, update
+from sqlalchemy import String, func, insert, select, text, update
 
 import ckpt
 from ckpt.core.effects import observed
@@ -26,7 +26,7 @@ from ckpt.registry.postgres import open_postgres
 from ckpt.registry.registry import Registry
 from ckpt.registry.schema import SCHEMA
 from ckpt.registry.sqlite import journal_mode, open_sqlite
-from ckpt.registry.tables import chunks, metadata, models, versions
+from ckpt.registry.tables import chunks, metadata, models, pushes, versions
 from ckpt.storage.codecs import NAMES
 
 pytest_plugins = ("postgres_server",)
@@ -54,6 +54,55 @@ def test_the_models_and_the_migrated_schema_agree(database: Database) -> None:
     with database.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_server_default": True})
         assert compare_metadata(context, metadata) == []
+
+
+def expiry(database: Database, push: str) -> int:
+    query = select(pushes.c.expires_at).where(pushes.c.id == push)
+    with database.read() as transaction:
+        return int(transaction.run(query).scalar_one())
+
+
+def test_a_push_that_takes_long_renews_its_lease(
+    repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ckpt.service.upload.LEASE_SECONDS", 0)
+    monkeypatch.setattr("ckpt.storage.packs.PACK_BYTES", 1)
+    begun: list[int] = []  # when a pack gets its name, of a push that is open
+    database = repo._registry._database
+
+    def hook(kind: str, act: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        if kind == "link":
+            with database.read() as transaction:
+                found = transaction.rows(select(pushes.c.id).where(pushes.c.state == "open"))
+            begun.extend(expiry(database, row.id) for row in found)
+        return act(*args)
+
+    with observed(hook):
+        repo.push({f"w{place}": torch.rand(100_000) for place in range(3)}, "net")
+    first, *_, last = begun
+    assert last > first
+
+
+class TestRuns:
+    """One job at a time has a run."""
+
+    def test_a_run_is_free_when_its_lease_has_ended(self, repo: ckpt.Repository) -> None:
+        held = repo._registry.runs
+        held.hold("net", "main", "a", 60)
+        with pytest.raises(ConflictError) as caught:
+            held.hold("net", "main", "b", 60)
+        assert caught.value.code == "run-live"
+        held.hold("net", "main", "a", -1)
+        held.hold("net", "main", "b", 60)
+
+    def test_only_its_holder_gives_a_run_up(self, repo: ckpt.Repository) -> None:
+        held = repo._registry.runs
+        held.hold("net", "main", "a", 60)
+        held.release("net", "main", "b")
+        with pytest.raises(ConflictError):
+            held.hold("net", "main", "b", 60)
+        held.release("net", "main", "a")
+        held.hold("net", "main", "b", 60)
 
 
 def test_a_closed_repository_refuses_every_call(repo: ckpt.Repository) -> None:

@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 from servers import RawS3, Server
 
 from ckpt.core.effects import observed
-from ckpt.core.errors import CkptError, ConflictError, IntegrityError, StorageError, UsageError
+from ckpt.core.errors import (
+    CkptError,
+    ConflictError,
+    IntegrityError,
+    SpaceError,
+    StorageError,
+    UsageError,
+)
 from ckpt.storage.identity import ensure_identity, read_identity
 from ckpt.storage.local import LocalStore
 from ckpt.storage.memory import MemoryStore
@@ -327,6 +334,22 @@ class TestOnDisk:
                 upload(local.store, "k", b"2")
         assert local.everything() == {"k"}
         assert local.read("k") == b"1"
+
+    def test_a_file_of_another_length_than_was_written_is_no_success(
+        self, local: RawLocal, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(LocalStore, "size", lambda store, key: 2)
+        with local.store.create("packs/ab/x.bin") as upload:
+            upload.write(0, b"abc")
+            with pytest.raises(IntegrityError) as caught:
+                upload.publish(3)
+        assert caught.value.code == "object-short"
+
+    def test_what_has_no_room_is_refused_before_it_is_written(self, local: RawLocal) -> None:
+        local.store.check_room(1)
+        with pytest.raises(SpaceError) as caught:
+            local.store.check_room(1 << 60)
+        assert caught.value.code == "no-space"
 
     def test_a_short_write_is_continued(self, local: RawLocal) -> None:
         def hook(kind: str, act: Any, args: tuple[Any, ...]) -> Any:
