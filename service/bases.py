@@ -50,15 +50,15 @@ def find_bases(
     kept: Kept,
 ) -> Bases:
     """The chunks at the same places of the model's newest version, where that has a tensor of the
-    same name, dtype and size. With ``auto`` only where reading them is cheap: on this machine.
+    same name and dtype in as many chunks. With ``auto`` only where reading them is cheap: on this machine.
 
     A base is never itself a difference: of a chunk that is one, its own base is the base.
     """
-    if all(source.nbytes < ENCODED_BYTES for source in sources):
+    if compress == "none" or all(source.nbytes < ENCODED_BYTES for source in sources):
         return {}
     reads = compress == "max" or store.is_near
     newest = registry.queries.newest(model) if reads or kept else None
-    if compress == "none" or newest is None:
+    if newest is None:
         return {}
     try:
         entries = registry.queries.document(newest).tensors
@@ -72,7 +72,9 @@ def find_bases(
             wanted[index] = entry.chunks
     rows = registry.books.find_chunks({one for digests in wanted.values() for one in digests})
     return {
-        index: [_base(rows.get(digest, ()), digest, None if reads else kept) for digest in digests]
+        index: [
+            base_of(rows.get(digest, ()), digest, None if reads else kept) for digest in digests
+        ]
         for index, digests in wanted.items()
     }
 
@@ -96,7 +98,7 @@ def keep_bases(
         if source is None:
             continue
         for digest, span in zip(entry.chunks, chunk_spans(source.nbytes), strict=True):
-            base = _base(rows.get(digest, ()), digest, None)
+            base = base_of(rows.get(digest, ()), digest)
             if base is not None:
                 wanted[base] = (source, span) if base == digest else wanted.get(base)
     for digest in kept.keys() - wanted.keys():
@@ -107,7 +109,7 @@ def keep_bases(
             kept[digest] = memoryview(bytes(source.read(*span)))
 
 
-def _base(rows: Iterable[Chunk], digest: str, among: Kept | None) -> str | None:
+def base_of(rows: Iterable[Chunk], digest: str, among: Kept | None = None) -> str | None:
     """The chunk itself where some pack has it as it is, else what it is a difference to; with
     ``among``, only if it is one of these."""
     bases = [row.base for row in rows]

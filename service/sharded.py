@@ -16,11 +16,11 @@ from ckpt.core.digests import digest_of
 from ckpt.core.documents import Document, canonical, identity_bytes
 from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.errors import NotFoundError
-from ckpt.core.records import Chunk, Environment, Version
+from ckpt.core.records import Environment, Version
 from ckpt.core.tensors import TensorBytes
 from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import acknowledge_push
-from ckpt.service.bases import Bases, check_compress
+from ckpt.service.bases import Bases, base_of, check_compress
 from ckpt.service.fetch import Wanted, fetch
 from ckpt.service.pull import fill, with_bytes
 from ckpt.service.push import Said, abort, check_may_push, commit, describe_push, same_version
@@ -144,7 +144,7 @@ class JointPush:
         digests = {digest for chunks in wanted.values() for digest in chunks}
         rows = self._registry.books.find_chunks(digests)
         return {
-            index: [_base(digest, rows.get(digest, ())) for digest in chunks]
+            index: [base_of(rows.get(digest, ()), digest) for digest in chunks]
             for index, chunks in wanted.items()
         }
 
@@ -208,9 +208,3 @@ def restorer_of(
 def read_wanted(repo: Repository, version: Version, wanted: Sequence[Wanted]) -> None:
     """Fill the spaces of ``wanted`` with checked bytes of a version."""
     fetch(repo._store, repo._registry, version, wanted)
-
-
-def _base(digest: str, rows: Sequence[Chunk]) -> str | None:
-    """The chunk itself where some pack has it as it is, else what it is a difference to."""
-    bases = [row.base for row in rows]
-    return digest if None in bases else next(iter(bases), None)

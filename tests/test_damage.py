@@ -301,9 +301,10 @@ def test_a_damaged_document_is_named(repo: ckpt.Repository) -> None:
 
 
 STOPPED_AT = """
-import os, sys
+import os, signal, sys
 from ckpt.cli.main import main
 from ckpt.core.effects import observed
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background has none
 kind, number = sys.argv.pop(1), int(sys.argv.pop(1))
 def hook(found, act, args):
     global kind
