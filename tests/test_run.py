@@ -27,7 +27,7 @@ from ckpt.core.errors import (
     StorageError,
     UsageError,
 )
-from ckpt.training.run import Saved
+from ckpt.training.saved import Saved
 from ckpt.training.writer import Writer
 
 # StatefulDataLoader calls it.
@@ -346,7 +346,7 @@ def test_rules_that_cannot_be_applied_cost_no_save(
     said = {"reference": "gpt@1", "nbytes": 0, "added": added}
     answer.set_result({**said, "not_pruned": "others kept the registry locked"})
     with run(repo) as saving:
-        saving._pending = Saved(saving, 0, answer, 0.0)
+        saving._pending = Saved(saving._version, 0, answer, 0.0)
         with pytest.warns(CkptWarning, match="gpt@1 is saved; the rules were not applied: others"):
             saving.wait()
 

@@ -23,7 +23,7 @@ from ckpt.core.errors import CkptWarning, IntegrityError, StorageError, UsageErr
 from ckpt.training import writer as writing
 from ckpt.training.arena import Arena
 from ckpt.training.background import Background, location_of
-from ckpt.training.run import Saved
+from ckpt.training.saved import Saved
 
 SECONDS = 30
 
@@ -186,7 +186,7 @@ def test_where_the_others_wait_a_failure_is_raised_after_they_were_met(
         assert job._writer is not None
         job._writer._process.kill()
         job._writer._process.wait()
-        job._pending = Saved(job, 0, job._writer._ask({"act": "spare", "pushes": []}), 0.0)
+        job._pending = Saved(job._version, 0, job._writer._ask({"act": "spare", "pushes": []}), 0.0)
         with pytest.raises(StorageError, match="has ended"):
             job.save(1)
         job.save(2)
@@ -200,7 +200,7 @@ def test_a_failure_is_not_lost_behind_a_wrong_argument(repo: ckpt.Repository) ->
         assert job._writer is not None
         job._writer._process.kill()
         job._writer._process.wait()
-        job._pending = Saved(job, 0, job._writer._ask({"act": "spare", "pushes": []}), 0.0)
+        job._pending = Saved(job._version, 0, job._writer._ask({"act": "spare", "pushes": []}), 0.0)
         with pytest.raises(UsageError, match="not a number"):
             job.save(1, {"loss": "low"})
         with pytest.raises(StorageError, match="has ended"):

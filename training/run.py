@@ -10,7 +10,6 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from types import FrameType, TracebackType
 from typing import Any, Literal, NoReturn, Self
 
@@ -27,7 +26,6 @@ from ckpt.core.names import (
 )
 from ckpt.core.records import Added, Version
 from ckpt.core.rules import Rule
-from ckpt.core.sizes import size
 from ckpt.loader.environment import describe_environment
 from ckpt.loader.snapshot import capture_state
 from ckpt.service.bases import check_compress
@@ -36,27 +34,8 @@ from ckpt.service.retention import check_rules
 from ckpt.training.background import Background, failed, location_of
 from ckpt.training.newest import newest_whole
 from ckpt.training.ranks import Ranks
+from ckpt.training.saved import Saved, nothing, told
 from ckpt.training.tracking import check_part, restore, state_of
-
-
-class Saved:
-    """A save that goes on in the background."""
-
-    def __init__(self, run: Run, step: int, answer: Future[dict[str, Any]], stalled: float) -> None:
-        self.step = step
-        self.stalled = stalled
-        self._run = run
-        self._answer = answer
-
-    def done(self) -> bool:
-        """Whether it has ended, well or not."""
-        return self._answer.done()
-
-    def version(self, timeout: float | None = None) -> Version | None:
-        """The version, when it is durable; None on the ranks that save nothing. Raises what went
-        wrong, and TimeoutError."""
-        said = self._answer.result(timeout)
-        return self._run._version(said["push"]) if said else None
 
 
 class Run:
@@ -155,10 +134,11 @@ class Run:
 
     def resume(self) -> int:
         """Bring everything that is tracked back to the run's newest version that is whole, and
-        return the step after it; 0 when there is none. A damaged version is told by a
-        :class:`CkptWarning`, and the one before is taken.
+        return the step after it; 0 when there is none. It waits for the save under way. A damaged
+        version is told by a :class:`CkptWarning`, and the one before is taken.
 
         Raises:
+            CkptError: what went wrong in the background since the last call.
             IntegrityError: ``parts-differ``, ``parameters-differ`` and others when the version is
                 not of what is tracked; ``none-whole`` when every version is damaged.
         """
@@ -177,6 +157,7 @@ class Run:
             self._writer.spare(self._spared)
 
     def _newest_whole(self) -> tuple[Version, Any] | None:
+        self._settle(None)  # the save under way may be the newest
         return newest_whole(self._repo, self._model, self._name, self._pull)
 
     def _pull(self, version: Version) -> Any:
@@ -205,7 +186,7 @@ class Run:
 
         Raises:
             UsageError: ``nothing-tracked``, ``run-closed``.
-            CkptError: what went wrong in the background since the last call.
+            CkptError: what went wrong in the background since the last call; this save is made.
         """
         began = time.monotonic()
         self._check_open()
@@ -225,10 +206,18 @@ class Run:
         }
         before = self._settled()  # when nothing else can be wrong, or it would be lost
         state = self._ranks.gathered({**state_of(self._parts), "step": step})
-        if before is not None:  # after the others were met, who wait for this one
-            raise before
         if state is None:
-            return Saved(self, step, _nothing(), time.monotonic() - began)
+            return Saved(self._version, step, nothing(), time.monotonic() - began)
+        try:
+            saved = self._hand_over(state, said, began)
+        except CkptError as error:
+            raise error from before
+        if before is not None:  # this save is not lost for it
+            raise before
+        return saved
+
+    def _hand_over(self, state: dict[str, Any], said: dict[str, Any], began: float) -> Saved:
+        """Give a state to the writer."""
         captured = capture_state(state, ())
         document = Document(
             format=FORMAT,
@@ -238,15 +227,16 @@ class Run:
             environment="",
             order=captured.order,
         )
+        step = said["step"]
         if self._writer is None or not self._writer.is_alive:
             try:
                 self._start()
             except CkptError as error:
                 self._tell(step, error)
-                return Saved(self, step, failed(error), time.monotonic() - began)
+                return Saved(self._version, step, failed(error), time.monotonic() - began)
         assert self._writer is not None
         answer = self._writer.save(document, captured.sources, said)
-        self._pending = Saved(self, step, answer, time.monotonic() - began)
+        self._pending = Saved(self._version, step, answer, time.monotonic() - began)
         return self._pending
 
     def _check_open(self) -> None:
@@ -318,10 +308,13 @@ class Run:
         if pending is None:
             return
         try:
-            said = pending._answer.result(timeout)
+            said = pending.answer.result(timeout)
         except CkptError as error:
             self._pending = None
-            self._tell(pending.step, error)
+            if pending.is_told:
+                self._say(f"step {pending.step} was not saved: {error}")
+            else:
+                self._tell(pending.step, error)
             return
         self._pending = None
         if said["not_pruned"] is not None:
@@ -329,7 +322,7 @@ class Run:
             warnings.warn(reason + said["not_pruned"], CkptWarning, stacklevel=4)
         self._say(
             f"{said['reference']} step {pending.step}: "
-            f"{_told(Added(**said['added']), said['nbytes'])}, stalled {pending.stalled:.3f} s"
+            f"{told(Added(**said['added']), said['nbytes'])}, stalled {pending.stalled:.3f} s"
         )
 
     def _tell(self, step: int, error: CkptError) -> None:
@@ -348,19 +341,6 @@ def warns(on_error: str) -> bool:
     if on_error not in ("raise", "warn"):
         raise UsageError("usage", f"on_error is {on_error!r}", hint="write raise or warn")
     return on_error == "warn"
-
-
-def _told(added: Added, nbytes: int) -> str:
-    """Where the bytes of a save are."""
-    told = f"{size(nbytes)}, {size(added.new)} new, {size(added.shared)} shared"
-    told += f", {size(added.by_differences)} saved by differences"
-    return f"{told}, {size(added.by_coding)} by coding" if added.by_coding else told
-
-
-def _nothing() -> Future[dict[str, Any]]:
-    answer: Future[dict[str, Any]] = Future()
-    answer.set_result({})
-    return answer
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

@@ -1,0 +1,113 @@
+"""What a run does after a save that failed, and when nobody closes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import ckpt
+from ckpt.core.errors import CkptError
+
+
+def run(repo: ckpt.Repository, **options: object) -> ckpt.Run:
+    return ckpt.Run(repo, "gpt", quiet=True, **options)  # type: ignore[arg-type]
+
+
+def filled(value: float) -> nn.Linear:
+    """A module that is told from others by its value."""
+    net = nn.Linear(30, 30)
+    for one in net.parameters():
+        nn.init.constant_(one, value)
+    return net
+
+
+def fill(net: nn.Linear, value: float) -> nn.Linear:
+    net.load_state_dict(filled(value).state_dict())
+    return net
+
+
+@pytest.fixture
+def away(repo: ckpt.Repository) -> Callable[[], AbstractContextManager[None]]:
+    """While it is entered, the store is away."""
+    packs: Path = repo.location.store / "packs"
+
+    @contextmanager
+    def without_packs() -> Iterator[None]:
+        packs.rename(packs.with_name("away"))
+        packs.write_text("in the way")
+        yield
+        packs.unlink()
+        packs.with_name("away").rename(packs)
+
+    return without_packs
+
+
+def steps(repo: ckpt.Repository) -> list[int | None]:
+    return [version.step for version in reversed(repo.log("gpt"))]
+
+
+def test_resume_goes_back_to_the_save_that_is_under_way(repo: ckpt.Repository) -> None:
+    net = filled(0)
+    big = nn.Linear(1000, 1000)  # which takes the writer some time
+    with run(repo) as job:
+        job.track(net=net, big=big).save(5)
+        assert job.resume() == 6
+        for step in (100, 200):
+            job.save(step)
+            fill(net, step)
+        job.save(300)
+        fill(net, float("nan"))
+        assert job.resume() == 301
+    assert torch.all(net.weight == 200)
+
+
+def test_resume_raises_what_failed_in_the_background(
+    repo: ckpt.Repository, away: Callable[[], AbstractContextManager[None]]
+) -> None:
+    net = filled(0)
+    with run(repo) as job:
+        job.track(net=net).save(0).version()
+        with away():
+            job.track(net=fill(net, 1)).save(1)
+            with pytest.raises(CkptError):
+                job.resume()
+        assert job.resume() == 1
+
+
+def test_a_save_that_failed_costs_no_other(
+    repo: ckpt.Repository, away: Callable[[], AbstractContextManager[None]]
+) -> None:
+    net = filled(0)
+    with run(repo) as job:
+        job.track(net=net).save(0).version()
+        with away():
+            handle = job.track(net=fill(net, 1)).save(100)
+            while not handle.done():
+                pass
+        fill(net, 2)
+        with pytest.raises(CkptError):
+            job.save(200)
+        fill(net, 3)
+        job.wait()
+    assert steps(repo) == [0, 200]
+    assert torch.all(repo.pull("gpt")["net"]["weight"] == 2)
+
+
+def test_a_failure_that_was_read_from_its_handle_is_not_raised_again(
+    repo: ckpt.Repository,
+    away: Callable[[], AbstractContextManager[None]],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    net = filled(0)
+    with ckpt.Run(repo, "gpt") as job:
+        job.track(net=net).save(0).version()
+        with away(), pytest.raises(CkptError):
+            job.track(net=fill(net, 1)).save(1).version()
+        job.save(2)
+    assert steps(repo) == [0, 2]
+    assert "step 1 was not saved" in capfd.readouterr().err
