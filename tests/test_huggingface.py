@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,6 +24,9 @@ from ckpt.training.huggingface import CkptCallback
 
 ROWS = torch.randint(0, 50, (20, 12), generator=torch.Generator().manual_seed(0))
 DATA = [{"input_ids": row, "labels": row[0] % 2} for row in ROWS]
+
+
+BEST = ("best", "best-other")
 
 
 class Failing(TrainerCallback):
@@ -133,6 +137,34 @@ def test_a_version_is_the_folder_with_step_metrics_and_the_best(
     assert trained.model is not None
     for name, value in trained.model.state_dict().items():
         assert torch.equal(weights[name], value)
+
+
+class Told(Trainer):
+    """Has the loss that it was told at each step."""
+
+    told: ClassVar[dict[int, float]] = {}
+
+    def log(self, logs: dict[str, float], *given: Any, **more: Any) -> None:
+        if "eval_loss" in logs:
+            logs["eval_loss"] = self.told[self.state.global_step]
+        super().log(logs, *given, **more)
+
+
+def test_the_best_stays_the_best_when_another_run_or_a_fresh_training_is_worse(
+    repo: ckpt.Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "Trainer", Told)
+
+    def train(name: str, first: float, second: float) -> None:
+        Told.told = {4: first, 8: second}
+        callback = CkptCallback(repo, "bert", name=name, keep=[ckpt.Latest(1)])
+        trainer(tmp_path / "a", callback, max_steps=8).train()
+
+    train("main", 0.1, 0.5)
+    train("main", 0.9, 0.8)
+    train("other", 0.7, 0.9)
+    best = {alias: repo.get(f"bert:{alias}").metrics["eval_loss"] for alias in BEST}
+    assert best == {"best": 0.1, "best-other": 0.7}
 
 
 @pytest.fixture

@@ -21,7 +21,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import ckpt
-from ckpt.core.errors import CkptError, ConflictError, IntegrityError, NotFoundError, UsageError
+from ckpt.core.errors import (
+    CkptError,
+    CkptWarning,
+    ConflictError,
+    IntegrityError,
+    NotFoundError,
+    UsageError,
+)
 from ckpt.training.lightning import CkptCheckpoint
 
 pytestmark = [
@@ -249,6 +256,74 @@ def test_metrics_epochs_and_the_best_are_noted(repo: ckpt.Repository) -> None:
     assert {version.number for version in versions} == {3, best.number}
     tested = trainer.validate(net, DataLoader(rows(4, 2), batch_size=2), ckpt_path="best")
     assert tested[0]["val/loss"] == pytest.approx(best.metrics["val/loss"])
+
+
+class Told(Net):
+    """Logs the values that it was told, one at each validation."""
+
+    def __init__(self, *values: float) -> None:
+        super().__init__()
+        self.values = [*values]
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.log("told", self.values.pop(0))
+
+
+def told(repo: ckpt.Repository, *values: float, **options: Any) -> CkptCheckpoint:
+    """Train for an epoch for each value."""
+    others = options.pop("others", ())
+    checkpoint = CkptCheckpoint(repo, "gpt", monitor="told", quiet=True, **options)
+    for other in others:
+        other.checkpoint = checkpoint
+    trained(checkpoint, Told(*values), max_epochs=len(values), others=others)
+    return checkpoint
+
+
+def best_by(repo: ckpt.Repository, alias: str) -> float:
+    return round(repo.get(f"gpt:{alias}").metrics["told"], 2)
+
+
+def test_the_best_stays_the_best_when_another_run_or_a_fresh_training_is_worse(
+    repo: ckpt.Repository,
+) -> None:
+    rules = [ckpt.Latest(1)]
+    told(repo, 0.1, 0.5, keep=rules)
+    told(repo, 0.9, 0.8, keep=rules)
+    assert best_by(repo, "best") == 0.1
+    other = told(repo, 0.7, 0.9, name="other", keep=rules)
+    assert (best_by(repo, "best"), best_by(repo, "best-other")) == (0.1, 0.7)
+    assert other.best_model_path == "gpt:best-other"
+    told(repo, 0.05, keep=rules)
+    assert best_by(repo, "best") == 0.05
+
+
+class Losing(Callback):
+    """The store is away during the second epoch and its save."""
+
+    def __init__(self, packs: Path) -> None:
+        self.packs = packs
+        self.checkpoint: Any = None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        away = self.packs.with_name("away")
+        if trainer.current_epoch == 1:
+            self.checkpoint._run.wait()
+            self.packs.rename(away)
+            self.packs.write_text("in the way")
+        if trainer.current_epoch == 2:
+            with pytest.warns(CkptWarning, match="was not saved"):
+                self.checkpoint._run.wait()
+            self.packs.unlink()
+            away.rename(self.packs)
+
+
+def test_a_best_that_could_not_be_saved_is_not_in_the_way_of_the_next_best(
+    repo: ckpt.Repository,
+) -> None:
+    losing = Losing(repo.location.store / "packs")
+    told(repo, 0.9, 0.1, 0.4, 0.5, on_error="warn", others=(losing,))
+    assert best_by(repo, "best") == 0.4
 
 
 @pytest.fixture

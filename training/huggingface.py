@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import warnings
@@ -20,6 +21,7 @@ from ckpt.service.bases import check_compress
 from ckpt.service.lookup import VersionLike
 from ckpt.service.repository import Repository
 from ckpt.service.retention import check_rules, prune_model
+from ckpt.training.best import best_alias, is_best
 from ckpt.training.newest import newest_whole
 from ckpt.training.run import warns
 
@@ -33,8 +35,9 @@ class CkptCallback(TrainerCallback):
         trainer.train(resume_from_checkpoint=checkpoint.resume())
 
     A version is the checkpoint's folder, byte for byte, and durable when the trainer goes on. It
-    has the trainer's step, what was logged at that step as metrics, and the alias ``best`` when
-    it is the best by ``metric_for_best_model``. ``save_total_limit=1`` keeps the trainer's own
+    has the trainer's step, what was logged at that step as metrics, and the alias ``best``
+    (``best-<name>`` of a run that is not ``main``) when it is the best by
+    ``metric_for_best_model``, also of those that were trained before under this name. ``save_total_limit=1`` keeps the trainer's own
     folders few. Under ``torch.distributed`` rank 0 pushes for all.
 
     Args:
@@ -59,6 +62,7 @@ class CkptCallback(TrainerCallback):
         self._repo = repo
         self._model = check_model(model)
         self._name = check_run(name)
+        self._alias = best_alias(self._name)
         self._keep = check_rules(keep)
         self._compress = check_compress(compress)
         self._warns = warns(on_error)
@@ -148,26 +152,35 @@ class CkptCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         try:
-            self._push(_outputs(args) / f"checkpoint-{state.global_step}", state)
+            self._push(args, state)
         except CkptError as error:
             if not self._warns:
                 raise
             said = f"step {state.global_step} was not pushed: {error}"
             warnings.warn(said, CkptWarning, stacklevel=2)
 
-    def _push(self, folder: Path, state: TrainerState) -> None:
+    def _push(self, args: TrainingArguments, state: TrainerState) -> None:
+        metrics = _metrics(state)
         self._repo.push_file(
-            folder,
+            _outputs(args) / f"checkpoint-{state.global_step}",
             self._model,
             step=state.global_step,
-            metrics=_metrics(state),
+            metrics=metrics,
             labels={} if state.epoch is None else {"epoch": f"{state.epoch:g}"},
-            alias="best" if state.best_global_step == state.global_step else (),
+            alias=self._alias if self._is_best(args, metrics) else (),
             run=self._name,
             compress=self._compress,
         )
         if self._keep:
             self._prune()
+
+    def _is_best(self, args: TrainingArguments, metrics: dict[str, float]) -> bool:
+        name = args.metric_for_best_model
+        if name is None:
+            return False
+        (key,) = named_metrics({name if name.startswith("eval_") else f"eval_{name}": 0.0})
+        value, greater = metrics.get(key, math.nan), bool(args.greater_is_better)
+        return is_best(self._repo, self._model, self._alias, key, value, greater=greater)
 
     def _prune(self) -> None:
         """Apply the rules. That it fails costs no version: the next save tries again."""
