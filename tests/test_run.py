@@ -60,9 +60,13 @@ class Job:
             self.loader = DataLoader(data, batch_size=4, shuffle=True, generator=generator)
             self.parts["order"] = generator
         elif loader:
-            of_its_own = generator if loader == "stateful, of its own" else None
+            of_its_own = None if loader == "stateful" else generator
             self.loader = StatefulDataLoader(data, 4, shuffle=True, generator=of_its_own)
+            if loader == "stateful, tracked before":
+                self.parts["order"] = generator
             self.parts["loader"] = self.loader
+            if loader == "stateful, tracked after":
+                self.parts["order"] = generator
 
     def next_batches(self) -> list[torch.Tensor]:
         """An epoch of a loader without a state, a batch of one with a state, or a random batch."""
@@ -105,6 +109,8 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "OneCycleLR": {"max_lr": 0.1, "total_steps": 30},
 }
 LOADERS = ["", "shuffled", "stateful", "stateful, of its own"]
+TRACKED = ["stateful, tracked before", "stateful, tracked after"]
+STEPS = 11  # of loaders with a state, three are an epoch
 
 
 def run(repo: ckpt.Repository, **options: Any) -> ckpt.Run:
@@ -121,6 +127,7 @@ def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
         *itertools.product(["", "OneCycleLR"], [False, True], LOADERS),
         ("StepLR", False, ""),
         ("CosineAnnealingLR", False, ""),
+        *itertools.product(["OneCycleLR"], [False], TRACKED),
     ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(
@@ -129,7 +136,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     job = Job(scheduler, amp, loader)
     with run(repo) as saving:
         assert saving.track(**job.parts).resume() == 0
-        for step in range(6):
+        for step in range(STEPS):
             loss = job.step()
             if step == 3:
                 saving.save(step, {"loss": loss})
@@ -140,7 +147,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     with run(repo) as resumed:
         assert resumed.track(**again.parts).resume() == 4
         again.batches = None
-        for _ in range(4, 6):
+        for _ in range(4, STEPS):
             again.step()
     assert equal(again.fingerprint(), expected)
 

@@ -17,7 +17,7 @@ from ckpt.loader.fill import check_fit, fill_module, unwrapped
 from ckpt.loader.snapshot import STATE_HOOKS
 from ckpt.training.randomness import random_states, restore_random_states
 
-_PARAMETERS, _CLASS = "parameters", "class"
+_PARAMETERS, _CLASS, _GENERATOR = "parameters", "class", "generator"
 _STATE_METHODS = (
     "state_dict",
     "load_state_dict",
@@ -54,11 +54,14 @@ def _state(part: Any, names: Mapping[int, str]) -> Any:
     state = part.state_dict()
     if isinstance(part, torch.optim.Optimizer):
         return {**state, **_about(part, names)}
+    if isinstance(part, DataLoader) and part.generator is not None:
+        return {**state, _GENERATOR: part.generator.get_state()}
     return state
 
 
 def restore(parts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Give every part its state back, modules first and the random number generators last.
+    """Give every part its state back, in the order of :func:`_turn`, and the random number
+    generators of Python, NumPy and torch last.
 
     Raises:
         IntegrityError: ``parts-differ``, ``parameters-differ``, ``optimizer-differs``,
@@ -78,10 +81,20 @@ def restore(parts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
                 _check_optimizer(part, state[name], names)
             elif isinstance(part, nn.Module) and _is_usual(part, state[name]):
                 check_fit(part, state[name])
-    for name, part in sorted(parts.items(), key=lambda item: not isinstance(item[1], nn.Module)):
+    for name, part in sorted(parts.items(), key=lambda item: _turn(item[1])):
         with _said_of(name):
             _restore(part, state[name])
     restore_random_states(state["random"])
+
+
+def _turn(part: Any) -> int:
+    """When a part is restored: modules first, which others look at; loaders, which draw numbers
+    for it, before the generators that they may draw from."""
+    if isinstance(part, nn.Module):
+        return 0
+    if isinstance(part, torch.Generator):
+        return 3
+    return 2 if isinstance(part, DataLoader) else 1
 
 
 @contextmanager
@@ -99,10 +112,19 @@ def _restore(part: Any, state: Any) -> None:
         _restore_optimizer(part, state)
     elif isinstance(part, nn.Module) and _is_usual(part, state):
         fill_module(part, state)
+    elif isinstance(part, DataLoader):  # torchdata's
+        _restore_loader(part, state)
     else:
         part.load_state_dict(state)
-        if isinstance(part, DataLoader):  # torchdata's
-            _state(part, {})  # begins to iterate: that draws a number, before they are restored
+
+
+def _restore_loader(part: Any, state: Any) -> None:
+    """Give a loader its state, and its generator the one of the save."""
+    drawn = state.get(_GENERATOR)
+    part.load_state_dict({key: state[key] for key in state if key != _GENERATOR})
+    part.state_dict()  # begins to iterate: that draws a number, before they are restored
+    if drawn is not None and part.generator is not None:
+        part.generator.set_state(drawn.cpu())
 
 
 def _about(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
