@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ckpt.core.errors import IntegrityError, UsageError
+from ckpt.core.errors import CkptWarning, IntegrityError, UsageError
 from ckpt.core.printable import escape
 from ckpt.loader.classes import is_of_torch
 from ckpt.loader.fill import check_fit, fill_module, unwrapped
@@ -23,7 +25,7 @@ _STATE_METHODS = (
     "load_state_dict",
     "_save_to_state_dict",
     "_load_from_state_dict",
-)
+)  # all have "state_dict" in their names, as the hooks have; those that take it have "load"
 RESERVED = ("step", "random", "ranks")
 
 
@@ -81,6 +83,8 @@ def restore(parts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
                 _check_optimizer(part, state[name], names)
             elif isinstance(part, nn.Module) and _is_usual(part, state[name]):
                 check_fit(part, state[name])
+            elif isinstance(part, nn.Module):
+                _check_own(part, state[name])
     for name, part in sorted(parts.items(), key=lambda item: _turn(item[1])):
         with _said_of(name):
             _restore(part, state[name])
@@ -177,11 +181,43 @@ def _is_usual(module: nn.Module, state: Mapping[str, Any]) -> bool:
     )
 
 
-def _makers_of_state(module: nn.Module) -> Iterator[Any]:
-    """The code by which a module gives and takes its state."""
+def _check_own(module: nn.Module, state: Any) -> None:
+    """Refuse a cast, which a module that takes its state by itself makes without a word; also
+    another shape, unless code of its own may know what to do with it."""
+    own = module.state_dict()
+    if not isinstance(own, Mapping) or not isinstance(state, Mapping):
+        return
+    takes = any(
+        not is_of_torch(found)
+        for one in module.modules()
+        for found in _makers_of_state(one, "load")
+    )
+    for key in own.keys() & state.keys():
+        saved, now = state[key], own[key]
+        if not isinstance(saved, torch.Tensor) or not isinstance(now, torch.Tensor):
+            continue
+        for what in ("dtype",) if takes or nn.parameter.is_lazy(now) else ("dtype", "shape"):
+            one, other = getattr(saved, what), getattr(now, what)
+            if one != other:
+                raise IntegrityError(
+                    f"{what}-mismatch",
+                    f"{escape(str(key))} saved {_plain(one)}, model {_plain(other)}",
+                    hint="track the same architecture, in the dtype that was saved",
+                )
+
+
+def _plain(value: Any) -> Any:
+    return [*value] if isinstance(value, torch.Size) else value
+
+
+def _makers_of_state(module: nn.Module, word: str = "state_dict") -> Iterator[Any]:
+    """The code by which a module gives and takes its state; by ``word``, "load", takes it."""
     for name in _STATE_METHODS:
-        yield getattr(type(module), name)
+        if word in name:
+            yield getattr(type(module), name)
     for place in STATE_HOOKS:
+        if word not in place:
+            continue
         for hook in getattr(module, place).values():
             yield getattr(hook, "hook", hook)
 
@@ -200,18 +236,32 @@ def parameter_names(parts: Mapping[str, Any]) -> dict[int, str]:
 def described_parameters(
     optimizer: torch.optim.Optimizer, names: Mapping[int, str]
 ) -> list[list[str]]:
-    """``[name, dtype, shape]`` of an optimizer's parameters in its order; torch knows them by
-    their number alone."""
-    every = [one for group in optimizer.param_groups for one in group["params"]]
+    """``[name, dtype, shape]`` of an optimizer's parameters in its order: the name in a tracked
+    module, else that which the optimizer was given, else the number."""
+    every = [
+        (one, given)
+        for group in optimizer.param_groups
+        for one, given in zip_longest(group["params"], group.get("param_names", ()))
+    ]
     return [
-        [names.get(id(one), f"#{number}"), str(one.dtype), str(list(one.shape))]
-        for number, one in enumerate(every)
+        [names.get(id(one), given or f"#{number}"), str(one.dtype), str(list(one.shape))]
+        for number, (one, given) in enumerate(every)
     ]
 
 
 def check_parameters(saved: list[list[str]], now: list[list[str]]) -> None:
+    """Refuse other parameters, another order or another dtype. Where no name was known, the place
+    counts, which is told by a :class:`CkptWarning`."""
+    nameless = [one[0] for one in saved if one[0].startswith("#")]
+    if nameless:
+        warnings.warn(
+            f"{len(nameless)} parameters of an optimizer have no known name, so that their order is"
+            " not checked; track their module, or give the optimizer named_parameters()",
+            CkptWarning,
+            stacklevel=5,
+        )
     for one, other in _pairs(saved, now):
-        if one != other:
+        if one != other and (one[0] not in nameless or one[1:] != other[1:]):
             raise IntegrityError(
                 "parameters-differ",
                 f"the optimizer's state is of {_shown(one)}, the parameter there is {_shown(other)}",
