@@ -211,7 +211,7 @@ def _start() -> tuple[Arena, subprocess.Popen[bytes]]:
             undone.callback(arena.close)
             # In a session of its own, so that Ctrl-C in the terminal is for the trainer alone.
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "ckpt.training.writer"],
+                [sys.executable, "-P", "-m", "ckpt.training.writer", str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 pass_fds=[arena.handle],
