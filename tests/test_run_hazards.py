@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -176,13 +177,14 @@ def test_where_the_others_wait_a_failure_is_raised_after_they_were_met(
     """Else the others' random states would be one save behind from then on."""
     met: list[int] = []
 
-    def meet(state: dict[str, Any]) -> dict[str, Any]:
-        met.append(state["step"])
-        return state
+    def meet(prepare: Callable[[], Any], act: Callable[[Any, list[Any]], Any]) -> Any:
+        (said, state), own = prepare()
+        met.append(said["step"])
+        return act((said, state), [own])
 
     with run(repo) as job:
         job.track(model=nn.Linear(1, 1))
-        monkeypatch.setattr(job._ranks, "gathered", meet)
+        monkeypatch.setattr(job._ranks, "led", meet)
         assert job._writer is not None
         job._writer._process.kill()
         job._writer._process.wait()

@@ -35,7 +35,7 @@ from ckpt.training.background import Background, failed, location_of
 from ckpt.training.newest import newest_whole
 from ckpt.training.ranks import Ranks
 from ckpt.training.saved import Saved, nothing, told
-from ckpt.training.tracking import check_part, restore, state_of
+from ckpt.training.tracking import check_part, own_parts, restore, state_of
 
 
 class Run:
@@ -91,8 +91,7 @@ class Run:
         self._before: Any = None
         self._ended = False
         self._process = os.getpid()
-        if self._ranks.is_first:
-            self._start()
+        self._ranks.together(self._begin)
 
     def __enter__(self) -> Self:
         if (
@@ -142,10 +141,16 @@ class Run:
             IntegrityError: ``parts-differ``, ``parameters-differ`` and others when the version is
                 not of what is tracked; ``none-whole`` when every version is damaged.
         """
-        version, state = self._ranks.agreed(self._newest_whole, self._pull)
-        if version is None or state is None:
+        version, pulled = self._ranks.chosen(self._newest_whole)
+        if version is None:
             return 0
-        restore(self._parts, self._ranks.own(state))
+        state: dict[str, Any] = {}
+
+        def bring_back() -> None:
+            state.update(self._ranks.own(pulled if self._ranks.is_first else self._pull(version)))
+            restore(self._parts, state)
+
+        self._ranks.together(bring_back)
         self.spare(version)
         self._say(f"resumed from {version.reference}")
         return int(state["step"]) + 1
@@ -189,6 +194,20 @@ class Run:
             CkptError: what went wrong in the background since the last call; this save is made.
         """
         began = time.monotonic()
+        saved = self._ranks.led(
+            lambda: self._prepared(step, metrics, labels, alias),
+            lambda prepared, sent: self._saved(*prepared, sent, began),
+        )
+        return saved or Saved(self._version, step, nothing(), time.monotonic() - began)
+
+    def _prepared(
+        self,
+        step: int,
+        metrics: Mapping[str, Any] | None,
+        labels: Mapping[str, str] | None,
+        alias: str | Iterable[str],
+    ) -> tuple[tuple[dict[str, Any], dict[str, Any]], dict[str, Any]]:
+        """What is said of a save and the state, and of the state what is this rank's own."""
         self._check_open()
         if self._ranks.is_first and not self._parts:
             raise UsageError(
@@ -204,12 +223,18 @@ class Run:
             "aliases": list(check_aliases(alias)),
             "environment": self._environment,
         }
+        own = own_parts(self._parts)
+        state = state_of(self._parts if self._ranks.is_first else own)
+        return (said, state), {name: state[name] for name in (*own, "random")}
+
+    def _saved(
+        self, said: dict[str, Any], state: dict[str, Any], sent: list[dict[str, Any]], began: float
+    ) -> Saved:
+        """Hand a state over, with what each rank has of its own."""
         before = self._settled()  # when nothing else can be wrong, or it would be lost
-        state = self._ranks.gathered({**state_of(self._parts), "step": step})
-        if state is None:
-            return Saved(self._version, step, nothing(), time.monotonic() - began)
+        of_ranks = {"ranks": sent} if len(sent) > 1 else {}
         try:
-            saved = self._hand_over(state, said, began)
+            saved = self._hand_over({**state, "step": said["step"], **of_ranks}, said, began)
         except CkptError as error:
             raise error from before
         if before is not None:  # this save is not lost for it
@@ -277,6 +302,10 @@ class Run:
             if self._writer is not None:
                 self._writer.close(patience)
                 self._writer = None
+
+    def _begin(self) -> None:
+        if self._ranks.is_first:
+            self._start()
 
     def _start(self) -> None:
         if self._writer is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ckpt.core.errors import CkptWarning, IntegrityError, UsageError
 from ckpt.core.printable import escape
@@ -26,6 +26,7 @@ _STATE_METHODS = (
     "_save_to_state_dict",
     "_load_from_state_dict",
 )  # all have "state_dict" in their names, as the hooks have; those that take it have "load"
+_OF_A_RANK = (torch.Generator, DataLoader, Dataset, Sampler)
 RESERVED = ("step", "random", "ranks")
 
 
@@ -48,6 +49,12 @@ def state_of(parts: Mapping[str, Any]) -> dict[str, Any]:
     names = parameter_names(parts)
     state = {name: _state(part, names) for name, part in parts.items()}
     return {**state, "random": random_states()}
+
+
+def own_parts(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are another thing on each rank: generators and what gives data. The others are
+    the same everywhere, and rank 0 alone is asked for their states."""
+    return {name: part for name, part in parts.items() if isinstance(part, _OF_A_RANK)}
 
 
 def _state(part: Any, names: Mapping[int, str]) -> Any:
