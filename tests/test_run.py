@@ -225,7 +225,7 @@ def test_a_second_live_run_of_the_same_name_is_a_conflict(
     repo: ckpt.Repository, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with run(repo) as first:
-        with pytest.raises(ConflictError, match="live in another job"):
+        with pytest.raises(ConflictError, match="live in this process"):
             run(repo)
         assert capfd.readouterr().err == ""  # its writer ends without a word of its own
         run(repo, name="other").close()
@@ -353,7 +353,7 @@ def test_rules_that_cannot_be_applied_cost_no_save(
     said = {"reference": "gpt@1", "nbytes": 0, "added": added}
     answer.set_result({**said, "not_pruned": "others kept the registry locked"})
     with run(repo) as saving:
-        saving._pending = Saved(saving._version, 0, answer, 0.0)
+        saving._held.pending = Saved(repo, 0, answer, 0.0)
         with pytest.warns(CkptWarning, match="gpt@1 is saved; the rules were not applied: others"):
             saving.wait()
 
@@ -477,9 +477,9 @@ def test_a_writer_that_was_killed_is_replaced(repo: ckpt.Repository) -> None:
     net = nn.Linear(2, 2)
     with run(repo) as saving:
         saving.track(model=net).save(0).version()
-        assert saving._writer is not None
-        saving._writer._process.kill()
-        saving._writer._process.wait()
+        assert saving._held.writer is not None
+        saving._held.writer._process.kill()
+        saving._held.writer._process.wait()
         with torch.no_grad():
             net.weight.fill_(9)
         version = saving.save(1).version()

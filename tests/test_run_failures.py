@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -11,7 +14,7 @@ import torch
 from torch import nn
 
 import ckpt
-from ckpt.core.errors import CkptError
+from ckpt.core.errors import CkptError, ConflictError
 
 
 def run(repo: ckpt.Repository, **options: object) -> ckpt.Run:
@@ -111,3 +114,45 @@ def test_a_failure_that_was_read_from_its_handle_is_not_raised_again(
         job.save(2)
     assert steps(repo) == [0, 2]
     assert "step 1 was not saved" in capfd.readouterr().err
+
+
+def test_a_run_that_nobody_closed_is_drained_when_it_is_let_go_of(
+    repo: ckpt.Repository, away: Callable[[], AbstractContextManager[None]]
+) -> None:
+    job = run(repo).track(net=filled(0), big=nn.Linear(1000, 1000))
+    job.save(0)
+    with pytest.raises(ConflictError, match="live in this process"):
+        run(repo)
+    del job
+    gc.collect()
+    assert steps(repo) == [0]
+    run(repo).close()
+
+
+NOT_CLOSED = """
+import sys, torch, ckpt
+from pathlib import Path
+repo = ckpt.open(sys.argv[1])
+run = ckpt.Run(repo, "gpt", quiet=sys.argv[2] == "quiet")
+run.track(net=torch.nn.Linear(1000, 1000)).save(0)
+if sys.argv[3] == "fails":
+    run.wait()
+    packs = Path(repo.location.store) / "packs"
+    packs.rename(packs.with_name("away"))
+    packs.write_text("in the way")
+    run.track(net=torch.nn.Linear(1000, 1000)).save(1)
+"""
+
+
+@pytest.mark.parametrize("quiet", ["quiet", "loud"])
+@pytest.mark.parametrize(("how", "told"), [("fails", "ckpt: step 1 was not saved"), ("works", "")])
+def test_a_script_that_closes_no_run_drains_it_and_tells_a_failure(
+    tmp_path: Path, how: str, quiet: str, told: str
+) -> None:
+    command = [sys.executable, "-c", NOT_CLOSED, str(tmp_path), quiet, how]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert told in done.stderr
+    assert ("gpt@1 step 0" in done.stderr) == (quiet == "loud")
+    with ckpt.open(tmp_path) as repo:
+        assert steps(repo) == [0]
+        run(repo).close()  # the name is free

@@ -179,6 +179,11 @@ class Background:
             )
 
     @property
+    def reads_here(self) -> bool:
+        """Whether this is the thread that brings the answers."""
+        return threading.current_thread() is self._reader
+
+    @property
     def is_alive(self) -> bool:
         """Whether the writer can be asked."""
         return not self._is_over and self._process.poll() is None

@@ -9,13 +9,14 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any, Literal, NoReturn, Self
 
 from ckpt.core.documents import FORMAT, Document
 from ckpt.core.durations import check_duration
-from ckpt.core.errors import CkptError, CkptWarning, NotFoundError, UsageError
+from ckpt.core.errors import CkptError, CkptWarning, ConflictError, UsageError
 from ckpt.core.names import (
     check_aliases,
     check_labels,
@@ -24,7 +25,7 @@ from ckpt.core.names import (
     check_run,
     check_step,
 )
-from ckpt.core.records import Added, Version
+from ckpt.core.records import Version
 from ckpt.core.rules import Rule
 from ckpt.loader.environment import describe_environment
 from ckpt.loader.snapshot import capture_state
@@ -32,14 +33,16 @@ from ckpt.service.bases import check_compress
 from ckpt.service.repository import Repository
 from ckpt.service.retention import check_rules
 from ckpt.training.background import Background, failed, location_of
+from ckpt.training.held import Held, given_up, line_of
 from ckpt.training.newest import newest_whole
 from ckpt.training.ranks import Ranks
-from ckpt.training.saved import Saved, nothing, told
+from ckpt.training.saved import Saved, nothing
 from ckpt.training.tracking import check_part, own_parts, restore, state_of
 
 
 class Run:
-    """One training job's sequence of versions of a model; also a context manager.
+    """One training job's sequence of versions of a model; also a context manager. One that nobody
+    closed is when it is let go of, or the interpreter ends; what failed then is told on stderr.
 
     What is saved is the state at the call, even when the loop changes it at once: it is copied
     into memory that a process of its own reads, which hashes, encodes and stores it. A save waits
@@ -85,12 +88,12 @@ class Run:
         self._ranks = Ranks()
         self._holder = secrets.token_hex(16)
         self._environment = describe_environment()
-        self._writer: Background | None = None
-        self._pending: Saved | None = None
+        place = str(location_of(repo.location)["places"])
+        self._held = Held(place, self._model, self._name, self._drain_seconds)
         self._spared: list[str] = []
         self._before: Any = None
         self._ended = False
-        self._process = os.getpid()
+        self._left = weakref.finalize(self, self._held.leave, quiet)
         self._ranks.together(self._begin)
 
     def __enter__(self) -> Self:
@@ -107,8 +110,18 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        again: list[int] = []
+        if self._before is not None:  # another SIGTERM does not cut the wait
+            signal.signal(signal.SIGTERM, lambda number, frame: again.append(number))
+        try:
+            self._leave_block(kind, error)
+        finally:
+            if self._before is not None:
+                signal.signal(signal.SIGTERM, self._before)
+        if again and kind is None:
+            raise SystemExit(128 + again[0])
+
+    def _leave_block(self, kind: type[BaseException] | None, error: BaseException | None) -> None:
         if kind is None:
             self.close()
             return
@@ -158,8 +171,8 @@ class Run:
     def spare(self, version: Version) -> None:
         """Let no rule remove a version that the job goes on from."""
         self._spared = [version.push]
-        if self._writer is not None:
-            self._writer.spare(self._spared)
+        if self._held.writer is not None:
+            self._held.writer.spare(self._spared)
 
     def _newest_whole(self) -> tuple[Version, Any] | None:
         self._settle(None)  # the save under way may be the newest
@@ -167,12 +180,6 @@ class Run:
 
     def _pull(self, version: Version) -> Any:
         return self._repo.pull(version, device="cpu")
-
-    def _version(self, push: str) -> Version:
-        found = self._repo._registry.queries.by_push(push)
-        if found is None:
-            raise NotFoundError("version-missing", "a rule removed this version meanwhile")
-        return found
 
     def save(
         self,
@@ -198,7 +205,7 @@ class Run:
             lambda: self._prepared(step, metrics, labels, alias),
             lambda prepared, sent: self._saved(*prepared, sent, began),
         )
-        return saved or Saved(self._version, step, nothing(), time.monotonic() - began)
+        return saved or Saved(self._repo, step, nothing(), time.monotonic() - began)
 
     def _prepared(
         self,
@@ -253,19 +260,19 @@ class Run:
             order=captured.order,
         )
         step = said["step"]
-        if self._writer is None or not self._writer.is_alive:
+        if self._held.writer is None or not self._held.writer.is_alive:
             try:
                 self._start()
             except CkptError as error:
                 self._tell(step, error)
-                return Saved(self._version, step, failed(error), time.monotonic() - began)
-        assert self._writer is not None
-        answer = self._writer.save(document, captured.sources, said)
-        self._pending = Saved(self._version, step, answer, time.monotonic() - began)
-        return self._pending
+                return Saved(self._repo, step, failed(error), time.monotonic() - began)
+        assert self._held.writer is not None
+        answer = self._held.writer.save(document, captured.sources, said)
+        self._held.pending = Saved(self._repo, step, answer, time.monotonic() - began)
+        return self._held.pending
 
     def _check_open(self) -> None:
-        if self._ended or os.getpid() != self._process:
+        if self._ended or os.getpid() != self._held.process:
             raise UsageError(
                 "run-closed",
                 f"the run {self._name} of {self._model} is closed, or of another process",
@@ -289,7 +296,9 @@ class Run:
         self._end(None)
 
     def _end(self, timeout: float | None) -> None:
-        if self._ended or os.getpid() != self._process:  # a child that was forked has no part in it
+        if (
+            self._ended or os.getpid() != self._held.process
+        ):  # a child that was forked has no part in it
             return
         self._ended = True
         patience = None
@@ -297,20 +306,27 @@ class Run:
             self._settle(timeout)
         except TimeoutError:
             patience = 0.0
-            self._say(f"the last save was not done after {timeout} s; it is given up")
+            self._say(given_up(timeout))
         finally:
-            if self._writer is not None:
-                self._writer.close(patience)
-                self._writer = None
+            self._left.detach()
+            self._held.end(patience)
 
     def _begin(self) -> None:
-        if self._ranks.is_first:
+        if not self._ranks.is_first:
+            return
+        try:
             self._start()
+        except ConflictError as error:
+            if error.code != "run-live" or not self._held.is_here:
+                raise
+            raise ConflictError(
+                "run-live",
+                f"the run {self._name} of {self._model} is live in this process",
+                hint="close() the other Run, or let go of it, or give this one another name",
+            ) from error
 
     def _start(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        self._held.end()
         setup = {
             "location": location_of(self._repo.location),
             "model": self._model,
@@ -319,9 +335,10 @@ class Run:
             "keep": self._keep,
             "compress": self._compress,
         }
-        self._writer = Background(setup)
+        writer = Background(setup)
+        self._held.begin(writer)
         if self._spared:
-            self._writer.spare(self._spared)
+            writer.spare(self._spared)
 
     def _settled(self) -> CkptError | None:
         """Why the save before failed, when that is to be raised."""
@@ -333,26 +350,20 @@ class Run:
 
     def _settle(self, timeout: float | None) -> None:
         """Wait for the save that is under way and tell how it ended."""
-        pending = self._pending
+        pending = self._held.pending
         if pending is None:
             return
         try:
             said = pending.answer.result(timeout)
         except CkptError as error:
-            self._pending = None
+            self._held.pending = None
             if pending.is_told:
                 self._say(f"step {pending.step} was not saved: {error}")
             else:
                 self._tell(pending.step, error)
             return
-        self._pending = None
-        if said["not_pruned"] is not None:
-            reason = f"{said['reference']} is saved; the rules were not applied: "
-            warnings.warn(reason + said["not_pruned"], CkptWarning, stacklevel=4)
-        self._say(
-            f"{said['reference']} step {pending.step}: "
-            f"{told(Added(**said['added']), said['nbytes'])}, stalled {pending.stalled:.3f} s"
-        )
+        self._held.pending = None
+        self._say(line_of(pending, said))
 
     def _tell(self, step: int, error: CkptError) -> None:
         """Raise what went wrong with a save, or only warn."""

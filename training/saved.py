@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from ckpt.core.errors import CkptError
+from ckpt.core.errors import CkptError, NotFoundError
 from ckpt.core.records import Added, Version
 from ckpt.core.sizes import size
+from ckpt.service.repository import Repository
 
 
 class Saved:
@@ -16,7 +17,7 @@ class Saved:
 
     def __init__(
         self,
-        find: Callable[[str], Version],
+        repo: Repository,
         step: int,
         answer: Future[dict[str, Any]],
         stalled: float,
@@ -25,7 +26,7 @@ class Saved:
         self.stalled = stalled
         self.answer = answer
         self.is_told = False  # that it failed
-        self._find = find
+        self._repo = repo
 
     def done(self) -> bool:
         """Whether it has ended, well or not."""
@@ -39,11 +40,17 @@ class Saved:
         except CkptError:
             self.is_told = True
             raise
-        return self._find(said["push"]) if said else None
+        if not said:
+            return None
+        found = self._repo._registry.queries.by_push(said["push"])
+        if found is None:
+            raise NotFoundError("version-missing", "a rule removed this version meanwhile")
+        return found
 
 
-def told(added: Added, nbytes: int) -> str:
+def told(of: Mapping[str, int], nbytes: int) -> str:
     """Where the bytes of a save are."""
+    added = Added(**of)
     line = f"{size(nbytes)}, {size(added.new)} new, {size(added.shared)} shared"
     line += f", {size(added.by_differences)} saved by differences"
     return f"{line}, {size(added.by_coding)} by coding" if added.by_coding else line
