@@ -150,6 +150,7 @@ class Told(Trainer):
         super().log(logs, *given, **more)
 
 
+@pytest.mark.filterwarnings("ignore:.* begins anew")
 def test_the_best_stays_the_best_when_another_run_or_a_fresh_training_is_worse(
     repo: ckpt.Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -211,6 +211,7 @@ class Data(LightningDataModule):
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+@pytest.mark.filterwarnings("ignore:.* begins anew")
 def test_all_that_lightning_itself_saves_is_saved(repo: ckpt.Repository, tmp_path: Path) -> None:
     counting, data = Counting(), Data()
     data.word = "seen"
@@ -284,6 +285,7 @@ def best_by(repo: ckpt.Repository, alias: str) -> float:
     return round(repo.get(f"gpt:{alias}").metrics["told"], 2)
 
 
+@pytest.mark.filterwarnings("ignore:.* begins anew")
 def test_the_best_stays_the_best_when_another_run_or_a_fresh_training_is_worse(
     repo: ckpt.Repository,
 ) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import ckpt
-from ckpt.core.errors import CkptError, ConflictError
+from ckpt.core.errors import CkptError, CkptWarning, ConflictError
 
 
 def run(repo: ckpt.Repository, **options: object) -> ckpt.Run:
@@ -156,3 +156,21 @@ def test_a_script_that_closes_no_run_drains_it_and_tells_a_failure(
     with ckpt.open(tmp_path) as repo:
         assert steps(repo) == [0]
         run(repo).close()  # the name is free
+
+
+def test_a_training_that_begins_anew_is_warned_and_does_not_remove_the_newest_before(
+    repo: ckpt.Repository,
+) -> None:
+    net = filled(0)
+    rules = [ckpt.Latest(1)]
+    with run(repo, keep=rules) as job:
+        for step in (999, 1000):
+            job.track(net=fill(net, step)).save(step)
+    with run(repo, keep=rules) as job:
+        with pytest.warns(CkptWarning, match=r"gpt@2 is the newest .* resume\(\)"):
+            job.track(net=fill(net, 0)).save(0)
+        job.track(net=fill(net, 1)).save(1)  # warned once
+    assert steps(repo) == [1000, 1]
+    with run(repo, keep=rules) as job:
+        assert job.track(net=net).resume() == 2
+        job.save(2)

@@ -22,7 +22,7 @@ from ckpt.service.lookup import VersionLike
 from ckpt.service.repository import Repository
 from ckpt.service.retention import check_rules, prune_model
 from ckpt.training.best import best_alias, is_best
-from ckpt.training.newest import newest_whole
+from ckpt.training.newest import begun_over, newest_whole
 from ckpt.training.run import warns
 
 
@@ -68,7 +68,7 @@ class CkptCallback(TrainerCallback):
         self._warns = warns(on_error)
         self._outputs: Path | None = None
         self._folder: Path | None = None  # that training is resumed from, until it has been read
-        self._spared: list[str] = []
+        self._spared: list[str] | None = None  # not known, until it is resumed or begins anew
 
     def resume(self, ref: VersionLike | None = None) -> str | None:
         """What to give to ``trainer.train(resume_from_checkpoint=…)``: the version that ``ref``
@@ -94,6 +94,7 @@ class CkptCallback(TrainerCallback):
             version = self._repo.get(ref)
             found = version, self._pull(version)
         if found is None:
+            self._spared = []
             return None
         self._spared = [found[0].push]
         return str(found[1])
@@ -160,6 +161,8 @@ class CkptCallback(TrainerCallback):
             warnings.warn(said, CkptWarning, stacklevel=2)
 
     def _push(self, args: TrainingArguments, state: TrainerState) -> None:
+        if self._spared is None:
+            self._spared = begun_over(self._repo, self._model, self._name)
         metrics = _metrics(state)
         self._repo.push_file(
             _outputs(args) / f"checkpoint-{state.global_step}",
@@ -192,7 +195,7 @@ class CkptCallback(TrainerCallback):
                 self._keep,
                 save=True,
                 run=self._name,
-                spared=self._spared,
+                spared=self._spared or (),
             )
         except CkptError as error:
             said = f"the rules of {self._model} were not applied: {error}"

@@ -49,6 +49,21 @@ def newest_whole(
     return None
 
 
+def begun_over(repo: Repository, model: str, run: str) -> list[str]:
+    """The push of the run's newest version, which a training that begins anew is not to remove;
+    that there is one is told by a :class:`CkptWarning`."""
+    version = next(_versions(repo, model, run), None)
+    if version is None:
+        return []
+    warnings.warn(
+        f"{version.reference} is the newest of the run {run}, and this training begins anew; call"
+        " resume() first to go on from it, or give this run another name",
+        CkptWarning,
+        stacklevel=7,
+    )
+    return [version.push]
+
+
 def _versions(repo: Repository, model: str, run: str) -> Iterator[Version]:
     """The run's versions, newest first; the order of saves, whatever their steps."""
     before: int | None = None

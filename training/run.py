@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -34,7 +35,7 @@ from ckpt.service.repository import Repository
 from ckpt.service.retention import check_rules
 from ckpt.training.background import Background, failed, location_of
 from ckpt.training.held import Held, given_up, line_of
-from ckpt.training.newest import newest_whole
+from ckpt.training.newest import begun_over, newest_whole
 from ckpt.training.ranks import Ranks
 from ckpt.training.saved import Saved, nothing
 from ckpt.training.tracking import check_part, own_parts, restore, state_of
@@ -90,7 +91,7 @@ class Run:
         self._environment = describe_environment()
         place = str(location_of(repo.location)["places"])
         self._held = Held(place, self._model, self._name, self._drain_seconds)
-        self._spared: list[str] = []
+        self._spared: list[str] | None = None  # not known, until it is resumed or begins anew
         self._before: Any = None
         self._ended = False
         self._left = weakref.finalize(self, self._held.leave, quiet)
@@ -156,6 +157,7 @@ class Run:
         """
         version, pulled = self._ranks.chosen(self._newest_whole)
         if version is None:
+            self._spared = []
             return 0
         state: dict[str, Any] = {}
 
@@ -170,9 +172,12 @@ class Run:
 
     def spare(self, version: Version) -> None:
         """Let no rule remove a version that the job goes on from."""
-        self._spared = [version.push]
-        if self._held.writer is not None:
-            self._held.writer.spare(self._spared)
+        self._spare([version.push])
+
+    def _spare(self, pushes: list[str]) -> None:
+        self._spared = pushes
+        if pushes and self._held.writer is not None:
+            self._held.writer.spare(pushes)
 
     def _newest_whole(self) -> tuple[Version, Any] | None:
         self._settle(None)  # the save under way may be the newest
@@ -250,6 +255,9 @@ class Run:
 
     def _hand_over(self, state: dict[str, Any], said: dict[str, Any], began: float) -> Saved:
         """Give a state to the writer."""
+        if self._spared is None:
+            with contextlib.suppress(CkptError):  # then it is asked with the next save
+                self._spare(begun_over(self._repo, self._model, self._name))
         captured = capture_state(state, ())
         document = Document(
             format=FORMAT,
