@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -219,3 +220,51 @@ def test_a_damaged_version_is_told_and_the_one_before_taken(
     assert len(list((tmp_path / "b").iterdir())) == 1  # of the damaged one nothing is left
     resumed.train(resume_from_checkpoint=start)
     assert resumed.state.global_step == 8
+
+
+def test_a_folder_that_a_process_left_which_died_is_removed(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    outputs = tmp_path / "a"
+    trainer(outputs, CkptCallback(repo, "bert"), max_steps=4).train()
+    program = (
+        "import os, sys; from pathlib import Path\n"
+        "from ckpt.training.resume_folder import ResumeFolder\n"
+        "ResumeFolder(Path(sys.argv[1])); os._exit(0)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(outputs)], check=True)
+    (left,) = outputs.glob(".ckpt-*")
+    living = CkptCallback(repo, "bert")
+    trainer(outputs, living, max_steps=8)
+    first = living.resume()
+    assert first is not None
+    assert not left.exists()
+    callback = CkptCallback(repo, "bert")
+    trainer(outputs, callback, max_steps=8)
+    assert callback.resume() is not None
+    assert Path(first).exists()  # somebody lives who has not read it yet
+
+
+def test_the_best_model_is_loaded_at_the_end_on_whatever_machine(
+    repo: ckpt.Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Told.told = {4: 0.1, 8: 0.5, 12: 0.6, 15: 0.7, 16: 0.7}
+    options: dict[str, Any] = {"load_best_model_at_end": True, "save_total_limit": 1}
+    options |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
+
+    class Deciding(Told):
+        def evaluate(self, *given: Any, **more: Any) -> dict[str, float]:
+            measured = super().evaluate(*given, **more)
+            return {**measured, "eval_loss": self.told[self.state.global_step]}
+
+    monkeypatch.setattr(sys.modules[__name__], "Trainer", Deciding)
+    failing = trainer(tmp_path / "a", CkptCallback(repo, "bert"), Failing(10), **options)
+    with pytest.raises(RuntimeError, match="the machine fails"):
+        failing.train()
+    callback = CkptCallback(repo, "bert")
+    resumed = trainer(tmp_path / "b", callback, seed=7, **options)
+    resumed.train(resume_from_checkpoint=callback.resume())
+    assert resumed.model is not None
+    best = repo.pull("bert@1")
+    assert all(torch.equal(best[name], one) for name, one in resumed.model.state_dict().items())
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["checkpoint-4"]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import math
-import shutil
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,8 @@ from ckpt.service.lookup import VersionLike
 from ckpt.service.repository import Repository
 from ckpt.service.retention import check_rules, prune_model
 from ckpt.training.best import best_alias, is_best
-from ckpt.training.newest import begun_over, newest_whole
+from ckpt.training.newest import begun_over, newest_whole, versions_of
+from ckpt.training.resume_folder import ResumeFolder, remove_stale
 from ckpt.training.run import warns
 
 
@@ -67,13 +67,16 @@ class CkptCallback(TrainerCallback):
         self._compress = check_compress(compress)
         self._warns = warns(on_error)
         self._outputs: Path | None = None
-        self._folder: Path | None = None  # that training is resumed from, until it has been read
+        self._loads_best = False
+        self._folder: ResumeFolder | None = None  # until it has been read
         self._spared: list[str] | None = None  # not known, until it is resumed or begins anew
 
     def resume(self, ref: VersionLike | None = None) -> str | None:
         """What to give to ``trainer.train(resume_from_checkpoint=…)``: the version that ``ref``
         means, by default the run's newest that is whole, as a folder below the trainer's
-        ``output_dir`` that goes after the first step; None when there is none yet.
+        ``output_dir`` that goes after the first step; None when there is none yet. With
+        ``load_best_model_at_end`` the best checkpoint that it names is written below
+        ``output_dir`` too, where it is not there.
 
         Raises:
             UsageError: ``no-trainer`` before a ``Trainer`` has this callback; ``not-trainer`` when
@@ -88,6 +91,7 @@ class CkptCallback(TrainerCallback):
                 hint="make Trainer(callbacks=[…]) first, then resume",
             )
         self._clear()
+        remove_stale(self._outputs)
         if ref is None:
             found = newest_whole(self._repo, self._model, self._name, self._pull)
         else:
@@ -97,7 +101,34 @@ class CkptCallback(TrainerCallback):
             self._spared = []
             return None
         self._spared = [found[0].push]
+        if self._loads_best:
+            self._bring_best(found[0], found[1] / "trainer_state.json")
         return str(found[1])
+
+    def _bring_best(self, version: Version, state: Path) -> None:
+        """Have the best checkpoint of a trainer's state where the trainer looks for it."""
+        assert self._outputs is not None
+        assert self._folder is not None
+        said = json.loads(state.read_bytes())
+        step = said.get("best_global_step")
+        if step is None:
+            return
+        place = self._outputs / f"checkpoint-{step}"
+        try:
+            if not place.exists():
+                versions = versions_of(self._repo, version.model, version.run or self._name)
+                best = next(one for one in versions if one.step == step)
+                self._repo.pull_file(best, self._folder.path / "best")
+                (self._folder.path / "best").rename(place)
+        except (CkptError, StopIteration, OSError) as error:
+            reason = f": {error}" if str(error) else ", and no version of this step is left"
+            warnings.warn(
+                f"the best checkpoint, of step {step}, cannot be loaded at the end{reason}",
+                CkptWarning,
+                stacklevel=3,
+            )
+            return
+        state.write_text(json.dumps({**said, "best_model_checkpoint": str(place)}))
 
     def _pull(self, version: Version) -> Path:
         if "trainer_state.json" not in self._repo.document(version).files:
@@ -107,19 +138,18 @@ class CkptCallback(TrainerCallback):
                 hint="resume one that CkptCallback pushed; `ckpt show` says what a version is",
             )
         assert self._outputs is not None
-        self._outputs.mkdir(parents=True, exist_ok=True)
-        self._folder = Path(tempfile.mkdtemp(prefix=".ckpt-", dir=self._outputs))
+        self._folder = ResumeFolder(self._outputs)
         try:
-            self._repo.pull_file(version, self._folder / "checkpoint")
+            self._repo.pull_file(version, self._folder.path / "checkpoint")
         except BaseException:
             self._clear()
             raise
-        return self._folder / "checkpoint"
+        return self._folder.path / "checkpoint"
 
     def _clear(self) -> None:
         folder, self._folder = self._folder, None
         if folder is not None:
-            shutil.rmtree(folder)
+            folder.remove()
 
     def on_init_end(
         self,
@@ -128,7 +158,7 @@ class CkptCallback(TrainerCallback):
         control: TrainerControl,
         **more: Any,
     ) -> None:
-        self._outputs = _outputs(args)
+        self._outputs, self._loads_best = _outputs(args), args.load_best_model_at_end
 
     def on_step_end(
         self,

@@ -26,7 +26,7 @@ def newest_whole(
         IntegrityError: ``none-whole`` when every version is damaged.
     """
     failed: IntegrityError | None = None
-    for version in _versions(repo, model, run):
+    for version in versions_of(repo, model, run):
         try:
             return version, pull(version)
         except IntegrityError as error:
@@ -52,7 +52,7 @@ def newest_whole(
 def begun_over(repo: Repository, model: str, run: str) -> list[str]:
     """The push of the run's newest version, which a training that begins anew is not to remove;
     that there is one is told by a :class:`CkptWarning`."""
-    version = next(_versions(repo, model, run), None)
+    version = next(versions_of(repo, model, run), None)
     if version is None:
         return []
     warnings.warn(
@@ -64,7 +64,7 @@ def begun_over(repo: Repository, model: str, run: str) -> list[str]:
     return [version.push]
 
 
-def _versions(repo: Repository, model: str, run: str) -> Iterator[Version]:
+def versions_of(repo: Repository, model: str, run: str) -> Iterator[Version]:
     """The run's versions, newest first; the order of saves, whatever their steps."""
     before: int | None = None
     while page := _page(repo, model, before):
