@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
 from ckpt.core.errors import UsageError
 from ckpt.core.printable import escape, is_printable
@@ -70,15 +71,22 @@ def check_run(name: str) -> str:
     return name
 
 
-def check_step(step: int | None) -> int | None:
-    """Return ``step`` if it is a whole number of at least 0, or None."""
+def check_step(step: SupportsIndex | None) -> int | None:
+    """A step as an int, also that of NumPy or of a tensor, if it is a whole number of at least 0;
+    or None."""
     if step is None:
         return None
-    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**63:
+    try:
+        number = operator.index(step)
+    except TypeError:
+        number = -1
+    if isinstance(step, bool) or isinstance(number, bool) or not 0 <= number < 2**63:
         raise UsageError(
-            "step-invalid", f"step {step!r} is not a whole number", hint="give an int >= 0"
+            "step-invalid",
+            f"step {escape(repr(step), 80)} is not a whole number",
+            hint="give an int >= 0",
         )
-    return step
+    return number
 
 
 def check_count(what: str, count: int) -> int:

@@ -259,6 +259,29 @@ def test_metrics_epochs_and_the_best_are_noted(repo: ckpt.Repository) -> None:
     assert tested[0]["val/loss"] == pytest.approx(best.metrics["val/loss"])
 
 
+@pytest.mark.filterwarnings("ignore:.* begins anew")  # the run that was not resumed from
+def test_two_callbacks_of_one_trainer_save_each_as_it_was_told(repo: ckpt.Repository) -> None:
+    def both() -> list[CkptCheckpoint]:
+        often = CkptCheckpoint(repo, "gpt", name="often", every_n_train_steps=4, quiet=True)
+        return [often, CkptCheckpoint(repo, "gpt", quiet=True)]
+
+    whole = seeded()
+    expected = result(trained(None, whole, others=(*both(),)))
+    saved = {(version.run, version.step) for version in repo.log("gpt")}
+    assert saved == {
+        ("main", 5),
+        ("main", 10),
+        ("main", 15),
+        ("often", 4),
+        ("often", 8),
+        ("often", 12),
+    }
+    (middle,) = (version for version in repo.log("gpt") if version.step == 10)
+    again = seeded(seed=7)
+    assert result(trained(None, again, middle.reference, others=(*both(),))) == expected
+    assert again.seen == whole.seen[10:]
+
+
 class Told(Net):
     """Logs the values that it was told, one at each validation."""
 

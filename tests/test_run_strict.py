@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import ckpt
-from ckpt.core.errors import CkptWarning, IntegrityError
+from ckpt.core.errors import CkptWarning, IntegrityError, UsageError
 
 
 def run(repo: ckpt.Repository) -> ckpt.Run:
@@ -102,8 +108,53 @@ def test_another_shape_is_refused_unless_the_module_makes_something_of_it(
         assert job.track(net=Takes(size=2)).resume() == 1
     other = nn.Linear(1, 1)
     before = other.weight.clone()
-    with run(repo) as job:
+    with ckpt.Run(repo, "gpt", name="gives", quiet=True) as job:
         job.track(other=nn.Linear(1, 1), net=Gives()).save(0)
-    with run(repo) as job, pytest.raises(IntegrityError, match=r"saved \[3, 3\], model \[3, 2\]"):
+    with (
+        ckpt.Run(repo, "gpt", name="gives", quiet=True) as job,
+        pytest.raises(IntegrityError, match=r"saved \[3, 3\], model \[3, 2\]"),
+    ):
         job.track(other=other, net=Gives(size=2)).resume()
     assert torch.equal(other.weight, before)
+
+
+def test_another_scheduler_is_refused(repo: ckpt.Repository) -> None:
+    net = nn.Linear(2, 2)
+    opt = torch.optim.SGD(net.parameters())
+    kinds = torch.optim.lr_scheduler
+    with run(repo) as job:
+        job.track(net=net, opt=opt, sched=kinds.StepLR(opt, 2)).save(0)
+    with run(repo) as job, pytest.raises(IntegrityError, match="state of StepLR, the") as caught:
+        job.track(net=net, opt=opt, sched=kinds.CosineAnnealingLR(opt, 7)).resume()
+    assert caught.value.code == "scheduler-differs"
+
+
+@pytest.mark.parametrize("step", [numpy.int64(3), torch.tensor(3)])
+def test_a_step_may_be_a_number_of_numpy_or_a_tensor(repo: ckpt.Repository, step: Any) -> None:
+    with run(repo) as job:
+        job.track(net=nn.Linear(1, 1)).save(step)
+    assert repo.get("gpt").step == 3
+
+
+@pytest.mark.parametrize("step", [2.0, True, "3", torch.tensor(2.5), numpy.bool_(True), -1])
+def test_what_is_no_whole_number_is_no_step(repo: ckpt.Repository, step: Any) -> None:
+    with run(repo) as job, pytest.raises(UsageError) as caught:
+        job.track(net=nn.Linear(1, 1)).save(step)
+    assert caught.value.code == "step-invalid"
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_what_is_sharded_is_refused_with_the_way_to_save_it(
+    repo: ckpt.Repository, alone: None
+) -> None:
+    sharded = nn.Linear(4, 4)
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+    with run(repo) as job, pytest.raises(UsageError, match=r"ckpt\.dcp_writer"):
+        job.track(net=sharded)

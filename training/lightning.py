@@ -94,6 +94,14 @@ class CkptCheckpoint(Checkpoint):
         self._seen = 0
         self._due = self._validated = False
 
+    @property
+    def state_key(self) -> str:
+        """Whose state it is among the callbacks of a trainer, of which several may save, each when
+        it was told to. The run has no part in it: what is saved is the same in each."""
+        return self._generate_state_key(
+            every_n_train_steps=self._steps, every_n_epochs=self._epochs, monitor=self.monitor
+        )
+
     def resume(self, ref: VersionLike | None = None) -> str | None:
         """What to give to ``trainer.fit(ckpt_path=…)``: the version that ``ref`` means, by default
         the run's newest that is whole; None when there is none yet. It is read here.
@@ -244,6 +252,7 @@ class CkptCheckpoint(Checkpoint):
                 f"{version.reference} is no checkpoint of Lightning",
                 hint="resume one that CkptCheckpoint saved; `ckpt show` says what a version is",
             )
+        self._claim_state(state["callbacks"])
         if self._run is not None:
             self._run.spare(version)
             if "random" in state:
@@ -251,6 +260,12 @@ class CkptCheckpoint(Checkpoint):
                 loaders = state["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
                 self._loaded = {"random": state["random"], "loaders": loaders}
         return {key: value for key, value in state.items() if key not in RESERVED}
+
+    def _claim_state(self, callbacks: dict[str, Any]) -> None:
+        """Have Lightning find what a callback left that was told to save at other times."""
+        there = [key for key in callbacks if key.startswith(type(self).__qualname__)]
+        if there and self.state_key not in there:
+            callbacks[self.state_key] = callbacks.pop(there[0])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = state_dict

@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType, TracebackType
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self, SupportsIndex
 
 from ckpt.core.documents import FORMAT, Document
 from ckpt.core.durations import check_duration
@@ -188,7 +188,7 @@ class Run:
 
     def save(
         self,
-        step: int,
+        step: SupportsIndex,
         metrics: Mapping[str, Any] | None = None,
         *,
         labels: Mapping[str, str] | None = None,
@@ -210,11 +210,11 @@ class Run:
             lambda: self._prepared(step, metrics, labels, alias),
             lambda prepared, sent: self._saved(*prepared, sent, began),
         )
-        return saved or Saved(self._repo, step, nothing(), time.monotonic() - began)
+        return saved or Saved(self._repo, int(step), nothing(), time.monotonic() - began)
 
     def _prepared(
         self,
-        step: int,
+        step: SupportsIndex,
         metrics: Mapping[str, Any] | None,
         labels: Mapping[str, str] | None,
         alias: str | Iterable[str],

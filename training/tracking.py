@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ckpt.core.errors import CkptWarning, IntegrityError, UsageError
@@ -36,12 +37,25 @@ def check_part(name: str, part: Any) -> None:
         raise UsageError("not-trackable", f'"{name}" is a name that runs use', hint="rename it")
     if isinstance(part, torch.Generator):
         return
+    if isinstance(part, nn.Module) and _is_sharded(part):
+        raise UsageError(
+            "not-trackable",
+            f"{name} is sharded over several processes, and one of them saves for all",
+            hint="save shard by shard: dcp.save(state, storage_writer=ckpt.dcp_writer(repo, …))",
+        )
     if not all(callable(getattr(part, act, None)) for act in ("state_dict", "load_state_dict")):
         raise UsageError(
             "not-trackable",
             f"{name}, a {type(part).__name__}, has no state_dict and load_state_dict",
             hint="give it both, or keep it out of track()",
         )
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether it is of FSDP, or has tensors that lie on several processes."""
+    kinds = [type(one).__name__ for one in module.modules()]
+    kinds += [type(one.data).__name__ for one in module.parameters()]
+    return bool({"FullyShardedDataParallel", "DTensor"} & {*kinds})
 
 
 def state_of(parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,6 +77,8 @@ def _state(part: Any, names: Mapping[int, str]) -> Any:
     state = part.state_dict()
     if isinstance(part, torch.optim.Optimizer):
         return {**state, **_about(part, names)}
+    if isinstance(part, LRScheduler):
+        return {**state, _CLASS: type(part).__qualname__}
     if isinstance(part, DataLoader) and part.generator is not None:
         return {**state, _GENERATOR: part.generator.get_state()}
     return state
@@ -74,7 +90,7 @@ def restore(parts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
 
     Raises:
         IntegrityError: ``parts-differ``, ``parameters-differ``, ``optimizer-differs``,
-            ``keys-mismatch``, ``shape-mismatch``, ``dtype-mismatch``.
+            ``scheduler-differs``, ``keys-mismatch``, ``shape-mismatch``, ``dtype-mismatch``.
     """
     saved = set(state) - set(RESERVED)
     if saved != set(parts):
@@ -88,6 +104,8 @@ def restore(parts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         with _said_of(name):
             if isinstance(part, torch.optim.Optimizer):
                 _check_optimizer(part, state[name], names)
+            elif isinstance(part, LRScheduler):
+                _check_class("scheduler", part, state[name])
             elif isinstance(part, nn.Module) and _is_usual(part, state[name]):
                 check_fit(part, state[name])
             elif isinstance(part, nn.Module):
@@ -125,6 +143,8 @@ def _restore(part: Any, state: Any) -> None:
         fill_module(part, state)
     elif isinstance(part, DataLoader):  # torchdata's
         _restore_loader(part, state)
+    elif isinstance(part, LRScheduler):
+        part.load_state_dict({key: state[key] for key in state if key != _CLASS})
     else:
         part.load_state_dict(state)
 
@@ -144,17 +164,21 @@ def _about(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[s
     return {_PARAMETERS: described, _CLASS: type(optimizer).__qualname__}
 
 
-def _check_optimizer(part: torch.optim.Optimizer, state: Any, names: Mapping[int, str]) -> None:
-    """One optimizer's moments mean nothing to another, and torch does not ask."""
-    about = _about(part, names)
-    saved, now = state.get(_CLASS, about[_CLASS]), about[_CLASS]
+def _check_class(what: str, part: Any, state: Any) -> None:
+    now = type(part).__qualname__
+    saved = state.get(_CLASS, now)
     if saved != now:
         raise IntegrityError(
-            "optimizer-differs",
-            f"saved was the state of {escape(saved, 80)}, the optimizer there is {now}",
-            hint="go on with the same optimizer, or take the weights alone by repo.pull",
+            f"{what}-differs",
+            f"saved was the state of {escape(saved, 80)}, the {what} there is {now}",
+            hint=f"go on with the same {what}, or take the weights alone by repo.pull",
         )
-    check_parameters(state[_PARAMETERS], about[_PARAMETERS])
+
+
+def _check_optimizer(part: torch.optim.Optimizer, state: Any, names: Mapping[int, str]) -> None:
+    """One optimizer's moments mean nothing to another, and torch does not ask."""
+    _check_class("optimizer", part, state)
+    check_parameters(state[_PARAMETERS], _about(part, names)[_PARAMETERS])
     groups = [len(group["params"]) for group in part.param_groups]
     if [len(group["params"]) for group in state["param_groups"]] != groups:
         raise IntegrityError(
