@@ -21,6 +21,7 @@ from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import ckpt
+from ckpt.core.errors import CkptWarning
 
 SEEN: dict[str, Any] = {}
 
@@ -102,6 +103,19 @@ def shard_the_optimizer(repo: ckpt.Repository) -> None:
     SEEN["zero"] = all(torch.equal(one, two) for one, two in pairs)
 
 
+def grow(repo: ckpt.Repository) -> None:
+    """Save for one process, and go on from what one process saved."""
+    noise = torch.Generator().manual_seed(20 + dist.get_rank())
+    model = nn.Linear(1, 1)
+    with run(repo, "shrunk") as job:
+        job.track(model=model, noise=noise).save(0)
+    with warnings.catch_warnings(record=True) as told, run(repo, "grown") as job:
+        warnings.simplefilter("always")
+        SEEN["grown to"] = job.track(model=model, noise=noise).resume()
+    SEEN["grown told"] = [str(one.message) for one in told if one.category is CkptWarning]
+    SEEN["grown weight"], SEEN["grown noise"] = model.weight.item(), noise.initial_seed()
+
+
 class Odd:
     """Has a state that cannot be stored, on rank 0."""
 
@@ -144,5 +158,6 @@ if __name__ == "__main__":
         go_on_with_own_data(opened)
         shard_the_optimizer(opened)
         fail_on_one_rank(opened)
+        grow(opened)
     print(dist.get_rank(), json.dumps(SEEN))
     dist.destroy_process_group()

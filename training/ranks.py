@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import distributed
 
-from ckpt.core.errors import CkptError, IntegrityError
+from ckpt.core.errors import CkptError, CkptWarning, IntegrityError
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
 
@@ -98,6 +99,30 @@ class Ranks:
                 hint="start as many, or load the weights alone by repo.pull",
             )
         return {**state, **saved[self.number]} if saved else state
+
+    def nearest(self, state: Any) -> dict[str, Any]:
+        """A saved state as it was on this rank. Where the job had another number of processes,
+        which is told by a :class:`CkptWarning`, a rank that was not there gets what is the same
+        for all, and keeps the random numbers that it has.
+
+        Raises:
+            IntegrityError: ``parts-differ`` when what was saved is no state of a run.
+        """
+        try:
+            return self.own(state)
+        except IntegrityError as error:
+            if error.code != "ranks-differ":
+                raise
+            warnings.warn(
+                f"{error.message}: each goes on with the data and random numbers of its own rank,"
+                " one that was not there with new ones, and not as an uninterrupted job would",
+                CkptWarning,
+                stacklevel=5,
+            )
+        saved = state.get("ranks") or [{}]
+        if self.number < len(saved):
+            return {**state, **saved[self.number]}
+        return {name: value for name, value in state.items() if name != "random"}
 
     def chosen(self, choose: Callable[[], tuple[Version, Any] | None]) -> tuple[Any, Any]:
         """The version that rank 0 chooses, on every rank, and on rank 0 its state."""

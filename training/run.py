@@ -148,7 +148,8 @@ class Run:
     def resume(self) -> int:
         """Bring everything that is tracked back to the run's newest version that is whole, and
         return the step after it; 0 when there is none. It waits for the save under way. A damaged
-        version is told by a :class:`CkptWarning`, and the one before is taken.
+        version is told by a :class:`CkptWarning`, and the one before is taken; so is another number
+        of processes, where each has data of its own.
 
         Raises:
             CkptError: what went wrong in the background since the last call.
@@ -162,7 +163,8 @@ class Run:
         state: dict[str, Any] = {}
 
         def bring_back() -> None:
-            state.update(self._ranks.own(pulled if self._ranks.is_first else self._pull(version)))
+            saved = pulled if self._ranks.is_first else self._pull(version)
+            state.update(self._ranks.nearest(saved))
             restore(self._parts, state)
 
         self._ranks.together(bring_back)

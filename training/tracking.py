@@ -99,6 +99,9 @@ def restore(parts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
             f"saved were {_shown(saved)}; tracked are {_shown(parts)}",
             hint="track the same objects under the same names",
         )
+    if "random" not in state:  # of a rank that was not there: it goes on with the data that it has
+        own = own_parts(parts)
+        parts = {name: part for name, part in parts.items() if name not in own}
     names = parameter_names(parts)
     for name, part in parts.items():  # before anything is changed
         with _said_of(name):
@@ -113,7 +116,8 @@ def restore(parts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     for name, part in sorted(parts.items(), key=lambda item: _turn(item[1])):
         with _said_of(name):
             _restore(part, state[name])
-    restore_random_states(state["random"])
+    if "random" in state:
+        restore_random_states(state["random"])
 
 
 def _turn(part: Any) -> int:
