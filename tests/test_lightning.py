@@ -64,7 +64,8 @@ class Net(LightningModule):
 
     def configure_optimizers(self) -> Any:
         chosen = list(self.parameters())
-        optimizer = torch.optim.AdamW(chosen[::-1] if self.hparams["turned"] else chosen, lr=0.01)
+        kind = getattr(torch.optim, self.hparams.get("kind", "AdamW"))
+        optimizer = kind(chosen[::-1] if self.hparams["turned"] else chosen, lr=0.01)
         kinds = torch.optim.lr_scheduler
         if self.hparams["scheduler"] == "step":
             return [optimizer], [
@@ -392,6 +393,8 @@ def test_another_optimizer_and_another_state_are_refused(repo: ckpt.Repository) 
     trained(CkptCheckpoint(repo, "gpt", quiet=True), seeded(), max_epochs=1)
     with pytest.raises(IntegrityError, match=r"model\.net\.0\.weight"):
         trained(CkptCheckpoint(repo, "gpt", quiet=True), seeded(turned=True), "gpt")
+    with pytest.raises(IntegrityError, match="state of AdamW, the optimizer there is Adam"):
+        trained(CkptCheckpoint(repo, "gpt", quiet=True), seeded(kind="Adam"), "gpt")
     with pytest.raises(IntegrityError, match="states of 0 loaders; 1 have one here"):
         trained(CkptCheckpoint(repo, "gpt", quiet=True), seeded(), "gpt", loader=StatefulDataLoader)
     repo.push({"w": torch.ones(2)}, "plain")

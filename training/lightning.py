@@ -28,6 +28,7 @@ from ckpt.training.run import Run
 from ckpt.training.saved import Saved
 from ckpt.training.tracking import (
     RESERVED,
+    check_class,
     check_parameters,
     described_parameters,
     parameter_names,
@@ -212,6 +213,7 @@ class CkptCheckpoint(Checkpoint):
         self._state = {
             "metrics": metrics,
             "parameters": [described_parameters(one, names) for one in trainer.optimizers],
+            "classes": [type(one).__qualname__ for one in trainer.optimizers],
         }
         taken: dict[str, Any] = {}
         trainer.save_checkpoint(self._model, storage_options=_Taken(taken))
@@ -274,6 +276,10 @@ class CkptCheckpoint(Checkpoint):
         """Between the restoring of the module and that of the optimizers."""
         if not self._loaded:
             return
+        for kind, optimizer in zip(
+            self._state.get("classes", ()), trainer.optimizers, strict=False
+        ):
+            check_class("optimizer", optimizer, kind)
         names = parameter_names({"model": pl_module})
         for saved, optimizer in zip(self._state["parameters"], trainer.optimizers, strict=False):
             check_parameters(saved, described_parameters(optimizer, names))

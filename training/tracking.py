@@ -108,7 +108,7 @@ def restore(parts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
             if isinstance(part, torch.optim.Optimizer):
                 _check_optimizer(part, state[name], names)
             elif isinstance(part, LRScheduler):
-                _check_class("scheduler", part, state[name])
+                check_class("scheduler", part, state[name].get(_CLASS, type(part).__qualname__))
             elif isinstance(part, nn.Module) and _is_usual(part, state[name]):
                 check_fit(part, state[name])
             elif isinstance(part, nn.Module):
@@ -168,9 +168,9 @@ def _about(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[s
     return {_PARAMETERS: described, _CLASS: type(optimizer).__qualname__}
 
 
-def _check_class(what: str, part: Any, state: Any) -> None:
+def check_class(what: str, part: Any, saved: str) -> None:
+    """Refuse the state of another class."""
     now = type(part).__qualname__
-    saved = state.get(_CLASS, now)
     if saved != now:
         raise IntegrityError(
             f"{what}-differs",
@@ -181,7 +181,7 @@ def _check_class(what: str, part: Any, state: Any) -> None:
 
 def _check_optimizer(part: torch.optim.Optimizer, state: Any, names: Mapping[int, str]) -> None:
     """One optimizer's moments mean nothing to another, and torch does not ask."""
-    _check_class("optimizer", part, state)
+    check_class("optimizer", part, state.get(_CLASS, type(part).__qualname__))
     check_parameters(state[_PARAMETERS], _about(part, names)[_PARAMETERS])
     groups = [len(group["params"]) for group in part.param_groups]
     if [len(group["params"]) for group in state["param_groups"]] != groups:
