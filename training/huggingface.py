@@ -114,16 +114,20 @@ class CkptCallback(TrainerCallback):
         if step is None:
             return
         place = self._outputs / f"checkpoint-{step}"
+        reason = "no version of this step is left"
         try:
             if not place.exists():
                 versions = versions_of(self._repo, version.model, version.run or self._name)
                 best = next(one for one in versions if one.step == step)
                 self._repo.pull_file(best, self._folder.path / "best")
                 (self._folder.path / "best").rename(place)
-        except (CkptError, StopIteration, OSError) as error:
-            reason = f": {error}" if str(error) else ", and no version of this step is left"
+        except StopIteration:
+            pass
+        except (CkptError, OSError) as error:
+            reason = str(error)
+        if not place.exists():  # else another rank may have been first
             warnings.warn(
-                f"the best checkpoint, of step {step}, cannot be loaded at the end{reason}",
+                f"the best checkpoint, of step {step}, cannot be loaded at the end: {reason}",
                 CkptWarning,
                 stacklevel=3,
             )
