@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, SupportsIndex
+from typing import Any
 
 from ckpt.core.errors import UsageError
 from ckpt.core.printable import escape, is_printable
@@ -71,20 +71,17 @@ def check_run(name: str) -> str:
     return name
 
 
-def check_step(step: SupportsIndex | None) -> int | None:
-    """A step as an int, also that of NumPy or of a tensor, if it is a whole number of at least 0;
-    or None."""
+def check_step(step: int | None) -> int | None:
+    """Return ``step`` if it is a whole number of at least 0, or None."""
     if step is None:
         return None
     try:
-        number = operator.index(step)
+        number = -1 if isinstance(step, bool) else operator.index(step)  # also of NumPy's
     except TypeError:
         number = -1
-    if isinstance(step, bool) or isinstance(number, bool) or not 0 <= number < 2**63:
+    if not 0 <= number < 2**63:
         raise UsageError(
-            "step-invalid",
-            f"step {escape(repr(step), 80)} is not a whole number",
-            hint="give an int >= 0",
+            "step-invalid", f"step {step!r} is not a whole number", hint="give an int >= 0"
         )
     return number
 

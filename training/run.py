@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType, TracebackType
-from typing import Any, Literal, NoReturn, Self, SupportsIndex
+from typing import Any, Literal, NoReturn, Self
 
 from ckpt.core.documents import FORMAT, Document
 from ckpt.core.durations import check_duration
@@ -190,7 +190,7 @@ class Run:
 
     def save(
         self,
-        step: SupportsIndex,
+        step: int,
         metrics: Mapping[str, Any] | None = None,
         *,
         labels: Mapping[str, str] | None = None,
@@ -216,7 +216,7 @@ class Run:
 
     def _prepared(
         self,
-        step: SupportsIndex,
+        step: int,
         metrics: Mapping[str, Any] | None,
         labels: Mapping[str, str] | None,
         alias: str | Iterable[str],
