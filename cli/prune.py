@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 @click.argument("model", shell_complete=complete_models)
 @click.option("--keep-last", type=click.IntRange(1), metavar="N", help="The newest N.")
 @click.option("--keep-best", multiple=True, metavar="METRIC:min|max:N", help="Repeatable.")
-@click.option("--keep-every", type=click.IntRange(1), metavar="N", help="Steps divisible by N.")
+@click.option(
+    "--keep-every",
+    type=click.IntRange(1),
+    metavar="N",
+    help="One per N steps: the first saved, and multiples.",
+)
 @click.option("--keep-within", metavar="7d", help="What is younger: 2w, 7d, 12h, 30m (minutes).")
 @click.option("--save-policy", "save", is_flag=True, help="Use these rules the next time too.")
 @click.option("-n", "--dry-run", is_flag=True, help="Only say what would be removed; save nothing.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from ckpt.core.errors import ConflictError, NotFoundError, UsageError
 from ckpt.core.names import check_model
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
-from ckpt.core.rules import Best, Every, Latest, Rule, Within
+from ckpt.core.rules import Best, Every, Latest, Rule, Within, rule_of
 from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import acknowledge_event
 from ckpt.service.author import author
@@ -21,9 +20,6 @@ from ckpt.storage.store import Store
 
 # What a rule keeps, as pushes, of versions that are given newest first, at a time of the registry.
 Keep = Callable[[Sequence[Version], int], Collection[str]]
-
-_BEST = re.compile(r"best:(.+):(min|max):([1-9]\d{0,8})")
-_HINT = "write last:3, best:val_loss:min:2, every:1000 or within:7d"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +100,11 @@ def _check_metrics(model: str, rules: Iterable[str], versions: Sequence[Version]
     """Refuse a rule by a metric that no version has: it would keep nothing."""
     known = {name for version in versions for name in version.metrics}
     for rule in rules:
-        best = _BEST.fullmatch(rule)
-        if versions and best is not None and best[1] not in known:
+        best = rule_of(rule)
+        if versions and isinstance(best, Best) and best.metric not in known:
             raise NotFoundError(
                 "metric-missing",
-                f'no version of {model} has the metric "{escape(best[1], 80)}"',
+                f'no version of {model} has the metric "{escape(best.metric, 80)}"',
                 hint=f"there are {escape(', '.join(sorted(known)), 200) or 'none'}",
             )
 
@@ -126,7 +122,7 @@ def _kept(
     if versions:
         reasons.setdefault(versions[0].push, []).append("newest")
     for rule, keep in keepers.items():
-        for push in keep(versions, now):
+        for push in dict.fromkeys(keep(versions, now)):
             reasons.setdefault(push, []).append(rule)
     return {push: tuple(words) for push, words in reasons.items()}
 
@@ -157,24 +153,29 @@ def parse_rule(rule: str) -> Keep:
     Raises:
         UsageError: ``rule-invalid``.
     """
-    word, _, rest = rule.partition(":")
-    number = int(rest) if re.fullmatch(r"[1-9]\d{0,8}", rest) else None
-    if word == "last" and number is not None:
-        return lambda versions, now: [version.push for version in versions[:number]]
-    if word == "every" and number is not None:
-        return lambda versions, now: [
-            version.push
-            for version in versions
-            if version.step is not None and version.step % number == 0
-        ]
-    seconds = seconds_of(rest)
-    if word == "within" and seconds is not None:
-        return lambda versions, now: _recent(versions, now, seconds)
-    best = _BEST.fullmatch(rule)
-    if best is not None:
-        metric, sign, count = best[1], 1 if best[2] == "min" else -1, int(best[3])
-        return lambda versions, now: _best(versions, metric, sign, count)
-    raise UsageError("rule-invalid", f'"{escape(rule, 80)}" is no rule', hint=_HINT)
+    match rule_of(rule):
+        case Latest(count):
+            return lambda versions, now: [version.push for version in versions[:count]]
+        case Every(steps):
+            return lambda versions, now: _every(versions, steps)
+        case Within(duration):
+            seconds = seconds_of(duration)
+            assert seconds is not None
+            return lambda versions, now: _recent(versions, now, seconds)
+        case Best(metric, mode, count):
+            sign = 1 if mode == "min" else -1
+            return lambda versions, now: _best(versions, metric, sign, count)
+
+
+def _every(versions: Sequence[Version], steps: int) -> list[str]:
+    first: dict[int, str] = {}
+    multiples = []
+    for version in reversed(versions):
+        if version.step is not None:
+            first.setdefault(version.step // steps, version.push)
+            if version.step % steps == 0:
+                multiples.append(version.push)
+    return [*first.values(), *multiples]
 
 
 def _recent(versions: Sequence[Version], now: int, seconds: int) -> list[str]:

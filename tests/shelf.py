@@ -130,8 +130,10 @@ def _kept_of_run(mine: Mapping[int, Kept], word: str, *given: str) -> set[int]:
     if word == "last":
         return set(sorted(mine)[-int(given[0]) :])
     if word == "every":
-        steps = {number: one.step for number, one in mine.items()}
-        return {n for n, step in steps.items() if step is not None and not step % int(*given)}
+        steps = {number: one.step for number, one in mine.items() if one.step is not None}
+        interval = {number: step // int(*given) for number, step in steps.items()}
+        firsts = {min(n for n in steps if interval[n] == one) for one in interval.values()}
+        return firsts | {number for number, step in steps.items() if not step % int(*given)}
     sign = 1 if given[1] == "min" else -1
     measured = [
         (sign * one.metrics["loss"], -number)

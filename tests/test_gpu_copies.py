@@ -124,9 +124,9 @@ def test_a_state_that_there_is_no_room_to_copy_costs_its_step_and_not_the_traini
     repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with ckpt.Run(repo, "gpt", quiet=True, on_error="warn").track(weights=Weights()) as job:
-        assert job._writer is not None
+        assert job._held.writer is not None
         with monkeypatch.context() as patch:
-            patch.setattr(job._writer._arena, "room", no_room)
+            patch.setattr(job._held.writer._arena, "room", no_room)
             job.save(0)
         with pytest.warns(ckpt.CkptWarning, match="step 0 .*Cannot allocate memory"):
             job.save(1)
@@ -138,14 +138,12 @@ def test_a_writer_that_is_killed_before_the_copies_end_is_told_and_replaced(
 ) -> None:
     with ckpt.Run(repo, "gpt", quiet=True).track(weights=Weights()) as job:
         saved = job.save(0)
-        assert job._writer is not None
-        os.kill(job._writer._process.pid, signal.SIGKILL)
+        assert job._held.writer is not None
+        os.kill(job._held.writer._process.pid, signal.SIGKILL)
         with pytest.raises(StorageError, match="has ended"):
             saved.version(SECONDS)
         late.ended.set()
-        with pytest.raises(StorageError, match="has ended"):
-            job.save(1)
-        assert job.save(2).version(SECONDS) is not None
+        assert job.save(1).version(SECONDS) is not None
 
 
 def test_a_gpu_that_hangs_costs_no_more_than_the_time_to_drain(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,6 +25,9 @@ from ckpt.training.huggingface import CkptCallback
 
 ROWS = torch.randint(0, 50, (20, 12), generator=torch.Generator().manual_seed(0))
 DATA = [{"input_ids": row, "labels": row[0] % 2} for row in ROWS]
+
+
+BEST = ("best", "best-other")
 
 
 class Failing(TrainerCallback):
@@ -135,6 +140,35 @@ def test_a_version_is_the_folder_with_step_metrics_and_the_best(
         assert torch.equal(weights[name], value)
 
 
+class Told(Trainer):
+    """Has the loss that it was told at each step."""
+
+    told: ClassVar[dict[int, float]] = {}
+
+    def log(self, logs: dict[str, float], *given: Any, **more: Any) -> None:
+        if "eval_loss" in logs:
+            logs["eval_loss"] = self.told[self.state.global_step]
+        super().log(logs, *given, **more)
+
+
+@pytest.mark.filterwarnings("ignore:.* begins anew")
+def test_the_best_stays_the_best_when_another_run_or_a_fresh_training_is_worse(
+    repo: ckpt.Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "Trainer", Told)
+
+    def train(name: str, first: float, second: float) -> None:
+        Told.told = {4: first, 8: second}
+        callback = CkptCallback(repo, "bert", name=name, keep=[ckpt.Latest(1)])
+        trainer(tmp_path / "a", callback, max_steps=8).train()
+
+    train("main", 0.1, 0.5)
+    train("main", 0.9, 0.8)
+    train("other", 0.7, 0.9)
+    best = {alias: repo.get(f"bert:{alias}").metrics["eval_loss"] for alias in BEST}
+    assert best == {"best": 0.1, "best-other": 0.7}
+
+
 @pytest.fixture
 def empty(repo: ckpt.Repository) -> Iterator[ckpt.Repository]:
     """A repository in which nothing is to be left by what a test does."""
@@ -186,3 +220,51 @@ def test_a_damaged_version_is_told_and_the_one_before_taken(
     assert len(list((tmp_path / "b").iterdir())) == 1  # of the damaged one nothing is left
     resumed.train(resume_from_checkpoint=start)
     assert resumed.state.global_step == 8
+
+
+def test_a_folder_that_a_process_left_which_died_is_removed(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    outputs = tmp_path / "a"
+    trainer(outputs, CkptCallback(repo, "bert"), max_steps=4).train()
+    program = (
+        "import os, sys; from pathlib import Path\n"
+        "from ckpt.training.resume_folder import ResumeFolder\n"
+        "ResumeFolder(Path(sys.argv[1])); os._exit(0)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(outputs)], check=True)
+    (left,) = outputs.glob(".ckpt-*")
+    living = CkptCallback(repo, "bert")
+    trainer(outputs, living, max_steps=8)
+    first = living.resume()
+    assert first is not None
+    assert not left.exists()
+    callback = CkptCallback(repo, "bert")
+    trainer(outputs, callback, max_steps=8)
+    assert callback.resume() is not None
+    assert Path(first).exists()  # somebody lives who has not read it yet
+
+
+def test_the_best_model_is_loaded_at_the_end_on_whatever_machine(
+    repo: ckpt.Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Told.told = {4: 0.1, 8: 0.5, 12: 0.6, 15: 0.7, 16: 0.7}
+    options: dict[str, Any] = {"load_best_model_at_end": True, "save_total_limit": 1}
+    options |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
+
+    class Deciding(Told):
+        def evaluate(self, *given: Any, **more: Any) -> dict[str, float]:
+            measured = super().evaluate(*given, **more)
+            return {**measured, "eval_loss": self.told[self.state.global_step]}
+
+    monkeypatch.setattr(sys.modules[__name__], "Trainer", Deciding)
+    failing = trainer(tmp_path / "a", CkptCallback(repo, "bert"), Failing(10), **options)
+    with pytest.raises(RuntimeError, match="the machine fails"):
+        failing.train()
+    callback = CkptCallback(repo, "bert")
+    resumed = trainer(tmp_path / "b", callback, seed=7, **options)
+    resumed.train(resume_from_checkpoint=callback.resume())
+    assert resumed.model is not None
+    best = repo.pull("bert@1")
+    assert all(torch.equal(best[name], one) for name, one in resumed.model.state_dict().items())
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["checkpoint-4"]

@@ -100,6 +100,30 @@ def test_a_killed_trainer_loses_at_most_its_last_save(
         trials.count()
 
 
+def test_the_writer_ends_with_its_trainer_although_a_child_holds_its_pipe(tmp_path: Path) -> None:
+    program = (
+        "import os, sys, time, torch, ckpt\n"
+        "repo = ckpt.open(sys.argv[1])\n"
+        "run = ckpt.Run(repo, 'gpt', quiet=True).track(model=torch.nn.Linear(5, 5))\n"
+        "run.save(1).version()\n"
+        "child = os.fork()\n"
+        "if not child: time.sleep(60); os._exit(0)\n"
+        "print(child, run._held.writer._process.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stdout is not None
+        child, writer = map(int, trainer.stdout.readline().split())
+        trainer.kill()
+        try:
+            assert ends_within(writer, 10)
+            with ckpt.open(tmp_path) as repo:
+                ckpt.Run(repo, "gpt", quiet=True).close()  # the name is free
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
 def check_nothing_is_left(repo: ckpt.Repository) -> None:
     """With the leases of what was killed at their end, gc leaves exactly what versions need."""
     ended = update(pushes).where(pushes.c.state == "open").values(expires_at=0)
@@ -109,6 +133,30 @@ def check_nothing_is_left(repo: ckpt.Repository) -> None:
     packs = {path.stem for path in repo.location.store.glob("packs/*/*")}
     assert packs == {pack for plan in plans for pack in plan}
     assert not list(repo.location.store.glob(".tmp/*"))
+
+
+@pytest.mark.parametrize("when", ["drains", "closes"])
+def test_another_sigterm_does_not_cut_the_drain(tmp_path: Path, when: str) -> None:
+    program = (
+        "import os, signal, sys, threading, time, torch, ckpt\n"
+        "with ckpt.open(sys.argv[1]) as repo, ckpt.Run(repo, 'gpt') as run:\n"
+        "    run.track(model=torch.nn.Linear(500, 500)).save(0).version()\n"
+        "    writer = run._held.writer._process.pid\n"
+        "    def preempt():\n"
+        "        time.sleep(1); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(1); os.kill(writer, signal.SIGCONT)\n"
+        "    os.kill(writer, signal.SIGSTOP)\n"
+        "    run.save(1)\n"
+        "    threading.Thread(target=preempt).start()\n"
+        "    if sys.argv[2] == 'drains': os.kill(os.getpid(), signal.SIGTERM)\n"
+        "print('not reached')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path, when], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "")
+    with ckpt.open(tmp_path) as repo:
+        assert repo.get("gpt").step == 1
 
 
 def test_sigterm_drains_the_save_that_is_under_way(tmp_path: Path) -> None:

@@ -21,7 +21,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import ckpt
-from ckpt.core.errors import CkptError, ConflictError, IntegrityError, NotFoundError, UsageError
+from ckpt.core.errors import (
+    CkptError,
+    CkptWarning,
+    ConflictError,
+    IntegrityError,
+    NotFoundError,
+    UsageError,
+)
 from ckpt.training.lightning import CkptCheckpoint
 
 pytestmark = [
@@ -57,7 +64,8 @@ class Net(LightningModule):
 
     def configure_optimizers(self) -> Any:
         chosen = list(self.parameters())
-        optimizer = torch.optim.AdamW(chosen[::-1] if self.hparams["turned"] else chosen, lr=0.01)
+        kind = getattr(torch.optim, self.hparams.get("kind", "AdamW"))
+        optimizer = kind(chosen[::-1] if self.hparams["turned"] else chosen, lr=0.01)
         kinds = torch.optim.lr_scheduler
         if self.hparams["scheduler"] == "step":
             return [optimizer], [
@@ -204,6 +212,7 @@ class Data(LightningDataModule):
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+@pytest.mark.filterwarnings("ignore:.* begins anew")
 def test_all_that_lightning_itself_saves_is_saved(repo: ckpt.Repository, tmp_path: Path) -> None:
     counting, data = Counting(), Data()
     data.word = "seen"
@@ -251,6 +260,98 @@ def test_metrics_epochs_and_the_best_are_noted(repo: ckpt.Repository) -> None:
     assert tested[0]["val/loss"] == pytest.approx(best.metrics["val/loss"])
 
 
+@pytest.mark.filterwarnings("ignore:.* begins anew")  # the run that was not resumed from
+def test_two_callbacks_of_one_trainer_save_each_as_it_was_told(repo: ckpt.Repository) -> None:
+    def both() -> list[CkptCheckpoint]:
+        often = CkptCheckpoint(repo, "gpt", name="often", every_n_train_steps=4, quiet=True)
+        return [often, CkptCheckpoint(repo, "gpt", quiet=True)]
+
+    whole = seeded()
+    expected = result(trained(None, whole, others=(*both(),)))
+    saved = {(version.run, version.step) for version in repo.log("gpt")}
+    assert saved == {
+        ("main", 5),
+        ("main", 10),
+        ("main", 15),
+        ("often", 4),
+        ("often", 8),
+        ("often", 12),
+    }
+    (middle,) = (version for version in repo.log("gpt") if version.step == 10)
+    again = seeded(seed=7)
+    assert result(trained(None, again, middle.reference, others=(*both(),))) == expected
+    assert again.seen == whole.seen[10:]
+
+
+class Told(Net):
+    """Logs the values that it was told, one at each validation."""
+
+    def __init__(self, *values: float) -> None:
+        super().__init__()
+        self.values = [*values]
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.log("told", self.values.pop(0))
+
+
+def told(repo: ckpt.Repository, *values: float, **options: Any) -> CkptCheckpoint:
+    """Train for an epoch for each value."""
+    others = options.pop("others", ())
+    checkpoint = CkptCheckpoint(repo, "gpt", monitor="told", quiet=True, **options)
+    for other in others:
+        other.checkpoint = checkpoint
+    trained(checkpoint, Told(*values), max_epochs=len(values), others=others)
+    return checkpoint
+
+
+def best_by(repo: ckpt.Repository, alias: str) -> float:
+    return round(repo.get(f"gpt:{alias}").metrics["told"], 2)
+
+
+@pytest.mark.filterwarnings("ignore:.* begins anew")
+def test_the_best_stays_the_best_when_another_run_or_a_fresh_training_is_worse(
+    repo: ckpt.Repository,
+) -> None:
+    rules = [ckpt.Latest(1)]
+    told(repo, 0.1, 0.5, keep=rules)
+    told(repo, 0.9, 0.8, keep=rules)
+    assert best_by(repo, "best") == 0.1
+    other = told(repo, 0.7, 0.9, name="other", keep=rules)
+    assert (best_by(repo, "best"), best_by(repo, "best-other")) == (0.1, 0.7)
+    assert other.best_model_path == "gpt:best-other"
+    told(repo, 0.05, keep=rules)
+    assert best_by(repo, "best") == 0.05
+
+
+class Losing(Callback):
+    """The store is away during the second epoch and its save."""
+
+    def __init__(self, packs: Path) -> None:
+        self.packs = packs
+        self.checkpoint: Any = None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        away = self.packs.with_name("away")
+        if trainer.current_epoch == 1:
+            self.checkpoint._run.wait()
+            self.packs.rename(away)
+            self.packs.write_text("in the way")
+        if trainer.current_epoch == 2:
+            with pytest.warns(CkptWarning, match="was not saved"):
+                self.checkpoint._run.wait()
+            self.packs.unlink()
+            away.rename(self.packs)
+
+
+def test_a_best_that_could_not_be_saved_is_not_in_the_way_of_the_next_best(
+    repo: ckpt.Repository,
+) -> None:
+    losing = Losing(repo.location.store / "packs")
+    told(repo, 0.9, 0.1, 0.4, 0.5, on_error="warn", others=(losing,))
+    assert best_by(repo, "best") == 0.4
+
+
 @pytest.fixture
 def refused(repo: ckpt.Repository) -> Iterator[ckpt.Repository]:
     """A repository in which nothing is to be left by what a test does."""
@@ -292,6 +393,8 @@ def test_another_optimizer_and_another_state_are_refused(repo: ckpt.Repository) 
     trained(CkptCheckpoint(repo, "gpt", quiet=True), seeded(), max_epochs=1)
     with pytest.raises(IntegrityError, match=r"model\.net\.0\.weight"):
         trained(CkptCheckpoint(repo, "gpt", quiet=True), seeded(turned=True), "gpt")
+    with pytest.raises(IntegrityError, match="state of AdamW, the optimizer there is Adam"):
+        trained(CkptCheckpoint(repo, "gpt", quiet=True), seeded(kind="Adam"), "gpt")
     with pytest.raises(IntegrityError, match="states of 0 loaders; 1 have one here"):
         trained(CkptCheckpoint(repo, "gpt", quiet=True), seeded(), "gpt", loader=StatefulDataLoader)
     repo.push({"w": torch.ones(2)}, "plain")

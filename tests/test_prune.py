@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +83,36 @@ def test_what_a_rule_keeps_stays(
     assert trained.gc(grace=0).freed_bytes == foreseen.freed_bytes == pruned.freed_bytes
     for version in trained.log("net"):
         assert torch.equal(trained.pull(version)["shared"], torch.ones(500))
+
+
+def test_of_each_interval_of_steps_the_first_that_was_saved_stays(repo: ckpt.Repository) -> None:
+    steps = [*range(9, 400, 10), 100, 57]  # a loop that saves at (step + 1) % 10 == 0; then others
+    for number, step in enumerate(steps):
+        repo.push({"w": torch.tensor([number])}, "net", step=step)
+        repo.prune("net", keep=[ckpt.Every(100), ckpt.Latest(1)])
+    assert [version.step for version in reversed(repo.log("net"))] == [9, 109, 209, 309, 100, 57]
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        (ckpt.Latest, (0,)),
+        (ckpt.Latest, (True,)),
+        (ckpt.Latest, ("3",)),
+        (ckpt.Latest, (2.0,)),
+        (ckpt.Every, (0,)),
+        (ckpt.Every, (-5,)),
+        (ckpt.Best, ("loss", "foo")),
+        (ckpt.Best, ("",)),
+        (ckpt.Best, ("loss", "min", 0)),
+        (ckpt.Within, (7,)),
+        (ckpt.Within, ("soon",)),
+    ],
+)
+def test_a_rule_that_is_none_is_refused_as_it_is_made(kind: Any, given: tuple[Any, ...]) -> None:
+    with pytest.raises(UsageError) as caught:
+        kind(*given)
+    assert caught.value.code == "rule-invalid"
 
 
 def test_a_metric_that_no_version_has_removes_nothing(trained: ckpt.Repository) -> None:

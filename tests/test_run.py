@@ -27,7 +27,7 @@ from ckpt.core.errors import (
     StorageError,
     UsageError,
 )
-from ckpt.training.run import Saved
+from ckpt.training.saved import Saved
 from ckpt.training.writer import Writer
 
 # StatefulDataLoader calls it.
@@ -60,9 +60,13 @@ class Job:
             self.loader = DataLoader(data, batch_size=4, shuffle=True, generator=generator)
             self.parts["order"] = generator
         elif loader:
-            of_its_own = generator if loader == "stateful, of its own" else None
+            of_its_own = None if loader == "stateful" else generator
             self.loader = StatefulDataLoader(data, 4, shuffle=True, generator=of_its_own)
+            if loader == "stateful, tracked before":
+                self.parts["order"] = generator
             self.parts["loader"] = self.loader
+            if loader == "stateful, tracked after":
+                self.parts["order"] = generator
 
     def next_batches(self) -> list[torch.Tensor]:
         """An epoch of a loader without a state, a batch of one with a state, or a random batch."""
@@ -105,6 +109,8 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "OneCycleLR": {"max_lr": 0.1, "total_steps": 30},
 }
 LOADERS = ["", "shuffled", "stateful", "stateful, of its own"]
+TRACKED = ["stateful, tracked before", "stateful, tracked after"]
+STEPS = 11  # of loaders with a state, three are an epoch
 
 
 def run(repo: ckpt.Repository, **options: Any) -> ckpt.Run:
@@ -121,6 +127,7 @@ def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
         *itertools.product(["", "OneCycleLR"], [False, True], LOADERS),
         ("StepLR", False, ""),
         ("CosineAnnealingLR", False, ""),
+        *itertools.product(["OneCycleLR"], [False], TRACKED),
     ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(
@@ -129,7 +136,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     job = Job(scheduler, amp, loader)
     with run(repo) as saving:
         assert saving.track(**job.parts).resume() == 0
-        for step in range(6):
+        for step in range(STEPS):
             loss = job.step()
             if step == 3:
                 saving.save(step, {"loss": loss})
@@ -140,7 +147,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     with run(repo) as resumed:
         assert resumed.track(**again.parts).resume() == 4
         again.batches = None
-        for _ in range(4, 6):
+        for _ in range(4, STEPS):
             again.step()
     assert equal(again.fingerprint(), expected)
 
@@ -218,7 +225,7 @@ def test_a_second_live_run_of_the_same_name_is_a_conflict(
     repo: ckpt.Repository, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with run(repo) as first:
-        with pytest.raises(ConflictError, match="live in another job"):
+        with pytest.raises(ConflictError, match="live in this process"):
             run(repo)
         assert capfd.readouterr().err == ""  # its writer ends without a word of its own
         run(repo, name="other").close()
@@ -346,7 +353,7 @@ def test_rules_that_cannot_be_applied_cost_no_save(
     said = {"reference": "gpt@1", "nbytes": 0, "added": added}
     answer.set_result({**said, "not_pruned": "others kept the registry locked"})
     with run(repo) as saving:
-        saving._pending = Saved(saving, 0, answer, 0.0)
+        saving._held.pending = Saved(repo, 0, answer, 0.0)
         with pytest.warns(CkptWarning, match="gpt@1 is saved; the rules were not applied: others"):
             saving.wait()
 
@@ -470,9 +477,9 @@ def test_a_writer_that_was_killed_is_replaced(repo: ckpt.Repository) -> None:
     net = nn.Linear(2, 2)
     with run(repo) as saving:
         saving.track(model=net).save(0).version()
-        assert saving._writer is not None
-        saving._writer._process.kill()
-        saving._writer._process.wait()
+        assert saving._held.writer is not None
+        saving._held.writer._process.kill()
+        saving._held.writer._process.wait()
         with torch.no_grad():
             net.weight.fill_(9)
         version = saving.save(1).version()

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ckpt.core.errors import CkptWarning, IntegrityError, StorageError, UsageErr
 from ckpt.training import writer as writing
 from ckpt.training.arena import Arena
 from ckpt.training.background import Background, location_of
-from ckpt.training.run import Saved
+from ckpt.training.saved import Saved
 
 SECONDS = 30
 
@@ -76,8 +77,8 @@ def test_ctrl_c_in_the_middle_of_a_hand_over_saves_nothing_and_the_next_save_wor
     with run(repo) as job:
         job.track(bulk=bulk).save(0)
         job.wait()
-        assert job._writer is not None
-        job._writer._process.stdin = Interrupting(job._writer._process.stdin)  # type: ignore[assignment]
+        assert job._held.writer is not None
+        job._held.writer._process.stdin = Interrupting(job._held.writer._process.stdin)  # type: ignore[assignment]
         bulk.values.fill_(1)
         with pytest.raises(KeyboardInterrupt):
             job.save(1)
@@ -116,9 +117,9 @@ def test_a_writer_that_cannot_be_started_fails_as_a_save_does(
 
     with run(repo, on_error="warn") as job:
         job.track(model=nn.Linear(1, 1)).save(0).version()
-        assert job._writer is not None
-        job._writer._process.kill()
-        job._writer._process.wait()
+        assert job._held.writer is not None
+        job._held.writer._process.kill()
+        job._held.writer._process.wait()
         with monkeypatch.context() as patch:
             patch.setattr(subprocess, "Popen", refuse)
             with pytest.warns(CkptWarning, match="Resource temporarily unavailable"):
@@ -176,17 +177,20 @@ def test_where_the_others_wait_a_failure_is_raised_after_they_were_met(
     """Else the others' random states would be one save behind from then on."""
     met: list[int] = []
 
-    def meet(state: dict[str, Any]) -> dict[str, Any]:
-        met.append(state["step"])
-        return state
+    def meet(prepare: Callable[[], Any], act: Callable[[Any, list[Any]], Any]) -> Any:
+        (said, state), own = prepare()
+        met.append(said["step"])
+        return act((said, state), [own])
 
     with run(repo) as job:
         job.track(model=nn.Linear(1, 1))
-        monkeypatch.setattr(job._ranks, "gathered", meet)
-        assert job._writer is not None
-        job._writer._process.kill()
-        job._writer._process.wait()
-        job._pending = Saved(job, 0, job._writer._ask({"act": "spare", "pushes": []}), 0.0)
+        monkeypatch.setattr(job._ranks, "led", meet)
+        assert job._held.writer is not None
+        job._held.writer._process.kill()
+        job._held.writer._process.wait()
+        job._held.pending = Saved(
+            repo, 0, job._held.writer._ask({"act": "spare", "pushes": []}), 0.0
+        )
         with pytest.raises(StorageError, match="has ended"):
             job.save(1)
         job.save(2)
@@ -197,10 +201,12 @@ def test_a_failure_is_not_lost_behind_a_wrong_argument(repo: ckpt.Repository) ->
     with run(repo) as job:
         job.track(model=nn.Linear(1, 1)).save(0)
         job.wait()
-        assert job._writer is not None
-        job._writer._process.kill()
-        job._writer._process.wait()
-        job._pending = Saved(job, 0, job._writer._ask({"act": "spare", "pushes": []}), 0.0)
+        assert job._held.writer is not None
+        job._held.writer._process.kill()
+        job._held.writer._process.wait()
+        job._held.pending = Saved(
+            repo, 0, job._held.writer._ask({"act": "spare", "pushes": []}), 0.0
+        )
         with pytest.raises(UsageError, match="not a number"):
             job.save(1, {"loss": "low"})
         with pytest.raises(StorageError, match="has ended"):

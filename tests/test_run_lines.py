@@ -49,6 +49,7 @@ def save(
     return act
 
 
+@pytest.mark.filterwarnings("ignore:.* begins anew")
 def test_a_line_says_what_is_new_shared_and_saved(
     repo: ckpt.Repository, save: Callable[..., tuple[str, ckpt.Version]]
 ) -> None:
@@ -79,6 +80,7 @@ def chunks_of(repo: ckpt.Repository, version: ckpt.Version) -> list[Any]:
     return [row for places in rows.values() for row in places]
 
 
+@pytest.mark.filterwarnings("ignore:.* begins anew")
 def test_of_the_same_content_nothing_is_new_and_all_is_shared(
     save: Callable[..., tuple[str, ckpt.Version]],
 ) -> None:

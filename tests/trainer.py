@@ -21,8 +21,8 @@ def train(folder: str) -> None:
     """Save without end; every weight is the step, so that what is torn would show."""
     net = nn.Linear(200, 200)
     with ckpt.open(folder) as repo, ckpt.Run(repo, "gpt", keep=[ckpt.Latest(2)], quiet=True) as run:
-        assert run._writer is not None
-        say("writer", run._writer._process.pid)
+        assert run._held.writer is not None
+        say("writer", run._held.writer._process.pid)
         start = run.track(model=net).resume()
         say("resumed", start)
         before = None

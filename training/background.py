@@ -179,6 +179,11 @@ class Background:
             )
 
     @property
+    def reads_here(self) -> bool:
+        """Whether this is the thread that brings the answers."""
+        return threading.current_thread() is self._reader
+
+    @property
     def is_alive(self) -> bool:
         """Whether the writer can be asked."""
         return not self._is_over and self._process.poll() is None
@@ -211,7 +216,7 @@ def _start() -> tuple[Arena, subprocess.Popen[bytes]]:
             undone.callback(arena.close)
             # In a session of its own, so that Ctrl-C in the terminal is for the trainer alone.
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "ckpt.training.writer"],
+                [sys.executable, "-P", "-m", "ckpt.training.writer", str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 pass_fds=[arena.handle],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from concurrent.futures import wait
 from typing import Any, Literal
 
 from lightning.fabric.plugins import CheckpointIO
@@ -19,12 +20,15 @@ from ckpt.core.printable import escape
 from ckpt.core.records import Version
 from ckpt.service.lookup import VersionLike
 from ckpt.service.repository import Repository
+from ckpt.training.best import best_alias, is_best, named_best
 from ckpt.training.newest import newest_whole
 from ckpt.training.randomness import restore_random_states
 from ckpt.training.ranks import Ranks
 from ckpt.training.run import Run
+from ckpt.training.saved import Saved
 from ckpt.training.tracking import (
     RESERVED,
+    check_class,
     check_parameters,
     described_parameters,
     parameter_names,
@@ -50,8 +54,9 @@ class CkptCheckpoint(Checkpoint):
         model: the model that the versions are of.
         every_n_train_steps: save when this many optimizer steps were made.
         every_n_epochs: save at the end of every n-th epoch; of each, when nothing is said.
-        monitor: a logged metric; the version that is best by it gets the alias ``best``, and is
-            what ``ckpt_path="best"`` means.
+        monitor: a logged metric; the version that is best by it gets the alias ``best``, that of a
+            run which is not ``main`` the alias ``best-<run>``. It is what ``ckpt_path="best"``
+            means, and stays the best when the run is trained anew.
         mode: whether the least or the greatest is best.
         run: more of what :class:`ckpt.Run` takes: ``name``, ``keep``, ``compress``, ``on_error``,
             ``drain_seconds``, ``quiet``.
@@ -79,14 +84,24 @@ class CkptCheckpoint(Checkpoint):
         self._repo = repo
         self._model = check_model(model)
         self._name = check_run(run.get("name", "main"))
+        self._alias = best_alias(self._name)
         self._steps, self._epochs, self._mode = every_n_train_steps, every_n_epochs, mode
         self._options = run
         self._run: Run | None = None
         self._ready: tuple[Version, Any] | None = None  # read by resume, for load_checkpoint
         self._loaded: dict[str, Any] = {}  # of a version, what Lightning does not restore
-        self._state: dict[str, Any] = {"best": None}  # what is saved with the callbacks
+        self._state: dict[str, Any] = {}  # what is saved with the callbacks
+        self._last: Saved | None = None
         self._seen = 0
         self._due = self._validated = False
+
+    @property
+    def state_key(self) -> str:
+        """Whose state it is among the callbacks of a trainer, of which several may save, each when
+        it was told to. The run has no part in it: what is saved is the same in each."""
+        return self._generate_state_key(
+            every_n_train_steps=self._steps, every_n_epochs=self._epochs, monitor=self.monitor
+        )
 
     def resume(self, ref: VersionLike | None = None) -> str | None:
         """What to give to ``trainer.fit(ckpt_path=…)``: the version that ``ref`` means, by default
@@ -109,7 +124,9 @@ class CkptCheckpoint(Checkpoint):
     @property
     def best_model_path(self) -> str:
         """The reference of the best version, or nothing."""
-        return "" if self._state["best"] is None else f"{self._model}:best"
+        monitored = self.monitor is not None
+        found = monitored and named_best(self._repo, self._model, self._alias) is not None
+        return f"{self._model}:{self._alias}" if found else ""
 
     # --- the life of a fit ---------------------------------------------------------------------
 
@@ -192,30 +209,31 @@ class CkptCheckpoint(Checkpoint):
         if self._run is None:
             return
         metrics = dict(trainer.callback_metrics)
-        is_best = self._is_best(metrics)
         names = parameter_names({"model": trainer.lightning_module})
         self._state = {
-            "best": float(metrics[str(self.monitor)]) if is_best else self._state["best"],
             "metrics": metrics,
             "parameters": [described_parameters(one, names) for one in trainer.optimizers],
+            "classes": [type(one).__qualname__ for one in trainer.optimizers],
         }
         taken: dict[str, Any] = {}
         trainer.save_checkpoint(self._model, storage_options=_Taken(taken))
         self._run._parts.clear()  # one that an earlier checkpoint had may be absent from this one
         self._run.track(**{key: _Value(value) for key, value in taken.items()})
-        self._run.save(
+        self._last = self._run.save(
             trainer.global_step,
             named_metrics(metrics),
             labels={"epoch": str(trainer.current_epoch)},
-            alias="best" if is_best else (),
+            alias=self._alias if trainer.is_global_zero and self._is_best(metrics) else (),
         )
 
     def _is_best(self, metrics: Mapping[str, Any]) -> bool:
-        value = float(metrics.get(self.monitor or "", math.nan))
-        best = self._state["best"]
-        if not math.isfinite(value) or best is None:
-            return math.isfinite(value)
-        return bool(value < best if self._mode == "min" else value > best)
+        if self.monitor is None or self.monitor not in metrics:
+            return False
+        if self._last is not None:
+            wait([self._last.answer])  # as the save does; the alias is where it left it
+        greater, value = self._mode == "max", float(metrics[self.monitor])
+        alias = self._alias
+        return is_best(self._repo, self._model, alias, self.monitor, value, greater=greater)
 
     def state_dict(self) -> dict[str, Any]:
         return self._state
@@ -236,6 +254,7 @@ class CkptCheckpoint(Checkpoint):
                 f"{version.reference} is no checkpoint of Lightning",
                 hint="resume one that CkptCheckpoint saved; `ckpt show` says what a version is",
             )
+        self._claim_state(state["callbacks"])
         if self._run is not None:
             self._run.spare(version)
             if "random" in state:
@@ -244,6 +263,12 @@ class CkptCheckpoint(Checkpoint):
                 self._loaded = {"random": state["random"], "loaders": loaders}
         return {key: value for key, value in state.items() if key not in RESERVED}
 
+    def _claim_state(self, callbacks: dict[str, Any]) -> None:
+        """Have Lightning find what a callback left that was told to save at other times."""
+        there = [key for key in callbacks if key.startswith(type(self).__qualname__)]
+        if there and self.state_key not in there:
+            callbacks[self.state_key] = callbacks.pop(there[0])
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = state_dict
 
@@ -251,6 +276,10 @@ class CkptCheckpoint(Checkpoint):
         """Between the restoring of the module and that of the optimizers."""
         if not self._loaded:
             return
+        for kind, optimizer in zip(
+            self._state.get("classes", ()), trainer.optimizers, strict=False
+        ):
+            check_class("optimizer", optimizer, kind)
         names = parameter_names({"model": pl_module})
         for saved, optimizer in zip(self._state["parameters"], trainer.optimizers, strict=False):
             check_parameters(saved, described_parameters(optimizer, names))

@@ -26,7 +26,7 @@ def newest_whole(
         IntegrityError: ``none-whole`` when every version is damaged.
     """
     failed: IntegrityError | None = None
-    for version in _versions(repo, model, run):
+    for version in versions_of(repo, model, run):
         try:
             return version, pull(version)
         except IntegrityError as error:
@@ -49,7 +49,22 @@ def newest_whole(
     return None
 
 
-def _versions(repo: Repository, model: str, run: str) -> Iterator[Version]:
+def begun_over(repo: Repository, model: str, run: str) -> list[str]:
+    """The push of the run's newest version, which a training that begins anew is not to remove;
+    that there is one is told by a :class:`CkptWarning`."""
+    version = next(versions_of(repo, model, run), None)
+    if version is None:
+        return []
+    warnings.warn(
+        f"{version.reference} is the newest of the run {run}, and this training begins anew; call"
+        " resume() first to go on from it, or give this run another name",
+        CkptWarning,
+        stacklevel=7,
+    )
+    return [version.push]
+
+
+def versions_of(repo: Repository, model: str, run: str) -> Iterator[Version]:
     """The run's versions, newest first; the order of saves, whatever their steps."""
     before: int | None = None
     while page := _page(repo, model, before):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -9,14 +10,14 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from types import FrameType, TracebackType
 from typing import Any, Literal, NoReturn, Self
 
 from ckpt.core.documents import FORMAT, Document
 from ckpt.core.durations import check_duration
-from ckpt.core.errors import CkptError, CkptWarning, NotFoundError, UsageError
+from ckpt.core.errors import CkptError, CkptWarning, ConflictError, UsageError
 from ckpt.core.names import (
     check_aliases,
     check_labels,
@@ -25,42 +26,24 @@ from ckpt.core.names import (
     check_run,
     check_step,
 )
-from ckpt.core.records import Added, Version
+from ckpt.core.records import Version
 from ckpt.core.rules import Rule
-from ckpt.core.sizes import size
 from ckpt.loader.environment import describe_environment
 from ckpt.loader.snapshot import capture_state
 from ckpt.service.bases import check_compress
 from ckpt.service.repository import Repository
 from ckpt.service.retention import check_rules
 from ckpt.training.background import Background, failed, location_of
-from ckpt.training.newest import newest_whole
+from ckpt.training.held import Held, given_up, line_of
+from ckpt.training.newest import begun_over, newest_whole
 from ckpt.training.ranks import Ranks
-from ckpt.training.tracking import check_part, restore, state_of
-
-
-class Saved:
-    """A save that goes on in the background."""
-
-    def __init__(self, run: Run, step: int, answer: Future[dict[str, Any]], stalled: float) -> None:
-        self.step = step
-        self.stalled = stalled
-        self._run = run
-        self._answer = answer
-
-    def done(self) -> bool:
-        """Whether it has ended, well or not."""
-        return self._answer.done()
-
-    def version(self, timeout: float | None = None) -> Version | None:
-        """The version, when it is durable; None on the ranks that save nothing. Raises what went
-        wrong, and TimeoutError."""
-        said = self._answer.result(timeout)
-        return self._run._version(said["push"]) if said else None
+from ckpt.training.saved import Saved, nothing
+from ckpt.training.tracking import check_part, own_parts, restore, state_of
 
 
 class Run:
-    """One training job's sequence of versions of a model; also a context manager.
+    """One training job's sequence of versions of a model; also a context manager. One that nobody
+    closed is when it is let go of, or the interpreter ends; what failed then is told on stderr.
 
     What is saved is the state at the call, even when the loop changes it at once: it is copied
     into memory that a process of its own reads, which hashes, encodes and stores it. A save waits
@@ -106,14 +89,13 @@ class Run:
         self._ranks = Ranks()
         self._holder = secrets.token_hex(16)
         self._environment = describe_environment()
-        self._writer: Background | None = None
-        self._pending: Saved | None = None
-        self._spared: list[str] = []
+        place = str(location_of(repo.location)["places"])
+        self._held = Held(place, self._model, self._name, self._drain_seconds)
+        self._spared: list[str] | None = None  # not known, until it is resumed or begins anew
         self._before: Any = None
         self._ended = False
-        self._process = os.getpid()
-        if self._ranks.is_first:
-            self._start()
+        self._left = weakref.finalize(self, self._held.leave, quiet)
+        self._ranks.together(self._begin)
 
     def __enter__(self) -> Self:
         if (
@@ -129,8 +111,18 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        again: list[int] = []
+        if self._before is not None:  # another SIGTERM does not cut the wait
+            signal.signal(signal.SIGTERM, lambda number, frame: again.append(number))
+        try:
+            self._leave_block(kind, error)
+        finally:
+            if self._before is not None:
+                signal.signal(signal.SIGTERM, self._before)
+        if again and kind is None:
+            raise SystemExit(128 + again[0])
+
+    def _leave_block(self, kind: type[BaseException] | None, error: BaseException | None) -> None:
         if kind is None:
             self.close()
             return
@@ -155,38 +147,46 @@ class Run:
 
     def resume(self) -> int:
         """Bring everything that is tracked back to the run's newest version that is whole, and
-        return the step after it; 0 when there is none. A damaged version is told by a
-        :class:`CkptWarning`, and the one before is taken.
+        return the step after it; 0 when there is none. It waits for the save under way. A damaged
+        version is told by a :class:`CkptWarning`, and the one before is taken; so is another number
+        of processes, where each has data of its own.
 
         Raises:
+            CkptError: what went wrong in the background since the last call.
             IntegrityError: ``parts-differ``, ``parameters-differ`` and others when the version is
                 not of what is tracked; ``none-whole`` when every version is damaged.
         """
-        version, state = self._ranks.agreed(self._newest_whole, self._pull)
-        if version is None or state is None:
+        version, pulled = self._ranks.chosen(self._newest_whole)
+        if version is None:
+            self._spared = []
             return 0
-        restore(self._parts, self._ranks.own(state))
+        state: dict[str, Any] = {}
+
+        def bring_back() -> None:
+            saved = pulled if self._ranks.is_first else self._pull(version)
+            state.update(self._ranks.nearest(saved))
+            restore(self._parts, state)
+
+        self._ranks.together(bring_back)
         self.spare(version)
         self._say(f"resumed from {version.reference}")
         return int(state["step"]) + 1
 
     def spare(self, version: Version) -> None:
         """Let no rule remove a version that the job goes on from."""
-        self._spared = [version.push]
-        if self._writer is not None:
-            self._writer.spare(self._spared)
+        self._spare([version.push])
+
+    def _spare(self, pushes: list[str]) -> None:
+        self._spared = pushes
+        if pushes and self._held.writer is not None:
+            self._held.writer.spare(pushes)
 
     def _newest_whole(self) -> tuple[Version, Any] | None:
+        self._settle(None)  # the save under way may be the newest
         return newest_whole(self._repo, self._model, self._name, self._pull)
 
     def _pull(self, version: Version) -> Any:
         return self._repo.pull(version, device="cpu")
-
-    def _version(self, push: str) -> Version:
-        found = self._repo._registry.queries.by_push(push)
-        if found is None:
-            raise NotFoundError("version-missing", "a rule removed this version meanwhile")
-        return found
 
     def save(
         self,
@@ -205,9 +205,23 @@ class Run:
 
         Raises:
             UsageError: ``nothing-tracked``, ``run-closed``.
-            CkptError: what went wrong in the background since the last call.
+            CkptError: what went wrong in the background since the last call; this save is made.
         """
         began = time.monotonic()
+        saved = self._ranks.led(
+            lambda: self._prepared(step, metrics, labels, alias),
+            lambda prepared, sent: self._saved(*prepared, sent, began),
+        )
+        return saved or Saved(self._repo, int(step), nothing(), time.monotonic() - began)
+
+    def _prepared(
+        self,
+        step: int,
+        metrics: Mapping[str, Any] | None,
+        labels: Mapping[str, str] | None,
+        alias: str | Iterable[str],
+    ) -> tuple[tuple[dict[str, Any], dict[str, Any]], dict[str, Any]]:
+        """What is said of a save and the state, and of the state what is this rank's own."""
         self._check_open()
         if self._ranks.is_first and not self._parts:
             raise UsageError(
@@ -223,12 +237,29 @@ class Run:
             "aliases": list(check_aliases(alias)),
             "environment": self._environment,
         }
+        own = own_parts(self._parts)
+        state = state_of(self._parts if self._ranks.is_first else own)
+        return (said, state), {name: state[name] for name in (*own, "random")}
+
+    def _saved(
+        self, said: dict[str, Any], state: dict[str, Any], sent: list[dict[str, Any]], began: float
+    ) -> Saved:
+        """Hand a state over, with what each rank has of its own."""
         before = self._settled()  # when nothing else can be wrong, or it would be lost
-        state = self._ranks.gathered({**state_of(self._parts), "step": step})
-        if before is not None:  # after the others were met, who wait for this one
+        of_ranks = {"ranks": sent} if len(sent) > 1 else {}
+        try:
+            saved = self._hand_over({**state, "step": said["step"], **of_ranks}, said, began)
+        except CkptError as error:
+            raise error from before
+        if before is not None:  # this save is not lost for it
             raise before
-        if state is None:
-            return Saved(self, step, _nothing(), time.monotonic() - began)
+        return saved
+
+    def _hand_over(self, state: dict[str, Any], said: dict[str, Any], began: float) -> Saved:
+        """Give a state to the writer."""
+        if self._spared is None:
+            with contextlib.suppress(CkptError):  # then it is asked with the next save
+                self._spare(begun_over(self._repo, self._model, self._name))
         captured = capture_state(state, ())
         document = Document(
             format=FORMAT,
@@ -238,19 +269,20 @@ class Run:
             environment="",
             order=captured.order,
         )
-        if self._writer is None or not self._writer.is_alive:
+        step = said["step"]
+        if self._held.writer is None or not self._held.writer.is_alive:
             try:
                 self._start()
             except CkptError as error:
                 self._tell(step, error)
-                return Saved(self, step, failed(error), time.monotonic() - began)
-        assert self._writer is not None
-        answer = self._writer.save(document, captured.sources, said)
-        self._pending = Saved(self, step, answer, time.monotonic() - began)
-        return self._pending
+                return Saved(self._repo, step, failed(error), time.monotonic() - began)
+        assert self._held.writer is not None
+        answer = self._held.writer.save(document, captured.sources, said)
+        self._held.pending = Saved(self._repo, step, answer, time.monotonic() - began)
+        return self._held.pending
 
     def _check_open(self) -> None:
-        if self._ended or os.getpid() != self._process:
+        if self._ended or os.getpid() != self._held.process:
             raise UsageError(
                 "run-closed",
                 f"the run {self._name} of {self._model} is closed, or of another process",
@@ -274,7 +306,9 @@ class Run:
         self._end(None)
 
     def _end(self, timeout: float | None) -> None:
-        if self._ended or os.getpid() != self._process:  # a child that was forked has no part in it
+        if (
+            self._ended or os.getpid() != self._held.process
+        ):  # a child that was forked has no part in it
             return
         self._ended = True
         patience = None
@@ -282,16 +316,27 @@ class Run:
             self._settle(timeout)
         except TimeoutError:
             patience = 0.0
-            self._say(f"the last save was not done after {timeout} s; it is given up")
+            self._say(given_up(timeout))
         finally:
-            if self._writer is not None:
-                self._writer.close(patience)
-                self._writer = None
+            self._left.detach()
+            self._held.end(patience)
+
+    def _begin(self) -> None:
+        if not self._ranks.is_first:
+            return
+        try:
+            self._start()
+        except ConflictError as error:
+            if error.code != "run-live" or not self._held.is_here:
+                raise
+            raise ConflictError(
+                "run-live",
+                f"the run {self._name} of {self._model} is live in this process",
+                hint="close() the other Run, or let go of it, or give this one another name",
+            ) from error
 
     def _start(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        self._held.end()
         setup = {
             "location": location_of(self._repo.location),
             "model": self._model,
@@ -300,9 +345,10 @@ class Run:
             "keep": self._keep,
             "compress": self._compress,
         }
-        self._writer = Background(setup)
+        writer = Background(setup)
+        self._held.begin(writer)
         if self._spared:
-            self._writer.spare(self._spared)
+            writer.spare(self._spared)
 
     def _settled(self) -> CkptError | None:
         """Why the save before failed, when that is to be raised."""
@@ -314,23 +360,20 @@ class Run:
 
     def _settle(self, timeout: float | None) -> None:
         """Wait for the save that is under way and tell how it ended."""
-        pending = self._pending
+        pending = self._held.pending
         if pending is None:
             return
         try:
-            said = pending._answer.result(timeout)
+            said = pending.answer.result(timeout)
         except CkptError as error:
-            self._pending = None
-            self._tell(pending.step, error)
+            self._held.pending = None
+            if pending.is_told:
+                self._say(f"step {pending.step} was not saved: {error}")
+            else:
+                self._tell(pending.step, error)
             return
-        self._pending = None
-        if said["not_pruned"] is not None:
-            reason = f"{said['reference']} is saved; the rules were not applied: "
-            warnings.warn(reason + said["not_pruned"], CkptWarning, stacklevel=4)
-        self._say(
-            f"{said['reference']} step {pending.step}: "
-            f"{_told(Added(**said['added']), said['nbytes'])}, stalled {pending.stalled:.3f} s"
-        )
+        self._held.pending = None
+        self._say(line_of(pending, said))
 
     def _tell(self, step: int, error: CkptError) -> None:
         """Raise what went wrong with a save, or only warn."""
@@ -348,19 +391,6 @@ def warns(on_error: str) -> bool:
     if on_error not in ("raise", "warn"):
         raise UsageError("usage", f"on_error is {on_error!r}", hint="write raise or warn")
     return on_error == "warn"
-
-
-def _told(added: Added, nbytes: int) -> str:
-    """Where the bytes of a save are."""
-    told = f"{size(nbytes)}, {size(added.new)} new, {size(added.shared)} shared"
-    told += f", {size(added.by_differences)} saved by differences"
-    return f"{told}, {size(added.by_coding)} by coding" if added.by_coding else told
-
-
-def _nothing() -> Future[dict[str, Any]]:
-    answer: Future[dict[str, Any]] = Future()
-    answer.set_result({})
-    return answer
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

@@ -2,8 +2,9 @@
 
 It reads frames from its standard input: a line of JSON, and after a ``save`` the document whose
 length the line says; tensors lie in the arena, whose descriptor the first line names. It answers
-each frame with one line of JSON. When its input ends, its trainer has: what is being saved may
-take ``LAST_SECONDS`` more.
+each frame with one line of JSON. When its input ends, its trainer has, whose process id is the
+argument: what is being saved may take ``LAST_SECONDS`` more. So it ends when the trainer is gone
+and a child of it, such as a worker of a DataLoader, still holds the pipe.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import contextlib
 import os
 import queue
 import signal
+import sys
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +34,7 @@ from ckpt.service.retention import prune_model
 from ckpt.training.arena import Arena, ArenaTensor
 
 LAST_SECONDS = 8.0
+WATCH_SECONDS = 1.0
 LEASE_SECONDS = 60.0
 
 _Frame = tuple[Mapping[str, Any], bytes]
@@ -164,6 +168,18 @@ def _read(stream: BinaryIO, frames: queue.Queue[_Frame | None]) -> None:
             if head.get("act") == "end":
                 break
             frames.put((head, stream.read(head.get("document", 0))))
+    _begin_end(frames)
+
+
+def _watch(trainer: int, frames: queue.Queue[_Frame | None]) -> None:
+    """Wait until the trainer is gone."""
+    while os.getppid() == trainer:
+        time.sleep(WATCH_SECONDS)
+    _begin_end(frames)
+
+
+def _begin_end(frames: queue.Queue[_Frame | None]) -> None:
+    """Let what was asked be done, if that does not take too long."""
     frames.put(None)
     last = threading.Timer(LAST_SECONDS, os._exit, (1,))
     last.daemon = True
@@ -184,6 +200,7 @@ def main() -> None:
     # Not sys.stdin, which Python locks when it ends, while that thread still waits in it.
     asked = os.fdopen(os.dup(0), "rb")
     threading.Thread(target=_read, args=(asked, frames), daemon=True).start()
+    threading.Thread(target=_watch, args=(int(sys.argv[1]), frames), daemon=True).start()
     first = frames.get()
     if first is None:
         return
