@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,23 +20,17 @@ from ckpt.loader.capture import Captured, TensorTable, capture
 from ckpt.loader.classes import describe_class, is_of_torch, is_plain_class, reference_of
 from ckpt.loader.trust import STORED_HOOKS
 from ckpt.loader.values import Encoder, Path, RefusedError
+from ckpt.loader.wrappers import HOOKS, unwrap
 
 # What nn.Module.__init__ makes; everything else in __dict__ is the module's own.
 INTERNALS = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 _MADE_BY_COMPILE = {"_is_torch_compile"}
-_HOOKS = {
-    "_forward_hooks": "forward hook",
-    "_forward_pre_hooks": "forward pre-hook",
-    "_backward_hooks": "backward hook",
-    "_backward_pre_hooks": "backward pre-hook",
-}
 STATE_HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _MADE_BY_LAZY = {"_load_hook", "_initialize_hook"}
 
 
@@ -106,12 +101,15 @@ class _ModuleEncoder(Encoder):
     drop: frozenset[str] = frozenset()
     dropped: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
-    _seen: dict[int, int] = field(default_factory=dict)
-    # Plain objects by identity, kept alive as long as it counts, with their descriptions.
+    # Modules and plain objects by identity, kept alive as long as it counts, with their indices
+    # and their descriptions.
+    _seen: dict[int, tuple[nn.Module, int]] = field(default_factory=dict)
     _objects: dict[int, tuple[Any, list[Any]]] = field(default_factory=dict)
     _numbers: int = 0
 
     def _encode_other(self, value: Any, path: Path) -> Any:
+        if isinstance(value, weakref.ProxyTypes):
+            raise RefusedError(_not_stored("weakref.proxy", path))
         if isinstance(value, nn.Module):
             return {"$module": self._take_module(value, path)}
         if isinstance(value, Enum):
@@ -119,6 +117,8 @@ class _ModuleEncoder(Encoder):
                 raise RefusedError("a combination of flags; keep its .value and make it again")
             return {"$enum": [self._refer(type(value)), value.name]}
         if isinstance(value, functools.partial):
+            if type(value) is not functools.partial or vars(value):
+                raise RefusedError("a partial with a class or attributes of its own; use a module")
             parts = [value.func, value.args, value.keywords]
             return {"$partial": [self._encode(part, path) for part in parts]}
         if isinstance(value, types.MethodType):
@@ -147,10 +147,7 @@ class _ModuleEncoder(Encoder):
         kind = type(value)
         name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
         if not is_plain_class(kind) or _has_slots(kind) or not hasattr(value, "__dict__"):
-            raise RefusedError(
-                f"cannot store {name}; create it in __setstate__, or leave it out with "
-                f'drop=["{_attribute_path(path)}"]'
-            )
+            raise RefusedError(_not_stored(name, path))
         reference = self._refer(kind)
         self.open(value, path)
         try:
@@ -178,8 +175,9 @@ class _ModuleEncoder(Encoder):
     def _take_module(self, module: nn.Module, path: Path) -> int:
         unwrapped, wrappers = unwrap(module)
         if id(unwrapped) in self._seen:
-            return self._seen[id(unwrapped)]
-        index = self._seen[id(unwrapped)] = len(self.modules)
+            return self._seen[id(unwrapped)][1]
+        index = len(self.modules)
+        self._seen[id(unwrapped)] = unwrapped, index
         self.modules.append(None)
         if wrappers:
             self.wrappers[".".join(path)] = wrappers
@@ -270,7 +268,7 @@ class _ModuleEncoder(Encoder):
     def _hooks(self, module: nn.Module, path: Path) -> tuple[tuple[str, Any], ...]:
         """Hooks change outputs and are refused, but for those of torch.nn.utils."""
         stored = []
-        for place, word in _HOOKS.items():
+        for place, word in HOOKS.items():
             for hook in getattr(module, place).values():
                 kind = type(hook)
                 if _is_lazy(module) and getattr(hook, "__name__", "") == "_infer_parameters":
@@ -315,21 +313,9 @@ def _has_slots(kind: type) -> bool:
     return not names <= {"__dict__", "__weakref__"}
 
 
-def unwrap(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """The module inside wrappers that only change how it runs, and their names, outermost first."""
-    names: list[str] = []
-    while True:
-        if isinstance(module, _WRAPPERS):
-            names.append(type(module).__name__)
-            module = module.module
-        elif type(module).__qualname__ == "OptimizedModule" and "_orig_mod" in module._modules:
-            names.append("compile")
-            # torch types every child as one that may be None.
-            module = module._modules["_orig_mod"]  # type: ignore[assignment]
-        else:
-            if vars(module).get("_compiled_call_impl") is not None:
-                names.append("compile-in-place")
-            return module, tuple(names)
+def _not_stored(name: str, path: Path) -> str:
+    way = f'drop=["{_attribute_path(path)}"]'
+    return f"cannot store {name}; create it in __setstate__, or leave it out with {way}"
 
 
 def _attribute_path(path: Path) -> str:
@@ -363,17 +349,25 @@ def find_cycle(modules: Sequence[Module]) -> str | None:
     return None
 
 
+def _is_parametrized(module: nn.Module) -> bool:
+    """Whether its class is the one that parametrize made for it. Torch's own question goes to
+    __getattr__ too, which may answer for another module."""
+    made = vars(type(module)).get("__getstate__")
+    own = isinstance(module._modules.get("parametrizations"), nn.ModuleDict)
+    return own and getattr(made, "__module__", None) == nn.utils.parametrize.__name__
+
+
 def _own_class(module: nn.Module) -> type:
     """The class that the user wrote; parametrize puts a synthetic subclass in front of it."""
     kind = type(module)
-    return kind.__bases__[0] if nn.utils.parametrize.is_parametrized(module) else kind
+    return kind.__bases__[0] if _is_parametrized(module) else kind
 
 
 def _parametrized(module: nn.Module) -> tuple[str, ...]:
-    if not nn.utils.parametrize.is_parametrized(module):
+    if not _is_parametrized(module):
         return ()
     # torch types an attribute as a tensor or a module, of which few can be listed.
-    return tuple(module.parametrizations)  # type: ignore[arg-type]
+    return tuple(module._modules["parametrizations"])  # type: ignore[arg-type]
 
 
 def _is_lazy(module: nn.Module) -> bool:

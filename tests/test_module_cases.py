@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
@@ -18,8 +19,11 @@ from kept_models import (
     Locking,
     LockingAgain,
     NeedsArguments,
+    OwnPartial,
+    Passing,
     Shared,
     Strange,
+    double,
 )
 from torch import nn
 from torch.nn import functional
@@ -180,6 +184,12 @@ def with_hook(place: str) -> nn.Module:
     return net
 
 
+def marked() -> Any:
+    made = functools.partial(double)
+    made.note = 1  # type: ignore[attr-defined]
+    return made
+
+
 def itself() -> list[Any]:
     endless: list[Any] = []
     endless.append(endless)
@@ -207,6 +217,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "cycle": (lambda: with_attribute(itself()), "extra.0: it contains itself"),
     "file": (lambda: with_attribute(sys.stdout), "extra: cannot store"),
     "arguments": (lambda: NeedsArguments(3), "cannot be rebuilt.*__new__"),
+    "own partial": (lambda: with_attribute(OwnPartial(double)), "extra: a partial with a class"),
+    "marked partial": (lambda: with_attribute(marked()), "extra: a partial with .*attributes"),
     "slots": (Slotted, "<root>: Slotted has __slots__"),
     "flags": (
         lambda: with_attribute([re.IGNORECASE | re.MULTILINE]),
@@ -246,6 +258,14 @@ def test_objects_that_live_only_while_they_are_described_are_not_taken_for_one(
     repo.push(nn.Sequential(*map(Fresh, range(20))), "m")
     loaded: Any = repo.load("m", trust=TRUST)
     assert [one.made.number for one in loaded] == list(range(20))
+
+
+def test_modules_that_live_only_while_they_are_described_are_not_taken_for_one(
+    repo: ckpt.Repository,
+) -> None:
+    repo.push(nn.Sequential(*(Passing(float(number)) for number in range(20))), "m")
+    loaded: Any = repo.load("m", trust=TRUST)
+    assert [one.linear.weight.item() for one in loaded] == list(range(20))
 
 
 def test_modules_nested_deeper_than_the_interpreter_goes_are_refused(
