@@ -53,7 +53,7 @@ def describe_state(
     before = registry.queries.proven(structure)
     recorded = None
     if given is not None:
-        recorded = record_probe(captured, given, _known_behaviour(registry, before))
+        recorded = record_probe(captured, given, _known_behaviour(registry, before), state)
     proof = _proof(captured, recorded, before)
     return Described(
         state="module",

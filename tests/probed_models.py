@@ -118,3 +118,20 @@ class Hookless(nn.Module):
         if self.layer._forward_hooks:
             raise RuntimeError("somebody listens")
         return self.layer(x)  # type: ignore[no-any-return]
+
+
+class Forgetting(nn.Module):
+    """Scales by what its state does not have, and counts in secret."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.calls = 3.0, 0
+        self.seen: dict[str, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "gain": 1.0, "calls": 0, "seen": {}}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen["x"] = self.calls
+        return x * self.gain

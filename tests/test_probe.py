@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from probed_models import (
     Caching,
     Counting,
+    Forgetting,
     Hookless,
     LargestOf,
     MakesTensors,
@@ -130,9 +131,58 @@ class TestBehaviour:
         for _ in range(2):
             repo.push(nn.Linear(3, 3), "m", inputs=(torch.ones(2, 3),))
             runs.append(None)
-        assert runs.index(None) == 4  # once, again, other seed, double precision
+        # once, again, other seed, double precision, and the module itself
+        assert runs.index(None) == 5
         assert len(runs) - runs.index(None) == 4  # once and in double precision
         assert behaviour_of(repo, "m") == Behaviour()
+
+    @pytest.mark.parametrize("limit", [1 << 20, 16])
+    def test_what_the_copy_computes_otherwise_than_the_module_is_refused(
+        self, repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch, limit: int
+    ) -> None:
+        monkeypatch.setattr("ckpt.loader.probe.FULL_BYTES", limit)
+        monkeypatch.setattr("ckpt.loader.prove.FULL_BYTES", limit)
+        net = nn.Sequential(nn.Linear(3, 3), Forgetting(), nn.ReLU()).train()
+        before = {key: value.clone() for key, value in net.state_dict().items()}
+        random_state = torch.get_rng_state()
+        with pytest.raises(UsageError, match="a rebuilt copy gives other outputs") as caught:
+            repo.push(net, "m", inputs=(torch.ones(4, 3),))
+        assert caught.value.code == "rebuild-failed"
+        assert "output: is off by" in caught.value.message
+        assert (limit == 16) or "first differing child: 1" in caught.value.message
+        assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+        assert torch.equal(torch.get_rng_state(), random_state)
+        inner: Any = net[1]
+        assert (inner.calls, inner.gain, inner.seen, net.training) == (0, 3.0, {}, True)
+        assert all(not one._forward_hooks for one in net.modules())
+        assert all(parameter.grad is None for parameter in net.parameters())
+        assert repo.models() == []
+        inner.gain = 1.0  # what its __setstate__ makes
+        repo.push(net, "m", inputs=(torch.ones(4, 3),))
+        assert (inner.calls, inner.seen) == (0, {})
+
+    def test_weights_at_any_address_give_the_outputs_of_their_copy(
+        self, repo: ckpt.Repository
+    ) -> None:
+        torch.manual_seed(0)
+        net, memory = nn.Linear(67, 33), torch.zeros(33 * 67 + 1)
+        net.weight.data = memory[1:].view(33, 67).copy_(net.weight.detach())
+        repo.push(net, "m", inputs=(torch.randn(1, 67),))
+        assert repo.verify("m").verdict == "outputs-exact"
+
+    def test_a_module_with_compiled_parts_does_not_run(self, repo: ckpt.Repository) -> None:
+        runs: list[int] = []
+
+        def backend(graph: Any, inputs: Any) -> Any:
+            runs.append(1)
+            return graph
+
+        net, whole = nn.Sequential(nn.Linear(3, 3)), nn.Linear(3, 3)
+        net[0] = torch.compile(net[0], backend=backend)  # type: ignore[assignment]
+        whole.compile(backend=backend)
+        for one in (net, whole):
+            repo.push(one, "m", inputs=(torch.ones(4, 3),))
+        assert not runs
 
     def test_above_256_mib_it_runs_once_and_shares_parameters(
         self, repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
