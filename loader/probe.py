@@ -47,10 +47,12 @@ _SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class RecordedProbe:
-    """A probe ready to be pushed; ``captured.sources`` has the bytes of its tensors."""
+    """A probe ready to be pushed; ``captured.sources`` has the bytes of its tensors, ``skipped``
+    says what of the result nobody can look into."""
 
     probe: Probe
     captured: Captured
+    skipped: tuple[str, ...] = ()
 
 
 def record_probe(
@@ -94,7 +96,7 @@ def record_probe(
         behaviour=behaviour,
         children=children,
     )
-    return RecordedProbe(probe, described)
+    return RecordedProbe(probe, described, trial.skipped)
 
 
 def _run_fully(trial: _Trial, known: Behaviour | None) -> tuple[Outputs, Behaviour, Children]:
@@ -170,6 +172,7 @@ class _Trial:
         self.full = captured.nbytes <= FULL_BYTES
         self.device, self._devices = used_devices([entry.device for entry in captured.tensors])
         self.inputs_changed = False
+        self.skipped: tuple[str, ...] = ()
         self.document = drafted(captured, digests=False)
         self.captured = captured
         self._trust = Trust.of_live(self.document)
@@ -201,6 +204,7 @@ class _Trial:
             raise
         except Exception as error:
             raise _failed(f"{type(error).__name__}: {escape(str(error))}") from error
+        self.skipped = run.skipped
         if not run.outputs:
             raise _failed("it gives no tensors")
         after = drafted(capture(inputs), digests=True)

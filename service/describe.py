@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import Behaviour, structure_bytes
 from ckpt.core.errors import CkptWarning, NotFoundError, UsageError
+from ckpt.core.printable import escape
 from ckpt.core.records import Proof, Version
 from ckpt.loader.capture import Captured
 from ckpt.loader.forward import check_inputs
@@ -54,6 +55,8 @@ def describe_state(
     recorded = None
     if given is not None:
         recorded = record_probe(captured, given, _known_behaviour(registry, before), state)
+        for skipped in recorded.skipped:
+            _warn(f"{escape(skipped, 80)} cannot be looked into: it is not compared")
     proof = _proof(captured, recorded, before)
     return Described(
         state="module",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -135,3 +136,18 @@ class Forgetting(nn.Module):
         self.calls += 1
         self.seen["x"] = self.calls
         return x * self.gain
+
+
+@dataclass(slots=True)
+class Slotted:
+    """A result without a dict."""
+
+    logits: Tensor
+    rest: list[int]
+
+
+class Hiding(nn.Module):
+    """Gives a tensor, and what nobody can look into."""
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"y": x, "hidden": (x for _ in ()), "some": {x}, "who": self, "name": "y"}

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import UserList, deque
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from probed_models import (
     Caching,
     Counting,
     Forgetting,
+    Hiding,
     Hookless,
     LargestOf,
     MakesTensors,
     Noisy,
     Scaled,
+    Slotted,
     Tail,
     Unsteady,
     Writing,
@@ -487,6 +490,26 @@ class TestComparison:
         old = torch.full((20,), 1e-6)
         assert not self.compare(old, old * 1.01).close
 
+    @pytest.mark.parametrize("fill", [-1e9, torch.finfo(torch.float32).min])
+    @pytest.mark.parametrize("masked", [2, 50, 95])
+    @pytest.mark.parametrize("across", [False, True])
+    def test_masked_values_excuse_no_other_change(
+        self, fill: float, masked: int, across: bool
+    ) -> None:
+        torch.manual_seed(0)
+        exact = torch.randn(100, dtype=torch.float64)
+        exact[:masked] += fill
+        old = exact.float()
+        noise, damage, other = old * (1 - 1e-7 * torch.rand(100)), old.clone(), old.clone()
+        damage[masked:] *= 1.01
+        other[0] *= 1.01
+        for reference in (exact, None):
+            found = [
+                compare("output", old, new, reference, across=across).close
+                for new in (noise, damage, other)
+            ]
+            assert found == [True, False, False]
+
     @pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
     def test_what_is_not_finite_must_be_the_same(self, special: float) -> None:
         old = torch.tensor([1.0, special])
@@ -508,6 +531,37 @@ class TestComparison:
 
         found = named_tensors((torch.ones(2), {"a": numpy.ones(2), "b": None}, Result(), 1.5))
         assert sorted(found) == ["output.0", "output.1.a", "output.2.cache.0", "output.3"]
+
+    def test_results_in_any_container_are_compared(self) -> None:
+        found = named_tensors(
+            (
+                deque([torch.ones(1)]),
+                Slotted(torch.ones(1), [2]),
+                {3, 1},
+                UserList([True]),
+                range(2),
+            )
+        )
+        assert sorted(found) == [
+            *("output.0.0", "output.1.logits", "output.1.rest.0", "output.2.0", "output.2.1"),
+            *("output.3.0", "output.4.0", "output.4.1"),
+        ]
+
+    @pytest.mark.usefixtures("proven_here")
+    def test_what_nobody_can_look_into_is_named_at_the_push_and_in_the_report(
+        self, repo: ckpt.Repository
+    ) -> None:
+        with pytest.warns(ckpt.CkptWarning) as said:
+            repo.push(Hiding(), "m", inputs=(torch.ones(2),))
+        hidden = ["output.hidden (a generator)", "output.some (a set)", "output.who (a Hiding)"]
+        assert [str(one.message) for one in said] == [
+            f"{name} cannot be looked into: it is not compared" for name in hidden
+        ]
+        report = repo.verify("m", trust=TRUST)
+        assert (report.verdict, report.reason) == (
+            "outputs-exact",
+            f"not compared: {', '.join(hidden)}",
+        )
 
     def test_results_whose_keys_read_alike_all_have_names(self) -> None:
         alike = {1: torch.tensor(1), "1": torch.tensor(2), "a": {"b": 3}, "a.b": 4}
