@@ -86,7 +86,7 @@ def capture_module(module: nn.Module, drop: Collection[str] = ()) -> Captured:
         classes=tuple(describe_class(reference) for reference in sorted(encoder.references)),
         wrappers=encoder.wrappers,
         dropped=tuple(sorted(encoder.dropped)),
-        notes=(*table.notes, *encoder.notes),
+        notes=(*table.all_notes(), *encoder.notes),
     )
 
 
@@ -274,6 +274,8 @@ class _ModuleEncoder(Encoder):
                 if _is_lazy(module) and getattr(hook, "__name__", "") == "_infer_parameters":
                     continue
                 if f"{kind.__module__}:{kind.__qualname__}" in STORED_HOOKS:
+                    made = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
+                    self.table.recomputed.add(id(vars(module).get(made)))
                     stored.append((place, self._alone(hook, path)))
                     continue
                 name = getattr(hook, "__qualname__", kind.__qualname__)

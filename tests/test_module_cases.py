@@ -299,6 +299,32 @@ def test_what_hangs_on_a_parameter_is_named_and_refuses_nothing(repo: ckpt.Repos
     ]
 
 
+def test_what_was_computed_with_gradients_is_named_and_comes_back_detached(
+    repo: ckpt.Repository,
+) -> None:
+    net: Any = nn.Sequential(nn.Linear(2, 2))
+    net[0].back = net[0].weight.t()
+    net[0].cache = [net[0].weight * 2, net[0].weight.detach(), torch.ones(1, requires_grad=True)]
+    with pytest.warns(ckpt.CkptWarning) as said:
+        repo.push(net, "m")
+    assert [str(one.message) for one in said] == [
+        "0.back, 0.cache.0 are results of other tensors, which is not stored: "
+        "they come back detached"
+    ]
+    assert not repo.load("m").get_submodule("0").back.requires_grad
+    with pytest.warns(ckpt.CkptWarning, match="loss is a result of other tensors"):
+        repo.push({"loss": net(torch.ones(2)).sum()}, "values")
+
+
+@pytest.mark.parametrize("make", [pruned, weight_norm, spectral_norm, parametrizations.weight_norm])
+def test_what_a_stored_hook_computes_again_is_not_named(repo: ckpt.Repository, make: Any) -> None:
+    net = pruned(True) if make is pruned else old(make)
+    net(torch.ones(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ckpt.CkptWarning)
+        repo.push(net, "m")
+
+
 @pytest.mark.parametrize(
     "function",
     [torch.relu, torch.softmax, torch.exp, functional.relu, functional.gelu, functional.logsigmoid],
