@@ -274,7 +274,7 @@ class _ModuleEncoder(Encoder):
                 if _is_lazy(module) and getattr(hook, "__name__", "") == "_infer_parameters":
                     continue
                 if f"{kind.__module__}:{kind.__qualname__}" in STORED_HOOKS:
-                    made = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
+                    made: Any = getattr(hook, "name", None) or getattr(hook, "_tensor_name", "")
                     self.table.recomputed.add(id(vars(module).get(made)))
                     stored.append((place, self._alone(hook, path)))
                     continue

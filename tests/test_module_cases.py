@@ -307,10 +307,9 @@ def test_what_was_computed_with_gradients_is_named_and_comes_back_detached(
     net[0].cache = [net[0].weight * 2, net[0].weight.detach(), torch.ones(1, requires_grad=True)]
     with pytest.warns(ckpt.CkptWarning) as said:
         repo.push(net, "m")
-    assert [str(one.message) for one in said] == [
-        "0.back, 0.cache.0 are results of other tensors, which is not stored: "
-        "they come back detached"
-    ]
+    (note,) = [str(one.message) for one in said]
+    assert note.startswith("0.back, 0.cache.0 are results of other tensors")
+    assert note.endswith("they come back detached")
     assert not repo.load("m").get_submodule("0").back.requires_grad
     with pytest.warns(ckpt.CkptWarning, match="loss is a result of other tensors"):
         repo.push({"loss": net(torch.ones(2)).sum()}, "values")
