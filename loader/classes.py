@@ -12,12 +12,18 @@ import sys
 import tokenize
 import types
 import unicodedata
+from collections.abc import Iterable
+from contextlib import suppress
 from importlib.machinery import PathFinder
 from typing import Any
+
+from msgspec.structs import replace
 
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import ModelClass
 from ckpt.loader.values import RefusedError
+
+_GIVEN = (sys.stdlib_module_names | {"torch"}) - {"__main__"}
 
 
 def reference_of(value: Any) -> str:
@@ -98,6 +104,26 @@ def describe_class(reference: str) -> ModelClass:
         version=_version(package),
         source_digest=_source_digest(module, name),
     )
+
+
+def describe_classes(references: Iterable[str]) -> tuple[ModelClass, ...]:
+    """The classes and functions that a state names, and the classes that these derive from."""
+    bases = {reference: _bases_of(live_object(reference)) for reference in references}
+    everything = {*bases, *(base for some in bases.values() for base in some)}
+    return tuple(
+        replace(describe_class(reference), bases=bases.get(reference, ()))
+        for reference in sorted(everything)
+    )
+
+
+def _bases_of(kind: Any) -> tuple[str, ...]:
+    """Where else the code of a class may stand: not what comes with torch or Python."""
+    found = []
+    for base in kind.__mro__[1:] if isinstance(kind, type) else ():
+        if base.__module__.partition(".")[0] not in _GIVEN:
+            with suppress(RefusedError):
+                found.append(reference_of(base))
+    return tuple(found)
 
 
 def is_of_torch(value: Any) -> bool:

@@ -17,7 +17,7 @@ from ckpt.core.documents import Module
 from ckpt.core.errors import UsageError
 from ckpt.core.printable import escape
 from ckpt.loader.capture import Captured, TensorTable, capture
-from ckpt.loader.classes import describe_class, is_of_torch, is_plain_class, reference_of
+from ckpt.loader.classes import describe_classes, is_of_torch, is_plain_class, reference_of
 from ckpt.loader.trust import STORED_HOOKS
 from ckpt.loader.values import Encoder, Path, RefusedError
 from ckpt.loader.wrappers import HOOKS, unwrap
@@ -83,7 +83,7 @@ def capture_module(module: nn.Module, drop: Collection[str] = ()) -> Captured:
         sources,
         tuple(encoder.order),
         modules=modules,
-        classes=tuple(describe_class(reference) for reference in sorted(encoder.references)),
+        classes=describe_classes(encoder.references),
         wrappers=encoder.wrappers,
         dropped=tuple(sorted(encoder.dropped)),
         notes=(*table.all_notes(), *encoder.notes),

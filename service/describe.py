@@ -17,6 +17,7 @@ from ckpt.loader.probe import record_probe
 from ckpt.loader.prove import prove
 from ckpt.loader.replica import drafted
 from ckpt.loader.snapshot import capture_state
+from ckpt.loader.trust import names_in
 from ckpt.registry.registry import Registry
 from ckpt.service.push import Described
 
@@ -92,9 +93,8 @@ def _proof(captured: Captured, recorded: RecordedProbe | None, before: Version |
     proof = prove(captured, recorded)
     if proof.kind == "fresh" and proof.reason:
         _warn(f"in another interpreter: {proof.reason}")
-    local = [
-        name for known in captured.classes if (name := known.reference).startswith("__main__:")
-    ]
+    names = sorted({name.reference for name in names_in(drafted(captured, digests=False))})
+    local = [name for name in names if name.startswith("__main__:")]
     if local:
         given = local[0].partition(":")[2]
         _warn(f"{', '.join(local)} was defined in this script; to load, give trust=[{given}]")

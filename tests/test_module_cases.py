@@ -374,6 +374,44 @@ def test_a_class_of_a_script_is_proven_there_and_loaded_by_another_script(tmp_pa
     assert outputs[1].endswith("outputs-exact\n")
 
 
+def test_a_class_of_a_script_that_moved_to_a_module_is_loaded_by_giving_it(tmp_path: Path) -> None:
+    text = (
+        "import ckpt, sys, warnings\nfrom torch import nn\nfrom enum import Enum\n"
+        "class Mode(Enum):\n    FAST = 1\n"
+        "class MLP(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.kind, self.modes = MLP, [{'mode': Mode.FAST}]\n"
+        "        self.out = nn.Linear(2, 2)\n"
+    )
+    pushing = "warnings.simplefilter('ignore')\nckpt.open(sys.argv[1]).push(MLP(), 'mlp')\n"
+    loading = (
+        "import ckpt, sys, moved\nnet = ckpt.open(sys.argv[1]).load('mlp', "
+        "trust=[moved.MLP, moved.Mode])\nprint(type(net), net.kind, net.modes)\n"
+    )
+    (tmp_path / "moved.py").write_text(text)
+    for name, script in (("train.py", text + pushing), ("serve.py", loading)):
+        (tmp_path / name).write_text(script)
+        command = [sys.executable, str(tmp_path / name), str(tmp_path)]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert found == ("<class 'moved.MLP'> <class 'moved.MLP'> [{'mode': <Mode.FAST: 1>}]\n")
+
+
+def test_a_class_of_a_script_may_have_the_name_of_one_of_torch(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import ckpt, sys, torch, warnings\nfrom torch import nn\n"
+        "class Linear(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.inner = nn.Linear(2, 2)\n"
+        "    def forward(self, x):\n        return self.inner(x)\n"
+        "warnings.simplefilter('ignore')\nrepo = ckpt.open(sys.argv[1])\n"
+        "repo.push(Linear(), 'm', inputs=(torch.ones(1, 2),))\n"
+        "net = repo.load('m', trust=[Linear], require='outputs-exact')\n"
+        "print(type(net), type(net.inner).__module__)\n"
+    )
+    command = [sys.executable, str(script), str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert found == "<class '__main__.Linear'> torch.nn.modules.linear\n"
+
+
 _NOTEBOOK = """
 import linecache, sys, warnings, torch, ckpt
 from torch import nn

@@ -454,6 +454,46 @@ class TestDrift:
         with pytest.raises(ckpt.CkptError, match=r"cannot import drifting.*needed by"):
             repo.load("m", trust=["drifting"])
 
+    def test_a_load_names_what_changed_in_classes_and_in_those_they_derive_from(
+        self, repo: ckpt.Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        base, derived = tmp_path / "drifting_base.py", tmp_path / "drifting.py"
+        base.write_text("class Base:\n    gain = 1\n")
+        derived.write_text(
+            "from enum import Enum\nfrom torch import nn\nfrom drifting_base import Base\n"
+            "class Mode(Enum):\n    FAST = 1\n"
+            "class Between(Base, nn.Module):\n    pass\nclass Net(Between):\n    pass\n"
+        )
+        for name in ("drifting", "drifting_base"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        import drifting
+
+        net = drifting.Net()
+        net.mode = drifting.Mode.FAST
+        digest = repo.push(net, "m").digest
+        assert [known.reference for known in repo.document("m").classes] == [
+            *("drifting:Between", "drifting:Mode", "drifting:Net", "drifting_base:Base"),
+        ]
+        assert {one.reference for one in repo.describe("m").classes} == {
+            *("drifting:Mode", "drifting:Net"),
+        }
+        trust = [drifting.Net, drifting.Mode]  # and none of what they derive from
+        repo.load("m", trust=trust)
+        base.write_text("class Base:\n    gain = 100\n")
+        with pytest.warns(
+            ckpt.CkptWarning, match="changed since the push: drifting_base:Base; .* is structure"
+        ):
+            repo.load("m", trust=trust)
+        report = repo.verify("m", trust=trust)
+        assert report.changed == ("drifting_base:Base",)
+        sources = {one.reference: one.source for one in repo.describe("m").classes}
+        assert sources == {"drifting:Net": "changed", "drifting:Mode": "same"}
+        again = repo.push(net, "m", step=1)
+        assert again.digest == digest
+        assert again.proof is not None
+        assert not again.proof.reason.startswith("as ")  # it is proven again
+
     def test_a_record_of_an_older_class_is_named(
         self, repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
     ) -> None:
