@@ -103,6 +103,7 @@ class TensorTable:
     _known: dict[int, int] = field(default_factory=dict)
     _alive: list[Any] = field(default_factory=list)  # an id is only unique while its object lives
     _names: set[str] = field(default_factory=set)
+    _quantized: list[tuple[Path, torch.Tensor]] = field(default_factory=list)
     _regions: dict[int, RegionTensor] = field(default_factory=dict)
 
     def take(self, value: Any, path: Path) -> int:
@@ -152,6 +153,7 @@ class TensorTable:
         if value.layout in _SPARSE:
             return self._add_parts(path, _sparse_entry(value, entry), _sparse_parts(value))
         if value.is_quantized:
+            self._quantized.append((path, value))
             return self._add_parts(path, _quantized_entry(value, entry), _quantized_parts(value))
         return self._append(_Item(path, entry, _plain(value)))
 
@@ -224,6 +226,11 @@ class TensorTable:
                 item.stored, strides = stored_form(item.tensor)
                 if strides is not None:
                     item.entry = replace(item.entry, strides=strides)
+        for group in find_shared([tensor for _, tensor in self._quantized]):
+            first, *others = (self._quantized[index][0] for index in group.members)
+            shared = escape(".".join(first), 80)
+            for path in others:
+                yield path, f"shares quantized memory with {shared}, and would not again; clone() it"
         for group in find_shared([item.tensor for item in self._items]):
             align = 0 if group.host is not None else group.low % _ALIGNMENT
             for index in group.members:

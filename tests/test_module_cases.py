@@ -184,6 +184,13 @@ def with_hook(place: str) -> nn.Module:
     return net
 
 
+def quantized_view() -> list[torch.Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces the end of these types
+        whole = torch.quantize_per_tensor(torch.rand(4), 0.1, 0, torch.qint8)
+    return [whole, whole[1:]]
+
+
 def marked() -> Any:
     made = functools.partial(double)
     made.note = 1  # type: ignore[attr-defined]
@@ -217,6 +224,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "cycle": (lambda: with_attribute(itself()), "extra.0: it contains itself"),
     "file": (lambda: with_attribute(sys.stdout), "extra: cannot store"),
     "arguments": (lambda: NeedsArguments(3), "cannot be rebuilt.*__new__"),
+    "quantized view": (
+        lambda: with_attribute(quantized_view()),
+        "extra.1: shares quantized memory with extra.0",
+    ),
     "own partial": (lambda: with_attribute(OwnPartial(double)), "extra: a partial with a class"),
     "marked partial": (lambda: with_attribute(marked()), "extra: a partial with .*attributes"),
     "slots": (Slotted, "<root>: Slotted has __slots__"),
