@@ -230,7 +230,10 @@ class TensorTable:
             first, *others = (self._quantized[index][0] for index in group.members)
             shared = escape(".".join(first), 80)
             for path in others:
-                yield path, f"shares quantized memory with {shared}, and would not again; clone() it"
+                yield (
+                    path,
+                    f"shares quantized memory with {shared}, and would not again; clone() it",
+                )
         for group in find_shared([item.tensor for item in self._items]):
             align = 0 if group.host is not None else group.low % _ALIGNMENT
             for index in group.members:
@@ -311,6 +314,8 @@ def _check_kind(value: Any) -> None:
 
 def _reason_of_kind(value: torch.Tensor) -> str:
     kind = type(value)
+    if value.is_nested:
+        return "a nested tensor; keep its parts, unbind()"
     if kind.__name__ == "DTensor":
         return "a DTensor; gather it first with full_tensor()"
     if torch.nn.parameter.is_lazy(value):

@@ -218,6 +218,14 @@ def _version(package: str) -> str | None:
         return None
 
 
+def would_replace(kind: type, name: str, is_class: bool) -> bool:
+    """Whether an attribute would stand in for a method of its class. A class that is there by
+    default, such as ``norm = nn.LayerNorm``, is no method, and may give way to another."""
+    found = getattr(kind, name, None)
+    default = is_class and isinstance(found, type) and not name.startswith("__")
+    return callable(found) and not default
+
+
 def is_plain_class(kind: Any) -> bool:
     """Whether objects of the class are nothing but their ``__dict__``: made by ``object.__new__``
     and copied or pickled in no way of their own."""
@@ -228,3 +236,10 @@ def is_plain_class(kind: Any) -> bool:
         and getattr(kind, "__getstate__", None) is vars(object).get("__getstate__")
         and not hasattr(kind, "__setstate__")
     )
+
+
+def has_slots(kind: type) -> bool:
+    """Whether instances keep values where their dict has none."""
+    slots = (vars(base).get("__slots__", ()) for base in kind.__mro__)
+    names = {name for some in slots for name in ((some,) if isinstance(some, str) else some)}
+    return not names <= {"__dict__", "__weakref__"}

@@ -17,7 +17,14 @@ from ckpt.core.documents import Module
 from ckpt.core.errors import UsageError
 from ckpt.core.printable import escape
 from ckpt.loader.capture import Captured, TensorTable, capture
-from ckpt.loader.classes import describe_classes, is_of_torch, is_plain_class, reference_of
+from ckpt.loader.classes import (
+    describe_classes,
+    has_slots,
+    is_of_torch,
+    is_plain_class,
+    reference_of,
+    would_replace,
+)
 from ckpt.loader.trust import STORED_HOOKS
 from ckpt.loader.values import Encoder, Path, RefusedError
 from ckpt.loader.wrappers import HOOKS, unwrap
@@ -121,6 +128,8 @@ class _ModuleEncoder(Encoder):
                 raise RefusedError("a partial with a class or attributes of its own; use a module")
             parts = [value.func, value.args, value.keywords]
             return {"$partial": [self._encode(part, path) for part in parts]}
+        if isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+            raise RefusedError("an operator of torch.ops; use its function, such as torch.relu")
         if isinstance(value, types.MethodType):
             raise RefusedError("a bound method; store its object and look the method up in forward")
         if isinstance(value, type):
@@ -146,7 +155,7 @@ class _ModuleEncoder(Encoder):
         """Its class by name, its attributes as values."""
         kind = type(value)
         name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
-        if not is_plain_class(kind) or _has_slots(kind) or not hasattr(value, "__dict__"):
+        if not is_plain_class(kind) or has_slots(kind) or not hasattr(value, "__dict__"):
             raise RefusedError(_not_stored(name, path))
         reference = self._refer(kind)
         self.open(value, path)
@@ -189,9 +198,13 @@ class _ModuleEncoder(Encoder):
             is_graph = isinstance(module, torch.fx.GraphModule)
             name = "GraphModule" if is_graph else type(module).__qualname__
             raise RefusedError(f"{name} carries generated code; push the original module")
+        if type(module).__module__ == "torch.distributed.fsdp._fully_shard._fsdp_init":
+            raise RefusedError(
+                "it is sharded by FSDP; gather it first, or push with ckpt.dcp_writer"
+            )
         kind = _own_class(module)
         reference = self._refer(kind)
-        if _has_slots(kind):
+        if has_slots(kind):
             raise RefusedError(
                 f"{kind.__qualname__} has __slots__, whose values are not in its dict; remove them"
             )
@@ -258,7 +271,7 @@ class _ModuleEncoder(Encoder):
                 continue
             if self._leaves_out((*path, name)):
                 continue
-            if callable(getattr(type(module), name, None)):
+            if would_replace(type(module), name, isinstance(value, type)):
                 reason = f'attribute "{name}" would replace a method of {type(module).__qualname__}'
                 self.refusals.append(((*path, name), f"{reason}; rename it, or subclass"))
                 continue
@@ -306,13 +319,6 @@ class _ModuleEncoder(Encoder):
                 name = getattr(function, "__qualname__", type(function).__qualname__)
                 if not is_of_torch(function):
                     self.notes.append(f"{where}: state_dict hook {escape(name, 80)} is not stored")
-
-
-def _has_slots(kind: type) -> bool:
-    """Whether instances keep values where their dict has none."""
-    slots = (vars(base).get("__slots__", ()) for base in kind.__mro__)
-    names = {name for some in slots for name in ((some,) if isinstance(some, str) else some)}
-    return not names <= {"__dict__", "__weakref__"}
 
 
 def _not_stored(name: str, path: Path) -> str:

@@ -6,6 +6,7 @@ import importlib
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -17,7 +18,14 @@ from torch import nn
 from ckpt.core.documents import Document
 from ckpt.core.errors import IntegrityError, NotFoundError, TrustError, UsageError
 from ckpt.core.printable import escape
-from ckpt.loader.classes import is_dotted_name, is_plain_class, is_reference, live_object
+from ckpt.loader.classes import (
+    is_dotted_name,
+    is_plain_class,
+    is_reference,
+    live_object,
+    reference_of,
+)
+from ckpt.loader.values import RefusedError
 
 TrustLike = type | str
 
@@ -51,6 +59,8 @@ STORED_HOOKS = frozenset(
         )
     }
 )
+# Nobody should have to trust all of these; what is in them is given itself.
+_NO_MODULES = {"__main__", "builtins"}
 _FUNCTION_HOMES = ("torch.nn.functional", "torch", "torch._C._nn", "math")
 # No document has these: they carry generated code, or are taken off at the push.
 _NEVER_STORED = (
@@ -167,7 +177,11 @@ class Trust:
             raise UsageError(
                 "trust-invalid", f"{one!r} is not a class", hint="give a class or a module's name"
             )
-        self._classes[f"{one.__module__}:{name}"] = one
+        reference = f"{one.__module__}:{name}"
+        if isinstance(one, types.BuiltinFunctionType):  # few of them say where they are
+            with suppress(RefusedError):
+                reference = reference_of(one)
+        self._classes[reference] = one
         self._local[name] = one
 
     @classmethod
@@ -203,7 +217,7 @@ class Trust:
         if not refused:
             return
         shown = ", ".join(sorted({name.reference for name in refused}))
-        modules = sorted({name.reference.partition(":")[0] for name in refused} - {"__main__"})
+        modules = sorted({name.reference.partition(":")[0] for name in refused} - _NO_MODULES)
         if modules:
             way = f"trust={modules!r}, or --trust on the command line"
         else:  # only the program itself can say which class it means

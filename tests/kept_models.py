@@ -196,3 +196,18 @@ class Passing(nn.Module):
         made = nn.Linear(1, 1, bias=False)
         made.weight.data.fill_(self.number)
         return {**vars(self), "_modules": {"linear": made}}
+
+
+class Defaulting(nn.Module):
+    """Has a class by default, in the place of which it may be given another."""
+
+    norm: type[nn.Module] = nn.LayerNorm
+
+    def __init__(self, norm: type[nn.Module]) -> None:
+        super().__init__()
+        self.norm = norm
+        self.layer = self.norm(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y

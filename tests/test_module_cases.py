@@ -10,10 +10,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from kept_models import (
     Backward,
+    Defaulting,
     Fresh,
     Keeping,
     Locking,
@@ -191,6 +193,12 @@ def quantized_view() -> list[torch.Tensor]:
     return [whole, whole[1:]]
 
 
+def forward_by_class() -> nn.Module:
+    net: Any = nn.Linear(2, 2)
+    vars(net)["forward"] = nn.ReLU
+    return net  # type: ignore[no-any-return]
+
+
 def marked() -> Any:
     made = functools.partial(double)
     made.note = 1  # type: ignore[attr-defined]
@@ -217,7 +225,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "hook": (lambda: with_hook("forward_hook"), "0: forward hook .*lambda.*cannot be stored"),
     "pre-hook": (lambda: with_hook("forward_pre_hook"), "0: forward pre-hook"),
     "backward": (lambda: with_hook("full_backward_hook"), "0: backward hook"),
-    "nested": (lambda: with_attribute(nested()), "extra: tensor subclass|extra: .*[Nn]ested"),
+    "nested": (lambda: with_attribute(nested()), "extra: a nested tensor; keep its parts"),
     "meta": (lambda: nn.Linear(2, 2, device="meta"), "weight: on device meta"),
     "script": (lambda: nn.Sequential(torch.jit.script(nn.ReLU())), "carries generated code"),
     "graph": (lambda: torch.fx.symbolic_trace(nn.ReLU()), "GraphModule carries generated code"),
@@ -228,6 +236,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda: with_attribute(quantized_view()),
         "extra.1: shares quantized memory with extra.0",
     ),
+    "operator": (lambda: with_attribute(torch.ops.aten.relu), "1 value .* extra: an operator of"),
+    "overload": (lambda: with_attribute(torch.ops.aten.relu.default), "extra: an operator of"),
+    "method by a class": (forward_by_class, 'forward: attribute "forward" would replace a method'),
     "own partial": (lambda: with_attribute(OwnPartial(double)), "extra: a partial with a class"),
     "marked partial": (lambda: with_attribute(marked()), "extra: a partial with .*attributes"),
     "slots": (Slotted, "<root>: Slotted has __slots__"),
@@ -324,6 +335,40 @@ def test_what_was_computed_with_gradients_is_named_and_comes_back_detached(
     assert not repo.load("m").get_submodule("0").back.requires_grad
     with pytest.warns(ckpt.CkptWarning, match="loss is a result of other tensors"):
         repo.push({"loss": net(torch.ones(2)).sum()}, "values")
+
+
+def test_a_class_that_stands_in_a_class_by_default_gives_way_to_another(
+    repo: ckpt.Repository,
+) -> None:
+    net = Defaulting(nn.RMSNorm)
+    repo.push(net, "m", inputs=(torch.rand(1, 2),))
+    loaded: Any = repo.load("m", trust=TRUST, require="outputs-exact")
+    assert (loaded.norm, type(loaded.layer)) == (nn.RMSNorm, nn.RMSNorm)
+
+
+def test_a_default_class_gives_way_to_nothing_but_a_class(
+    repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo.push(Defaulting(nn.RMSNorm), "m")
+    document = repo.document("m")
+    first, *rest = document.modules
+    attrs = {**first.attrs, "norm": {"$function": "torch:relu"}}
+    edited = msgspec.structs.replace(
+        document, modules=(msgspec.structs.replace(first, attrs=attrs), *rest)
+    )
+    monkeypatch.setattr(repo._registry.queries, "document", lambda version: edited)
+    with pytest.raises(IntegrityError, match='"norm" would replace a method'):
+        repo.load("m", trust=TRUST)
+
+
+@pytest.mark.parametrize("function", [torch.sign, abs])
+def test_a_function_that_is_given_is_trusted_alone(repo: ckpt.Repository, function: Any) -> None:
+    repo.push(with_attribute(function), "m")
+    assert repo.load("m", trust=[function]).extra is function
+    with pytest.raises(ckpt.CkptError) as caught:
+        repo.load("m")
+    assert caught.value.code == "class-not-allowed"
+    assert "builtins" not in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize("make", [pruned, weight_norm, spectral_norm, parametrizations.weight_norm])

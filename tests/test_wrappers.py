@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,6 +83,28 @@ def test_a_class_that_is_only_called_like_a_wrapper_is_kept_whole() -> None:
     captured = capture_module(OptimizedModule())
     assert captured.modules[0].reference.endswith(":OptimizedModule")
     assert {entry.name for entry in captured.tensors} >= {"_orig_mod.weight", "head.weight"}
+
+
+_SHARDED = """
+import sys, ckpt, torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/group", rank=0, world_size=1)
+net = nn.Sequential(nn.Linear(2, 2))
+fully_shard(net)
+try:
+    ckpt.open(sys.argv[1]).push(net, "m")
+except ckpt.CkptError as error:
+    print(error.code, error)
+dist.destroy_process_group()
+"""
+
+
+def test_a_module_that_is_sharded_says_to_gather_it_first(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _SHARDED, str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert found.startswith("cannot-store")
+    assert "<root>: it is sharded by FSDP; gather it first" in found
 
 
 @pytest.mark.parametrize("shared", [False, True])
