@@ -218,11 +218,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def would_replace(kind: type, name: str, is_class: bool) -> bool:
+def would_replace(kind: type, name: str, makes: bool) -> bool:
     """Whether an attribute would stand in for a method of its class. A class that is there by
-    default, such as ``norm = nn.LayerNorm``, is no method, and may give way to another."""
+    default, such as ``norm = nn.LayerNorm``, is no method: it may give way to what ``makes``
+    objects too, another class or a partial of one."""
     found = getattr(kind, name, None)
-    default = is_class and isinstance(found, type) and not name.startswith("__")
+    default = makes and isinstance(found, type) and not name.startswith("__")
     return callable(found) and not default
 
 

@@ -59,8 +59,8 @@ def check_equal(
         "rebuild-failed",
         f"a rebuilt copy gives other outputs than the module: {escape(what[0])}"
         + (f"; first differing child: {escape(where)}" if where else ""),
-        hint="keep all that its forward needs in attributes that __getstate__ and drop leave, or "
-        "push without inputs",
+        hint="attributes are stored by their values, not in their order, nor what __getstate__ or "
+        "drop leave out; without inputs it is pushed as it is",
     )
 
 

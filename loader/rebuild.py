@@ -175,8 +175,8 @@ class _Builder(Decoder):
 
     @staticmethod
     def _check_name(module: nn.Module, name: str, value: Any) -> None:
-        is_class = isinstance(value, dict) and value.keys() == {"$class"}
-        replaces = would_replace(type(module), name, is_class)
+        makes = isinstance(value, dict) and value.keys() <= {"$class", "$partial"}
+        replaces = would_replace(type(module), name, makes)
         if name in INTERNALS or name == "__dict__" or replaces:
             raise IntegrityError(
                 "document-damaged",

@@ -209,6 +209,9 @@ class _ModuleEncoder(Encoder):
                 f"{kind.__qualname__} has __slots__, whose values are not in its dict; remove them"
             )
         state = _state_of(module)
+        parametrized = _parametrized(module)
+        if parametrized and isinstance(module, nn.RNNBase):  # a list of what they compute
+            self.table.recomputed.update(map(id, module._flat_weights))
         hooks = self._hooks(module, path)
         params = self._named(state["_parameters"], path)
         persistent = state["_non_persistent_buffers_set"]
@@ -228,7 +231,7 @@ class _ModuleEncoder(Encoder):
             children=self._children(state["_modules"], path),
             attrs=self._attributes(module, state, path),
             hooks=hooks,
-            parametrized=_parametrized(module),
+            parametrized=parametrized,
         )
 
     def _named(self, tensors: Mapping[str, Any], path: Path) -> tuple[tuple[str, int | None], ...]:
@@ -271,7 +274,7 @@ class _ModuleEncoder(Encoder):
                 continue
             if self._leaves_out((*path, name)):
                 continue
-            if would_replace(type(module), name, isinstance(value, type)):
+            if would_replace(type(module), name, isinstance(value, (type, functools.partial))):
                 reason = f'attribute "{name}" would replace a method of {type(module).__qualname__}'
                 self.refusals.append(((*path, name), f"{reason}; rename it, or subclass"))
                 continue

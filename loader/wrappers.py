@@ -56,12 +56,12 @@ def _wrapper_of(module: nn.Module) -> tuple[type, str, str] | None:
 
 def _check_bare(module: nn.Module, kind: type, child: str) -> None:
     name = type(module).__qualname__
-    own = [] if type(module) is kind else [f"code beside that of {kind.__name__}"]
+    own = [] if type(module) is kind else ["its code"]
     own += [f"the {word}s" for place, word in HOOKS.items() if getattr(module, place)]
     for place in ("_parameters", "_buffers", "_modules"):
         own += [str(key) for key in vars(module)[place] if key != child]
     if own:
         raise RefusedError(
-            f"the wrapper {name} has {', '.join(own)} of its own; push the module inside it, "
-            f"net.{child}"
+            f"the wrapper {name} does more than {kind.__name__}, by {', '.join(own)}; push the "
+            f"module inside it, net.{child}"
         )

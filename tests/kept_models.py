@@ -201,9 +201,9 @@ class Passing(nn.Module):
 class Defaulting(nn.Module):
     """Has a class by default, in the place of which it may be given another."""
 
-    norm: type[nn.Module] = nn.LayerNorm
+    norm: Any = nn.LayerNorm
 
-    def __init__(self, norm: type[nn.Module]) -> None:
+    def __init__(self, norm: Any) -> None:
         super().__init__()
         self.norm = norm
         self.layer = self.norm(2)
