@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from ckpt.loader.sources import as_bits, laid_out, typed_view
 # What DataParallel, DDP and torch.compile put before every key.
 _PREFIXES = ("module.", "_orig_mod.")
 _EXTRA = "_extra_state"  # the key of what get_extra_state gives
-_DEPTH_LIMIT = 20
 
 
 def check_module(module: object) -> None:
@@ -180,7 +179,7 @@ def _check_own(
     module: nn.Module, targets: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]
 ) -> None:
     """What state_dict() made anew is not of the module: to write there would change nothing."""
-    held = [tensor for one in module.modules() for tensor in _tensors_in(vars(one))]
+    held = _tensors_in([vars(one) for one in module.modules()])
     objects = {id(tensor) for tensor in held}
     memory = {_storage(tensor) for tensor in held} - {None}
     for key, target in targets.items():
@@ -193,12 +192,17 @@ def _check_own(
         )
 
 
-def _tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (Mapping, list, tuple)) and depth < _DEPTH_LIMIT:
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors_in(item, depth + 1)
+def _tensors_in(value: Any) -> list[torch.Tensor]:
+    """All tensors in plain containers, which may contain themselves."""
+    found, rest, seen = [], [value], set()
+    while rest:
+        one = rest.pop()
+        if isinstance(one, torch.Tensor):
+            found.append(one)
+        elif isinstance(one, (Mapping, list, tuple)) and id(one) not in seen:
+            seen.add(id(one))
+            rest.extend(one.values() if isinstance(one, Mapping) else one)
+    return found
 
 
 def _storage(tensor: torch.Tensor) -> tuple[str, int] | None:

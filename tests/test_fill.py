@@ -102,7 +102,7 @@ class Transposing(nn.Module):
         self.weight = nn.Parameter(torch.rand(2, 3))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}turned"] = self.weight.t().contiguous()
+        destination[f"{prefix}turned"] = self.weight.detach().t().contiguous()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         self.weight.data.copy_(state_dict[f"{prefix}turned"].t())
@@ -113,7 +113,8 @@ class Detaching(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.plain = [torch.rand(3)]
+        self.plain: list[Any] = [torch.rand(3)]
+        self.plain += [self.plain, self.plain]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}plain"] = self.plain[0].detach()
