@@ -314,13 +314,14 @@ def _check_kind(value: Any) -> None:
 
 def _reason_of_kind(value: torch.Tensor) -> str:
     kind = type(value)
-    if value.is_nested:
-        return "a nested tensor; keep its parts, unbind()"
     if kind.__name__ == "DTensor":
         return "a DTensor; gather it first with full_tensor()"
     if torch.nn.parameter.is_lazy(value):
         return "an uninitialized parameter of a lazy module; run one forward first"
-    return f"tensor subclass {kind.__module__}.{kind.__qualname__} is not supported"
+    if kind is torch.Tensor:
+        return "a nested tensor; keep its parts, unbind()"
+    way = "; keep its parts, unbind()" if value.is_nested else ""
+    return f"tensor subclass {kind.__module__}.{kind.__qualname__} is not supported{way}"
 
 
 def _descr(dtype: numpy.dtype[Any]) -> Any:
