@@ -109,12 +109,14 @@ class Module(Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unkno
 
 
 class ModelClass(Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
-    """A class or function that a document names, as it was when it was pushed."""
+    """A class or function that a document names, or a base of one, as it was when it was pushed.
+    ``bases`` has those that are neither of torch nor of the standard library, by reference."""
 
     reference: str
     package: str | None = None
     version: str | None = None
     source_digest: str | None = None
+    bases: tuple[str, ...] = ()
 
 
 class SafetensorsFile(

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from ckpt.core.documents import ModelClass, Module, Tensor
 from ckpt.core.dtypes import ITEM_SIZES
-from ckpt.core.printable import escape
+from ckpt.core.printable import escape, few
 from ckpt.core.tensors import TensorBytes
 from ckpt.loader.geometry import SharedBytes, find_shared, stored_form
 from ckpt.loader.sources import MemoryTensor, RegionTensor, from_array, has_torch_dtype
@@ -76,7 +76,7 @@ def capture(state: Any) -> Captured:
         encoder.refusals.append((path, reason))
     encoder.raise_refusals()
     entries, sources = table.finish()
-    return Captured(root, entries, sources, tuple(encoder.order), notes=tuple(table.notes))
+    return Captured(root, entries, sources, tuple(encoder.order), notes=table.all_notes())
 
 
 @dataclass(slots=True)
@@ -97,10 +97,13 @@ class TensorTable:
 
     lazy: bool = False
     notes: list[str] = field(default_factory=list)
+    recomputed: set[int] = field(default_factory=set)  # ids of what a stored hook makes again
+    _detached: list[str] = field(default_factory=list)
     _items: list[_Item] = field(default_factory=list)
     _known: dict[int, int] = field(default_factory=dict)
     _alive: list[Any] = field(default_factory=list)  # an id is only unique while its object lives
     _names: set[str] = field(default_factory=set)
+    _quantized: list[tuple[Path, torch.Tensor]] = field(default_factory=list)
     _regions: dict[int, RegionTensor] = field(default_factory=dict)
 
     def take(self, value: Any, path: Path) -> int:
@@ -120,9 +123,20 @@ class TensorTable:
 
     def _note_own(self, tensor: torch.Tensor, path: Path) -> None:
         """What somebody hung on a tensor changes no values: it is left out, and named."""
+        where = escape(".".join(path), 80)
+        if tensor.requires_grad and not tensor.is_leaf and id(tensor) not in self.recomputed:
+            self._detached.append(where or "the tensor")
         for name in sorted(vars(tensor).keys() - _MADE_ON_TENSORS):
-            where = escape(".".join(path), 80)
             self.notes.append(f"{where}: its attribute {escape(name, 80)} is not stored")
+
+    def all_notes(self) -> tuple[str, ...]:
+        """What the user of the state should know."""
+        if not self._detached:
+            return tuple(self.notes)
+        one = len(self._detached) == 1
+        said = "is a result of other tensors" if one else "are results of other tensors"
+        back = "it comes back detached" if one else "they come back detached"
+        return (*self.notes, f"{few(self._detached)} {said}, which is not stored: {back}")
 
     def _add(self, value: Any, path: Path) -> int:
         if isinstance(value, numpy.ndarray):
@@ -139,6 +153,7 @@ class TensorTable:
         if value.layout in _SPARSE:
             return self._add_parts(path, _sparse_entry(value, entry), _sparse_parts(value))
         if value.is_quantized:
+            self._quantized.append((path, value))
             return self._add_parts(path, _quantized_entry(value, entry), _quantized_parts(value))
         return self._append(_Item(path, entry, _plain(value)))
 
@@ -211,6 +226,14 @@ class TensorTable:
                 item.stored, strides = stored_form(item.tensor)
                 if strides is not None:
                     item.entry = replace(item.entry, strides=strides)
+        for group in find_shared([tensor for _, tensor in self._quantized]):
+            first, *others = (self._quantized[index][0] for index in group.members)
+            shared = escape(".".join(first), 80)
+            for path in others:
+                yield (
+                    path,
+                    f"shares quantized memory with {shared}, and would not again; clone() it",
+                )
         for group in find_shared([item.tensor for item in self._items]):
             align = 0 if group.host is not None else group.low % _ALIGNMENT
             for index in group.members:
@@ -295,7 +318,10 @@ def _reason_of_kind(value: torch.Tensor) -> str:
         return "a DTensor; gather it first with full_tensor()"
     if torch.nn.parameter.is_lazy(value):
         return "an uninitialized parameter of a lazy module; run one forward first"
-    return f"tensor subclass {kind.__module__}.{kind.__qualname__} is not supported"
+    if kind is torch.Tensor:
+        return "a nested tensor; keep its parts, unbind()"
+    way = "; keep its parts, unbind()" if value.is_nested else ""
+    return f"tensor subclass {kind.__module__}.{kind.__qualname__} is not supported{way}"
 
 
 def _descr(dtype: numpy.dtype[Any]) -> Any:

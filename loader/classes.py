@@ -12,12 +12,18 @@ import sys
 import tokenize
 import types
 import unicodedata
+from collections.abc import Iterable
+from contextlib import suppress
 from importlib.machinery import PathFinder
 from typing import Any
+
+from msgspec.structs import replace
 
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import ModelClass
 from ckpt.loader.values import RefusedError
+
+_GIVEN = (sys.stdlib_module_names | {"torch"}) - {"__main__"}
 
 
 def reference_of(value: Any) -> str:
@@ -98,6 +104,26 @@ def describe_class(reference: str) -> ModelClass:
         version=_version(package),
         source_digest=_source_digest(module, name),
     )
+
+
+def describe_classes(references: Iterable[str]) -> tuple[ModelClass, ...]:
+    """The classes and functions that a state names, and the classes that these derive from."""
+    bases = {reference: _bases_of(live_object(reference)) for reference in references}
+    everything = {*bases, *(base for some in bases.values() for base in some)}
+    return tuple(
+        replace(describe_class(reference), bases=bases.get(reference, ()))
+        for reference in sorted(everything)
+    )
+
+
+def _bases_of(kind: Any) -> tuple[str, ...]:
+    """Where else the code of a class may stand: not what comes with torch or Python."""
+    found = []
+    for base in kind.__mro__[1:] if isinstance(kind, type) else ():
+        if base.__module__.partition(".")[0] not in _GIVEN:
+            with suppress(RefusedError):
+                found.append(reference_of(base))
+    return tuple(found)
 
 
 def is_of_torch(value: Any) -> bool:
@@ -192,6 +218,15 @@ def _version(package: str) -> str | None:
         return None
 
 
+def would_replace(kind: type, name: str, makes: bool) -> bool:
+    """Whether an attribute would stand in for a method of its class. A class that is there by
+    default, such as ``norm = nn.LayerNorm``, is no method: it may give way to what ``makes``
+    objects too, another class or a partial of one."""
+    found = getattr(kind, name, None)
+    default = makes and isinstance(found, type) and not name.startswith("__")
+    return callable(found) and not default
+
+
 def is_plain_class(kind: Any) -> bool:
     """Whether objects of the class are nothing but their ``__dict__``: made by ``object.__new__``
     and copied or pickled in no way of their own."""
@@ -202,3 +237,10 @@ def is_plain_class(kind: Any) -> bool:
         and getattr(kind, "__getstate__", None) is vars(object).get("__getstate__")
         and not hasattr(kind, "__setstate__")
     )
+
+
+def has_slots(kind: type) -> bool:
+    """Whether instances keep values where their dict has none."""
+    slots = (vars(base).get("__slots__", ()) for base in kind.__mro__)
+    names = {name for some in slots for name in ((some,) if isinstance(some, str) else some)}
+    return not names <= {"__dict__", "__weakref__"}

@@ -11,8 +11,9 @@ from torch import nn
 
 from ckpt.core.errors import CkptWarning, IntegrityError, UsageError
 from ckpt.core.printable import escape
+from ckpt.loader.geometry import SharedBytes, find_shared
 from ckpt.loader.outputs import is_equal
-from ckpt.loader.sources import laid_out
+from ckpt.loader.sources import as_bits, laid_out, typed_view
 
 # What DataParallel, DDP and torch.compile put before every key.
 _PREFIXES = ("module.", "_orig_mod.")
@@ -39,7 +40,7 @@ def fill_module(module: nn.Module, weights: Mapping[str, Any]) -> str:
             ``not-writable``, ``ties-differ``; everything is checked before anything is changed.
     """
     own = module.state_dict(keep_vars=True)
-    targets, given, prefix = _fitted(own, weights)
+    targets, given, prefix = _fitted(module, own, weights)
     extra_states = set(filter(_is_extra, weights))
     if extra_states != set(filter(_is_extra, own)):
         warnings.warn(
@@ -58,11 +59,11 @@ def fill_module(module: nn.Module, weights: Mapping[str, Any]) -> str:
 
 def check_fit(module: nn.Module, weights: Mapping[str, Any]) -> None:
     """Refuse what :func:`fill_module` would refuse; nothing is changed."""
-    _fitted(module.state_dict(keep_vars=True), weights)
+    _fitted(module, module.state_dict(keep_vars=True), weights)
 
 
 def _fitted(
-    own: Mapping[str, Any], weights: Mapping[str, Any]
+    module: nn.Module, own: Mapping[str, Any], weights: Mapping[str, Any]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any], str]:
     """The tensors of a module's state, what each is to be filled from, and the wrapper's prefix."""
     targets = {
@@ -85,7 +86,9 @@ def _fitted(
         )
     for key, target in targets.items():
         _check_fits(key, target, given[key])
+    _check_own(module, targets, given)
     _check_ties(targets, given)
+    _check_overlaps(targets, given)
     return targets, given, prefix
 
 
@@ -170,6 +173,91 @@ def _check_ties(targets: Mapping[str, torch.Tensor], given: Mapping[str, torch.T
                 "was saved",
                 hint="untie them in the model",
             )
+
+
+def _check_own(
+    module: nn.Module, targets: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]
+) -> None:
+    """What state_dict() made anew is not of the module: to write there would change nothing."""
+    held = _tensors_in([vars(one) for one in module.modules()])
+    objects = {id(tensor) for tensor in held}
+    memory = {_storage(tensor) for tensor in held} - {None}
+    for key, target in targets.items():
+        if id(target) in objects or _storage(target) in memory or _is_same(target, given[key]):
+            continue
+        raise IntegrityError(
+            "not-writable",
+            f"{escape(key)} is made anew by the module's state_dict(), it is no tensor of its own",
+            hint="let its own code load: module.load_state_dict(repo.pull(REF))",
+        )
+
+
+def _tensors_in(value: Any) -> list[torch.Tensor]:
+    """All tensors in plain containers, which may contain themselves."""
+    found, rest, seen = [], [value], set()
+    while rest:
+        one = rest.pop()
+        if isinstance(one, torch.Tensor):
+            found.append(one)
+        elif isinstance(one, (Mapping, list, tuple)) and id(one) not in seen:
+            seen.add(id(one))
+            rest.extend(one.values() if isinstance(one, Mapping) else one)
+    return found
+
+
+def _storage(tensor: torch.Tensor) -> tuple[str, int] | None:
+    """The memory that a tensor lies in; None where that cannot be told."""
+    if not _has_address(tensor) or not tensor.numel():
+        return None
+    return str(tensor.device), tensor.untyped_storage().data_ptr()
+
+
+def _has_address(tensor: torch.Tensor) -> bool:
+    plain = type(tensor) in (torch.Tensor, nn.Parameter) and not nn.parameter.is_lazy(tensor)
+    return plain and tensor.layout == torch.strided and not tensor.is_meta
+
+
+def _has_bits(tensor: torch.Tensor) -> bool:
+    """Whether its memory has its values, with nothing put off."""
+    put_off = tensor.is_quantized or tensor.is_conj() or tensor.is_neg()
+    return _has_address(tensor) and not put_off
+
+
+def _check_overlaps(targets: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
+    """Tensors of the module that lie in one memory must not get values that no memory can have."""
+    keys = list({id(target): key for key, target in targets.items()}.values())
+    found = [targets[key] for key in keys]
+    for group in find_shared([target if _has_bits(target) else None for target in found]):
+        members = [keys[index] for index in group.members]
+        key = _overwritten(group, {name: targets[name] for name in members}, given)
+        if key:
+            raise IntegrityError(
+                "ties-differ",
+                f"{', '.join(map(escape, members))} share memory in the model and differ in what "
+                "was saved",
+                hint="untie them in the model",
+            )
+
+
+def _overwritten(
+    group: SharedBytes, members: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]
+) -> str:
+    """The first of ``members`` that would not have its value once all of them are written."""
+    scratch = torch.zeros(group.high - group.low, dtype=torch.uint8, device="cpu")
+    windows = {}
+    for key, target in members.items():
+        offset, size = target.data_ptr() - group.low, target.element_size()
+        if offset % size:
+            return key
+        bits = as_bits(target)
+        window = typed_view(scratch, offset, bits.dtype).as_strided(target.shape, target.stride())
+        windows[key] = window.copy_(_bits_of(given[key]))
+    lost = (key for key in windows if not torch.equal(windows[key], _bits_of(given[key])))
+    return next(lost, "")
+
+
+def _bits_of(value: torch.Tensor) -> torch.Tensor:
+    return as_bits(value.cpu().contiguous())
 
 
 def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 from ckpt.core.digests import digest_of
 from ckpt.core.errors import UsageError
 from ckpt.loader.conditions import isolated, random_states
-from ckpt.loader.outputs import named_tensors, root_mean_square
+from ckpt.loader.outputs import Results, named_tensors, root_mean_square
 from ckpt.loader.sources import MemoryTensor
 
 Inputs = tuple[Any, ...] | dict[str, Any]
@@ -23,10 +23,12 @@ Children = tuple[tuple[str, str, float], ...]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a forward gave, and whether it asked a global generator for numbers."""
+    """What a forward gave, whether it asked a global generator for numbers, and what of its result
+    nobody can look into."""
 
     outputs: Outputs
     random: bool
+    skipped: tuple[str, ...] = ()
 
 
 def check_inputs(inputs: Any) -> Inputs:
@@ -48,7 +50,9 @@ def run_forward(module: nn.Module, inputs: Inputs, seed: int, devices: Sequence[
         before = random_states()
         result = module(**inputs) if isinstance(inputs, dict) else module(*inputs)
         asked = random_states() != before
-    return Run(named_tensors(result), asked)
+    results = Results()
+    results.collect(result)
+    return Run(results.tensors, asked, tuple(results.skipped))
 
 
 def run_children(module: nn.Module, inputs: Inputs, seed: int, devices: Sequence[str]) -> Children:

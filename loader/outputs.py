@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import types
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
@@ -14,6 +17,19 @@ import torch
 from ckpt.loader.sources import as_bits
 
 _DEPTH_LIMIT = 20
+_NUMBERS = (bool, int, float, complex)
+# Values without numbers in them, which are not compared.
+_EMPTY: tuple[type, ...] = (
+    type(None),
+    str,
+    bytes,
+    type,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    type(...),
+)
+_EMPTY += (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 # rtol and atol of torch.testing.assert_close, atol as a share of the largest value, and the share
 # of it that another kind of device may differ by (module-rebuild, section 3).
 _TOLERANCES = {
@@ -27,6 +43,9 @@ _REAL[torch.complex32] = torch.float16
 # How far an error may exceed the recorded one against the reference; more where there are too few
 # values for a root mean square to mean much, and between devices.
 _TIMES, _TIMES_FEW, _FEW = 4.0, 10.0, 10
+# Values larger than this many times the middle one, such as logits that a mask set to -1e9, say
+# nothing of how large an error of the others may be.
+_HUGE = 1e4
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,24 +82,39 @@ class Comparison:
         return f"{self.name}: {verb} {self.largest:.1e} at most, rms {self.error:.1e}, allowed {self.allowed:.1e}"
 
 
+@dataclass(slots=True)
+class Results:
+    """A forward's result: every tensor, array and number by where it stands, copied; and where
+    something stands that nobody can look into, with what it is."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+
+    def collect(
+        self, value: Any, name: str = "output", above: frozenset[int] = frozenset()
+    ) -> None:
+        """Add all that is in ``value``."""
+        if isinstance(value, torch.Tensor):
+            plain = value.detach() if value.layout == torch.strided else value.detach().to_dense()
+            copy = plain.clone(memory_format=torch.contiguous_format)
+            self.tensors[_free_name(name, self.tensors)] = copy
+        elif isinstance(value, (numpy.ndarray, numpy.generic, *_NUMBERS)):
+            self.tensors[_free_name(name, self.tensors)] = torch.tensor(value, device="cpu")
+        elif isinstance(value, _EMPTY) or id(value) in above:
+            return
+        else:
+            items = None if len(above) > _DEPTH_LIMIT else _items(value)
+            if items is None:
+                self.skipped.append(f"{name} (a {type(value).__qualname__})")
+            for key, item in items or ():
+                self.collect(item, f"{name}.{key}", above | {id(value)})
+
+
 def named_tensors(value: Any) -> dict[str, torch.Tensor]:
     """Every tensor, array and number in a forward's result, by where it stands; copies."""
-    found: dict[str, torch.Tensor] = {}
-    _collect(value, "output", found, set())
-    return found
-
-
-def _collect(value: Any, name: str, found: dict[str, torch.Tensor], above: set[int]) -> None:
-    if isinstance(value, torch.Tensor):
-        plain = value.detach() if value.layout == torch.strided else value.detach().to_dense()
-        found[_free_name(name, found)] = plain.clone(memory_format=torch.contiguous_format)
-    elif isinstance(value, (numpy.ndarray, numpy.generic, bool, int, float, complex)):
-        found[_free_name(name, found)] = torch.tensor(value, device="cpu")
-    elif id(value) in above or len(above) > _DEPTH_LIMIT:
-        return
-    else:
-        for key, item in _items(value):
-            _collect(item, f"{name}.{key}", found, above | {id(value)})
+    results = Results()
+    results.collect(value)
+    return results.tensors
 
 
 def _free_name(name: str, found: Mapping[str, torch.Tensor]) -> str:
@@ -89,14 +123,28 @@ def _free_name(name: str, found: Mapping[str, torch.Tensor]) -> str:
     return next(one for one in names if one not in found)
 
 
-def _items(value: Any) -> list[tuple[Any, Any]]:
+def _items(value: Any) -> list[tuple[Any, Any]] | None:
+    """What is in a value, in an order that the next run has too; None where that cannot be told."""
     if isinstance(value, Mapping):
         return list(value.items())
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (Sequence, deque)):
         return list(enumerate(value))
-    if isinstance(value, (type, torch.nn.Module)):
-        return []
-    return sorted(vars(value).items()) if hasattr(value, "__dict__") else []
+    if isinstance(value, AbstractSet):
+        plain = all(isinstance(item, (*_NUMBERS, str, bytes, type(None))) for item in value)
+        return list(enumerate(sorted(value, key=repr))) if plain else None
+    if isinstance(value, torch.nn.Module):
+        return None
+    slots = dict(_slots_of(value))
+    if not slots and not hasattr(value, "__dict__"):
+        return None
+    return sorted({**slots, **getattr(value, "__dict__", {})}.items())
+
+
+def _slots_of(value: Any) -> Iterator[tuple[str, Any]]:
+    for base in (one for one in type(value).__mro__ if "__slots__" in vars(one)):
+        for name, member in vars(base).items():
+            if isinstance(member, types.MemberDescriptorType) and hasattr(value, name):
+                yield name, getattr(value, name)
 
 
 def is_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -132,25 +180,53 @@ def compare(
         return Comparison(name, dtype, shape, False, False, math.inf, math.inf)
     kind = _REAL.get(recorded.dtype, recorded.dtype)
     old, new = _wide(recorded), _wide(found)
-    largest = _largest(new - old)
     if kind not in _TOLERANCES:
         share = (old != new).double().mean().item()
-        return Comparison(name, dtype, shape, False, False, largest, mismatches=share)
+        return Comparison(name, dtype, shape, False, False, _largest(new - old), mismatches=share)
     if not torch.equal(_special(old), _special(new)):
         return Comparison(name, dtype, shape, False, False, math.inf, math.inf)
+    wide = None if reference is None else _wide(reference)
+    close, error, allowed = _within_noise(kind, old, new, wide, across=across)
+    return Comparison(name, dtype, shape, False, close, _largest(new - old), error, allowed)
+
+
+def _within_noise(
+    kind: torch.dtype,
+    old: torch.Tensor,
+    new: torch.Tensor,
+    wide: torch.Tensor | None,
+    *,
+    across: bool,
+) -> tuple[bool, float, float]:
+    """Whether values differ by no more than noise may do, the error, and what it may be."""
     relative, absolute, far = _TOLERANCES[kind]
-    scale = _largest(old)
-    allowed = (far if across else absolute) * scale
-    error = _rms(new - old)
-    beyond = (new - old).abs() - (0 if across else relative) * old.abs()
-    close = bool((beyond[beyond.isfinite()] <= allowed).all())
-    if reference is not None and not close:
-        wide = _wide(reference)
+    share = far if across else absolute
+    ordinary, huge = _by_size(old)
+    differences = (new - old).abs()
+    allowed = share * _largest(old[ordinary])
+    error = _rms((new - old)[ordinary])
+    beyond = differences - (0 if across else relative) * old.abs()
+    fine = bool((differences[huge] <= share * old[huge].abs()).all())
+    close = fine and bool((beyond[ordinary] <= allowed).all())
+    if wide is not None and not close:
         many = 10.0 if across else _TIMES_FEW if old.numel() <= _FEW else _TIMES
-        tiny = torch.finfo(kind).eps * _largest(wide)
-        error, allowed = _rms(new - wide), many * _rms(old - wide) + tiny
-        close = error <= allowed
-    return Comparison(name, dtype, shape, False, close, largest, error, allowed)
+        tiny = torch.finfo(kind).eps * _largest(wide[ordinary])
+        error = _rms((new - wide)[ordinary])
+        allowed = many * _rms((old - wide)[ordinary]) + tiny
+        close = fine and error <= allowed
+    return close, error, allowed
+
+
+def _by_size(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the values of one size are, and where the huge ones, each of which is judged by its own
+    size. Equal values count once: a mask may set most of them."""
+    sizes = tensor.abs()
+    finite = sizes.isfinite()
+    distinct = torch.unique(sizes[finite & (sizes > 0)])
+    if not distinct.numel():
+        return finite, torch.zeros_like(finite)
+    within = sizes <= _HUGE * distinct[distinct.numel() // 2]
+    return finite & within, finite & ~within
 
 
 def is_plausible(recorded: torch.Tensor, reference: torch.Tensor) -> bool:
@@ -159,8 +235,10 @@ def is_plausible(recorded: torch.Tensor, reference: torch.Tensor) -> bool:
     kind = _REAL.get(recorded.dtype, recorded.dtype)
     if recorded.shape != reference.shape or kind not in _TOLERANCES:
         return False
-    wide = _wide(reference)
-    return _rms(_wide(recorded) - wide) <= 10 * _TOLERANCES[kind][2] * _largest(wide)
+    old, wide = _wide(recorded), _wide(reference)
+    ordinary, _ = _by_size(old)
+    old, wide = old[ordinary], wide[ordinary]
+    return _rms(old - wide) <= 10 * _TOLERANCES[kind][2] * _largest(wide)
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ from ckpt.loader.forward import (
     used_devices,
 )
 from ckpt.loader.outputs import all_equal, is_plausible
+from ckpt.loader.own_run import check_equal, first_difference, kept, runnable
 from ckpt.loader.rebuild import rebuild
 from ckpt.loader.replica import (
     FULL_BYTES,
@@ -46,25 +47,32 @@ _SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class RecordedProbe:
-    """A probe ready to be pushed; ``captured.sources`` has the bytes of its tensors."""
+    """A probe ready to be pushed; ``captured.sources`` has the bytes of its tensors, ``skipped``
+    says what of the result nobody can look into."""
 
     probe: Probe
     captured: Captured
+    skipped: tuple[str, ...] = ()
 
 
 def record_probe(
-    captured: Captured, inputs: Inputs, known: Behaviour | None = None
+    captured: Captured,
+    inputs: Inputs,
+    known: Behaviour | None = None,
+    module: nn.Module | None = None,
 ) -> RecordedProbe:
     """Run a captured module on ``inputs``, and keep what it gave.
 
-    The user's own module never runs. Up to ``FULL_BYTES`` a copy of it does: once more to see
-    whether it repeats itself, once under another seed, once in double precision. With
-    ``known``, how the same structure behaved before, the first two are left out. A larger
-    module runs once, as a copy that shares its parameters.
+    Up to ``FULL_BYTES`` a copy of it runs: once more to see whether it repeats itself, once
+    under another seed, once in double precision. With ``known``, how the same structure behaved
+    before, the first two are left out. A larger module runs once, as a copy that shares its
+    parameters. ``module``, the user's own, runs once where nothing is known, and only if its
+    copy showed that a forward leaves it as it is: it must give the same.
 
     Raises:
         UsageError: ``cannot-store`` for the inputs; ``probe-failed`` when the forward fails on
-            them, gives no tensors, or writes to parameters that are too large to copy.
+            them, gives no tensors, or writes to parameters that are too large to copy;
+            ``rebuild-failed`` when a copy gives other outputs than ``module``.
     """
     trial = _Trial(captured, inputs)
     conditions = describe_conditions(trial.device)
@@ -76,6 +84,8 @@ def record_probe(
         else:
             outputs, behaviour = _run_once(trial)
             children, reference = (), {}
+        if module is not None and known is None:
+            _check_own(trial, module, (outputs, behaviour, children), reference)
     described = capture({"inputs": inputs, "outputs": outputs, "reference": reference})
     probe = Probe(
         root=described.root,
@@ -86,7 +96,7 @@ def record_probe(
         behaviour=behaviour,
         children=children,
     )
-    return RecordedProbe(probe, described)
+    return RecordedProbe(probe, described, trial.skipped)
 
 
 def _run_fully(trial: _Trial, known: Behaviour | None) -> tuple[Outputs, Behaviour, Children]:
@@ -130,6 +140,31 @@ def _run_once(trial: _Trial) -> tuple[Outputs, Behaviour]:
     return run.outputs, behaviour
 
 
+def _check_own(
+    trial: _Trial,
+    module: nn.Module,
+    recorded: tuple[Outputs, Behaviour, Children],
+    reference: Outputs,
+) -> None:
+    """Compare what the user's module gives with what its copy gave."""
+    outputs, behaviour, children = recorded
+    own = runnable(module, trial.captured, behaviour)
+    if own is None:
+        return
+    with kept(own, trial.captured, trial.spaces):
+        found = trial.run(own, _SEED).outputs
+        if behaviour.once and not all_equal(outputs, found):
+            again = trial.run(trial.sharing_copy(), _SEED).outputs
+            if not all_equal(outputs, again):  # it does not repeat itself
+                return
+        check_equal(
+            outputs,
+            found,
+            reference,
+            lambda: first_difference(children, trial.run_children(own)),
+        )
+
+
 class _Trial:
     """One module on one set of inputs; every run gets inputs of its own."""
 
@@ -137,25 +172,26 @@ class _Trial:
         self.full = captured.nbytes <= FULL_BYTES
         self.device, self._devices = used_devices([entry.device for entry in captured.tensors])
         self.inputs_changed = False
+        self.skipped: tuple[str, ...] = ()
         self.document = drafted(captured, digests=False)
-        self._captured = captured
+        self.captured = captured
         self._trust = Trust.of_live(self.document)
-        self._spaces = copied(captured, self.document) if self.full else {}
+        self.spaces = copied(captured, self.document) if self.full else {}
         given = capture(inputs)
         self._given = drafted(given, digests=True)
         self._given_spaces = copied(given, self._given)
 
     def copy(self) -> nn.Module:
         """A copy of the module as it was pushed."""
-        return replicate(self.document, copied_again(self.document, self._spaces), self._trust)
+        return replicate(self.document, copied_again(self.document, self.spaces), self._trust)
 
     def sharing_copy(self) -> nn.Module:
         """A copy whose parameters are the user's own memory."""
-        return share(self._captured, self.document, self._trust)
+        return share(self.captured, self.document, self._trust)
 
     def parameter_writes(self) -> list[int]:
         """How often each of the user's tensors was written to in place."""
-        sources = self._captured.sources
+        sources = self.captured.sources
         return [source.values._version for source in sources if isinstance(source, MemoryTensor)]
 
     def run(self, module: nn.Module, seed: int) -> Run:
@@ -168,6 +204,7 @@ class _Trial:
             raise
         except Exception as error:
             raise _failed(f"{type(error).__name__}: {escape(str(error))}") from error
+        self.skipped = run.skipped
         if not run.outputs:
             raise _failed("it gives no tensors")
         after = drafted(capture(inputs), digests=True)
@@ -185,7 +222,7 @@ class _Trial:
         default = torch.get_default_dtype()
         try:
             torch.set_default_dtype(torch.float64)
-            spaces = copied_again(self.document, self._spaces)
+            spaces = copied_again(self.document, self.spaces)
             module = rebuild(self.document, WideRestorer(self.document, spaces), self._trust)
             given = copied_again(self._given, self._given_spaces)
             inputs = WideRestorer(self._given, given).state()

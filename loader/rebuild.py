@@ -12,6 +12,7 @@ from torch import nn
 from ckpt.core.documents import Document, Module
 from ckpt.core.errors import CkptError, IntegrityError, NotFoundError
 from ckpt.core.printable import escape
+from ckpt.loader.classes import would_replace
 from ckpt.loader.restore import Restorer
 from ckpt.loader.snapshot import INTERNALS, find_cycle
 from ckpt.loader.trust import STORED_HOOKS, Named, Trust
@@ -147,7 +148,7 @@ class _Builder(Decoder):
             name: None if index is None else self.module(index) for name, index in record.children
         }
         for name, value in record.attrs.items():
-            self._check_name(module, name)
+            self._check_name(module, name, value)
             state[name] = self.decode(value)
         if isinstance(module, nn.RNNBase):
             _check_recurrent(module, state)
@@ -173,8 +174,10 @@ class _Builder(Decoder):
         return None if index is None else self.restorer.tensor(index)
 
     @staticmethod
-    def _check_name(module: nn.Module, name: str) -> None:
-        if name in INTERNALS or name == "__dict__" or callable(getattr(type(module), name, None)):
+    def _check_name(module: nn.Module, name: str, value: Any) -> None:
+        makes = isinstance(value, dict) and value.keys() <= {"$class", "$partial"}
+        replaces = would_replace(type(module), name, makes)
+        if name in INTERNALS or name == "__dict__" or replaces:
             raise IntegrityError(
                 "document-damaged",
                 f'attribute "{escape(name)}" would replace a method of {type(module).__qualname__}',

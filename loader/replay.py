@@ -98,6 +98,7 @@ class _Replay:
         self._document = as_document(probe)
         self._spaces = spaces
         self._device = device
+        self._skipped: tuple[str, ...] = ()
         self._make = copy if probe.behaviour.changes_state else (lambda: module)
         places = [str(tensor.device) for tensor in _tensors_of(module)]
         self._place, self._devices = used_devices(places)
@@ -113,7 +114,7 @@ class _Replay:
             conditions = describe_conditions(self._place)
             found = self._run()
             if all_equal(self._outputs, found):
-                return Outcome("outputs-exact", "", self._compare(found))
+                return Outcome("outputs-exact", self._unseen(), self._compare(found))
             changed = differences(self._probe.conditions, conditions)
             return self._judge_unequal(found, changed)
 
@@ -134,7 +135,8 @@ class _Replay:
             reason = f"the forward draws random numbers, and {', '.join(changed)}"
             return Outcome("structure", reason, outputs)
         if not drawn and all(output.close for output in outputs):
-            return Outcome("outputs-close", ", ".join(changed) or "the last bits differ", outputs)
+            reasons = [", ".join(changed) or "the last bits differ", self._unseen()]
+            return Outcome("outputs-close", "; ".join(filter(None, reasons)), outputs)
         whole = [output for output in outputs if not output.close]
         if self._across and all(output.mismatches for output in whole):
             return Outcome("structure", str(whole[0]), outputs)
@@ -143,6 +145,10 @@ class _Replay:
         raise _differ(
             str(whole[0]) if whole else str(outputs[0]), changed, self._first_child(changed)
         )
+
+    def _unseen(self) -> str:
+        names = ", ".join(escape(name, 80) for name in self._skipped)
+        return f"not compared: {names}" if names else ""
 
     def _compare(self, found: Outputs) -> tuple[Comparison, ...]:
         return tuple(
@@ -155,7 +161,7 @@ class _Replay:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the user's forward, which said them before
             try:
-                return run_forward(self._make(), inputs, self._probe.seed, self._devices).outputs
+                run = run_forward(self._make(), inputs, self._probe.seed, self._devices)
             except Exception as error:
                 raise IntegrityError(
                     "outputs-differ",
@@ -163,6 +169,8 @@ class _Replay:
                     f"{escape(str(error))}",
                     hint="its code may have changed; get the weights with pull",
                 ) from error
+        self._skipped = run.skipped
+        return run.outputs
 
     def _state(self) -> dict[str, Any]:
         """Inputs and outputs; built anew each time, for a forward may write to its inputs."""

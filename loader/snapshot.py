@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -16,26 +17,27 @@ from ckpt.core.documents import Module
 from ckpt.core.errors import UsageError
 from ckpt.core.printable import escape
 from ckpt.loader.capture import Captured, TensorTable, capture
-from ckpt.loader.classes import describe_class, is_of_torch, is_plain_class, reference_of
+from ckpt.loader.classes import (
+    describe_classes,
+    has_slots,
+    is_of_torch,
+    is_plain_class,
+    reference_of,
+    would_replace,
+)
 from ckpt.loader.trust import STORED_HOOKS
 from ckpt.loader.values import Encoder, Path, RefusedError
+from ckpt.loader.wrappers import HOOKS, unwrap
 
 # What nn.Module.__init__ makes; everything else in __dict__ is the module's own.
 INTERNALS = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 _MADE_BY_COMPILE = {"_is_torch_compile"}
-_HOOKS = {
-    "_forward_hooks": "forward hook",
-    "_forward_pre_hooks": "forward pre-hook",
-    "_backward_hooks": "backward hook",
-    "_backward_pre_hooks": "backward pre-hook",
-}
 STATE_HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _MADE_BY_LAZY = {"_load_hook", "_initialize_hook"}
 
 
@@ -88,10 +90,10 @@ def capture_module(module: nn.Module, drop: Collection[str] = ()) -> Captured:
         sources,
         tuple(encoder.order),
         modules=modules,
-        classes=tuple(describe_class(reference) for reference in sorted(encoder.references)),
+        classes=describe_classes(encoder.references),
         wrappers=encoder.wrappers,
         dropped=tuple(sorted(encoder.dropped)),
-        notes=(*table.notes, *encoder.notes),
+        notes=(*table.all_notes(), *encoder.notes),
     )
 
 
@@ -106,12 +108,15 @@ class _ModuleEncoder(Encoder):
     drop: frozenset[str] = frozenset()
     dropped: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
-    _seen: dict[int, int] = field(default_factory=dict)
-    # Plain objects by identity, kept alive as long as it counts, with their descriptions.
+    # Modules and plain objects by identity, kept alive as long as it counts, with their indices
+    # and their descriptions.
+    _seen: dict[int, tuple[nn.Module, int]] = field(default_factory=dict)
     _objects: dict[int, tuple[Any, list[Any]]] = field(default_factory=dict)
     _numbers: int = 0
 
     def _encode_other(self, value: Any, path: Path) -> Any:
+        if isinstance(value, weakref.ProxyTypes):
+            raise RefusedError(_not_stored("weakref.proxy", path))
         if isinstance(value, nn.Module):
             return {"$module": self._take_module(value, path)}
         if isinstance(value, Enum):
@@ -119,8 +124,12 @@ class _ModuleEncoder(Encoder):
                 raise RefusedError("a combination of flags; keep its .value and make it again")
             return {"$enum": [self._refer(type(value)), value.name]}
         if isinstance(value, functools.partial):
+            if type(value) is not functools.partial or vars(value):
+                raise RefusedError("a partial with a class or attributes of its own; use a module")
             parts = [value.func, value.args, value.keywords]
             return {"$partial": [self._encode(part, path) for part in parts]}
+        if isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+            raise RefusedError("an operator of torch.ops; use its function, such as torch.relu")
         if isinstance(value, types.MethodType):
             raise RefusedError("a bound method; store its object and look the method up in forward")
         if isinstance(value, type):
@@ -146,11 +155,8 @@ class _ModuleEncoder(Encoder):
         """Its class by name, its attributes as values."""
         kind = type(value)
         name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
-        if not is_plain_class(kind) or _has_slots(kind) or not hasattr(value, "__dict__"):
-            raise RefusedError(
-                f"cannot store {name}; create it in __setstate__, or leave it out with "
-                f'drop=["{_attribute_path(path)}"]'
-            )
+        if not is_plain_class(kind) or has_slots(kind) or not hasattr(value, "__dict__"):
+            raise RefusedError(_not_stored(name, path))
         reference = self._refer(kind)
         self.open(value, path)
         try:
@@ -178,8 +184,9 @@ class _ModuleEncoder(Encoder):
     def _take_module(self, module: nn.Module, path: Path) -> int:
         unwrapped, wrappers = unwrap(module)
         if id(unwrapped) in self._seen:
-            return self._seen[id(unwrapped)]
-        index = self._seen[id(unwrapped)] = len(self.modules)
+            return self._seen[id(unwrapped)][1]
+        index = len(self.modules)
+        self._seen[id(unwrapped)] = unwrapped, index
         self.modules.append(None)
         if wrappers:
             self.wrappers[".".join(path)] = wrappers
@@ -191,13 +198,20 @@ class _ModuleEncoder(Encoder):
             is_graph = isinstance(module, torch.fx.GraphModule)
             name = "GraphModule" if is_graph else type(module).__qualname__
             raise RefusedError(f"{name} carries generated code; push the original module")
+        if type(module).__module__ == "torch.distributed.fsdp._fully_shard._fsdp_init":
+            raise RefusedError(
+                "it is sharded by FSDP; gather it first, or push with ckpt.dcp_writer"
+            )
         kind = _own_class(module)
         reference = self._refer(kind)
-        if _has_slots(kind):
+        if has_slots(kind):
             raise RefusedError(
                 f"{kind.__qualname__} has __slots__, whose values are not in its dict; remove them"
             )
         state = _state_of(module)
+        parametrized = _parametrized(module)
+        if parametrized and isinstance(module, nn.RNNBase):  # a list of what they compute
+            self.table.recomputed.update(map(id, module._flat_weights))
         hooks = self._hooks(module, path)
         params = self._named(state["_parameters"], path)
         persistent = state["_non_persistent_buffers_set"]
@@ -217,7 +231,7 @@ class _ModuleEncoder(Encoder):
             children=self._children(state["_modules"], path),
             attrs=self._attributes(module, state, path),
             hooks=hooks,
-            parametrized=_parametrized(module),
+            parametrized=parametrized,
         )
 
     def _named(self, tensors: Mapping[str, Any], path: Path) -> tuple[tuple[str, int | None], ...]:
@@ -260,7 +274,7 @@ class _ModuleEncoder(Encoder):
                 continue
             if self._leaves_out((*path, name)):
                 continue
-            if callable(getattr(type(module), name, None)):
+            if would_replace(type(module), name, isinstance(value, (type, functools.partial))):
                 reason = f'attribute "{name}" would replace a method of {type(module).__qualname__}'
                 self.refusals.append(((*path, name), f"{reason}; rename it, or subclass"))
                 continue
@@ -270,12 +284,14 @@ class _ModuleEncoder(Encoder):
     def _hooks(self, module: nn.Module, path: Path) -> tuple[tuple[str, Any], ...]:
         """Hooks change outputs and are refused, but for those of torch.nn.utils."""
         stored = []
-        for place, word in _HOOKS.items():
+        for place, word in HOOKS.items():
             for hook in getattr(module, place).values():
                 kind = type(hook)
                 if _is_lazy(module) and getattr(hook, "__name__", "") == "_infer_parameters":
                     continue
                 if f"{kind.__module__}:{kind.__qualname__}" in STORED_HOOKS:
+                    made: Any = getattr(hook, "name", None) or getattr(hook, "_tensor_name", "")
+                    self.table.recomputed.add(id(vars(module).get(made)))
                     stored.append((place, self._alone(hook, path)))
                     continue
                 name = getattr(hook, "__qualname__", kind.__qualname__)
@@ -308,28 +324,9 @@ class _ModuleEncoder(Encoder):
                     self.notes.append(f"{where}: state_dict hook {escape(name, 80)} is not stored")
 
 
-def _has_slots(kind: type) -> bool:
-    """Whether instances keep values where their dict has none."""
-    slots = (vars(base).get("__slots__", ()) for base in kind.__mro__)
-    names = {name for some in slots for name in ((some,) if isinstance(some, str) else some)}
-    return not names <= {"__dict__", "__weakref__"}
-
-
-def unwrap(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """The module inside wrappers that only change how it runs, and their names, outermost first."""
-    names: list[str] = []
-    while True:
-        if isinstance(module, _WRAPPERS):
-            names.append(type(module).__name__)
-            module = module.module
-        elif type(module).__qualname__ == "OptimizedModule" and "_orig_mod" in module._modules:
-            names.append("compile")
-            # torch types every child as one that may be None.
-            module = module._modules["_orig_mod"]  # type: ignore[assignment]
-        else:
-            if vars(module).get("_compiled_call_impl") is not None:
-                names.append("compile-in-place")
-            return module, tuple(names)
+def _not_stored(name: str, path: Path) -> str:
+    way = f'drop=["{_attribute_path(path)}"]'
+    return f"cannot store {name}; create it in __setstate__, or leave it out with {way}"
 
 
 def _attribute_path(path: Path) -> str:
@@ -363,17 +360,25 @@ def find_cycle(modules: Sequence[Module]) -> str | None:
     return None
 
 
+def _is_parametrized(module: nn.Module) -> bool:
+    """Whether its class is the one that parametrize made for it. Torch's own question goes to
+    __getattr__ too, which may answer for another module."""
+    made = vars(type(module)).get("__getstate__")
+    own = isinstance(module._modules.get("parametrizations"), nn.ModuleDict)
+    return own and getattr(made, "__module__", None) == nn.utils.parametrize.__name__
+
+
 def _own_class(module: nn.Module) -> type:
     """The class that the user wrote; parametrize puts a synthetic subclass in front of it."""
     kind = type(module)
-    return kind.__bases__[0] if nn.utils.parametrize.is_parametrized(module) else kind
+    return kind.__bases__[0] if _is_parametrized(module) else kind
 
 
 def _parametrized(module: nn.Module) -> tuple[str, ...]:
-    if not nn.utils.parametrize.is_parametrized(module):
+    if not _is_parametrized(module):
         return ()
     # torch types an attribute as a tensor or a module, of which few can be listed.
-    return tuple(module.parametrizations)  # type: ignore[arg-type]
+    return tuple(module._modules["parametrizations"])  # type: ignore[arg-type]
 
 
 def _is_lazy(module: nn.Module) -> bool:

@@ -6,17 +6,26 @@ import importlib
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import nn
 
 from ckpt.core.documents import Document
 from ckpt.core.errors import IntegrityError, NotFoundError, TrustError, UsageError
 from ckpt.core.printable import escape
-from ckpt.loader.classes import is_dotted_name, is_plain_class, is_reference, live_object
+from ckpt.loader.classes import (
+    is_dotted_name,
+    is_plain_class,
+    is_reference,
+    live_object,
+    reference_of,
+)
+from ckpt.loader.values import RefusedError
 
 TrustLike = type | str
 
@@ -50,6 +59,8 @@ STORED_HOOKS = frozenset(
         )
     }
 )
+# Nobody should have to trust all of these; what is in them is given itself.
+_NO_MODULES = {"__main__", "builtins"}
 _FUNCTION_HOMES = ("torch.nn.functional", "torch", "torch._C._nn", "math")
 # No document has these: they carry generated code, or are taken off at the push.
 _NEVER_STORED = (
@@ -73,7 +84,7 @@ def names_in(document: Document) -> list[Named]:
 
     Raises:
         IntegrityError: ``document-damaged`` when a name has no proper form, or ``classes`` has one
-            that nothing in the document uses.
+            that nothing in the document uses or derives from.
     """
     found = {Named("$module", module.reference) for module in document.modules}
     for module in document.modules:
@@ -85,9 +96,12 @@ def names_in(document: Document) -> list[Named]:
     for name in found:
         if not is_reference(name.reference):
             raise _no_name(name.reference)
-    unused = {known.reference for known in document.classes} - {name.reference for name in found}
-    if unused:
-        raise _no_name(min(unused))
+    used = {name.reference for name in found}
+    bases = {base for known in document.classes if known.reference in used for base in known.bases}
+    unused = {known.reference for known in document.classes} - used
+    strange = {base for base in bases if not is_reference(base)} | (unused - bases)
+    if strange:
+        raise _no_name(min(strange))
     return sorted(found, key=lambda name: (name.reference, name.tag))
 
 
@@ -101,6 +115,21 @@ def _names_of(value: Any) -> Iterator[Named]:
             rest.extend(value.values())
             for tag in _NAMING.intersection(value):
                 yield Named(tag, _name_in(tag, value[tag]))
+
+
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    """A value of a document that was decoded before, with other names of classes."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_renamed(item, names) for item in value)
+    if not isinstance(value, dict):
+        return value
+    found = {key: _renamed(item, names) for key, item in value.items()}
+    for tag in _NAMING.intersection(found):
+        if isinstance(found[tag], list):
+            found[tag][0] = names.get(found[tag][0], found[tag][0])
+        else:
+            found[tag] = names.get(found[tag], found[tag])
+    return found
 
 
 def _name_in(tag: str, content: Any) -> str:
@@ -148,7 +177,11 @@ class Trust:
             raise UsageError(
                 "trust-invalid", f"{one!r} is not a class", hint="give a class or a module's name"
             )
-        self._classes[f"{one.__module__}:{name}"] = one
+        reference = f"{one.__module__}:{name}"
+        if isinstance(one, types.BuiltinFunctionType):  # few of them say where they are
+            with suppress(RefusedError):
+                reference = reference_of(one)
+        self._classes[reference] = one
         self._local[name] = one
 
     @classmethod
@@ -156,10 +189,11 @@ class Trust:
         """Exactly what a document names, as it is in this process: what is being pushed is
         trusted already."""
         trust = cls()
-        for known in document.classes:
-            found = live_object(known.reference)
-            trust._classes[known.reference] = found
-            trust._local[known.reference.partition(":")[2]] = found
+        for reference in {name.reference for name in names_in(document)}:
+            module, _, qualified = reference.partition(":")
+            found = trust._classes[reference] = live_object(reference)
+            if module == "__main__":
+                trust._local[qualified] = found
         return trust
 
     @classmethod
@@ -183,7 +217,7 @@ class Trust:
         if not refused:
             return
         shown = ", ".join(sorted({name.reference for name in refused}))
-        modules = sorted({name.reference.partition(":")[0] for name in refused} - {"__main__"})
+        modules = sorted({name.reference.partition(":")[0] for name in refused} - _NO_MODULES)
         if modules:
             way = f"trust={modules!r}, or --trust on the command line"
         else:  # only the program itself can say which class it means
@@ -217,9 +251,31 @@ class Trust:
     def _given(self, reference: str) -> Any:
         """The object that the caller gave for this name; a name in ``__main__`` matches alone."""
         module, _, qualified = reference.partition(":")
-        if module == "__main__":
+        if reference not in self._classes and module == "__main__":
             return self._local.get(qualified)
         return self._classes.get(reference)
+
+    def as_given(self, document: Document) -> Document:
+        """The document with the names that classes have where the caller found them: one of a
+        script may live in a module by now."""
+        names = {}
+        for name in names_in(document):
+            given = self._given(name.reference)
+            now = f"{getattr(given, '__module__', '')}:{getattr(given, '__qualname__', '')}"
+            if given is not None and name.reference.startswith("__main__:"):
+                names[name.reference] = now
+        if not names:
+            return document
+        modules = tuple(
+            replace(
+                module,
+                reference=names.get(module.reference, module.reference),
+                attrs=_renamed(module.attrs, names),
+                hooks=_renamed(module.hooks, names),
+            )
+            for module in document.modules
+        )
+        return replace(document, modules=modules)
 
     def resolve(self, name: Named) -> Any:
         """Import what an allowed name means, and check that it is what it says.

@@ -29,6 +29,7 @@ class Report:
         reason: why the verdict is not higher.
         outputs: each recorded output against the one computed now.
         drift: classes whose source or package changed since the push.
+        changed: of these, by name, the classes and their bases whose source changed.
         wrappers: by path, what was unwrapped at the push (``DataParallel``, ``compile``).
         renamed: the prefix that one side of ``load_into`` had, or empty.
         dropped: attributes that were left out at the push.
@@ -41,6 +42,7 @@ class Report:
     renamed: str = ""
     outputs: tuple[Comparison, ...] = ()
     dropped: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
 
 
 # From the weakest to the strongest.
@@ -121,13 +123,22 @@ def _tensor_difference(one: Tensor, other: Tensor) -> str:
     return one.name
 
 
+def find_changed(document: Document) -> tuple[str, ...]:
+    """Classes and functions whose source is not what it was at the push; imports nothing."""
+    pairs = ((known, describe_class(known.reference)) for known in document.classes)
+    return tuple(
+        known.reference
+        for known, now in pairs
+        if known.source_digest and now.source_digest and known.source_digest != now.source_digest
+    )
+
+
 def find_drift(document: Document) -> tuple[str, ...]:
     """Classes that are not what they were at the push; imports nothing."""
-    sources, packages = [], {}
+    sources = (f"{name}: its source changed since the push" for name in find_changed(document))
+    packages = {}
     for known in document.classes:
         now = describe_class(known.reference)
-        if known.source_digest and now.source_digest and known.source_digest != now.source_digest:
-            sources.append(f"{known.reference}: its source changed since the push")
         if known.version and now.version and known.version != now.version:
             packages[known.package] = f"{known.package} {known.version} → {now.version}"
     return (*sources, *packages.values())

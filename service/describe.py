@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import Behaviour, structure_bytes
 from ckpt.core.errors import CkptWarning, NotFoundError, UsageError
+from ckpt.core.printable import escape
 from ckpt.core.records import Proof, Version
 from ckpt.loader.capture import Captured
 from ckpt.loader.forward import check_inputs
@@ -16,6 +17,7 @@ from ckpt.loader.probe import record_probe
 from ckpt.loader.prove import prove
 from ckpt.loader.replica import drafted
 from ckpt.loader.snapshot import capture_state
+from ckpt.loader.trust import names_in
 from ckpt.registry.registry import Registry
 from ckpt.service.push import Described
 
@@ -53,7 +55,9 @@ def describe_state(
     before = registry.queries.proven(structure)
     recorded = None
     if given is not None:
-        recorded = record_probe(captured, given, _known_behaviour(registry, before))
+        recorded = record_probe(captured, given, _known_behaviour(registry, before), state)
+        for skipped in recorded.skipped:
+            _warn(f"{escape(skipped, 80)} cannot be looked into: it is not compared")
     proof = _proof(captured, recorded, before)
     return Described(
         state="module",
@@ -89,9 +93,8 @@ def _proof(captured: Captured, recorded: RecordedProbe | None, before: Version |
     proof = prove(captured, recorded)
     if proof.kind == "fresh" and proof.reason:
         _warn(f"in another interpreter: {proof.reason}")
-    local = [
-        name for known in captured.classes if (name := known.reference).startswith("__main__:")
-    ]
+    names = sorted({name.reference for name in names_in(drafted(captured, digests=False))})
+    local = [name for name in names if name.startswith("__main__:")]
     if local:
         given = local[0].partition(":")[2]
         _warn(f"{', '.join(local)} was defined in this script; to load, give trust=[{given}]")

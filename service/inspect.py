@@ -49,15 +49,17 @@ def named_classes(document: Document) -> tuple[NamedClass, ...]:
     """Everything that a load would import, by name."""
     from ckpt.loader.classes import describe_class
     from ckpt.loader.trust import Trust, names_in
+    from ckpt.loader.verify import find_changed
 
     refused = {name.reference for name in Trust().refused(document)}
     recorded = {known.reference: known for known in document.classes}
+    changed = set(find_changed(document))
     found = []
     for reference in sorted({name.reference for name in names_in(document)}):
         before, now = recorded.get(reference), describe_class(reference)
         source = "unknown"
         if before is not None and before.source_digest and now.source_digest:
-            source = "same" if before.source_digest == now.source_digest else "changed"
+            source = "changed" if changed & {reference, *before.bases} else "same"
         found.append(
             NamedClass(
                 reference,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt.core.documents import Document
 from ckpt.core.errors import CkptWarning, IntegrityError, UsageError
-from ckpt.core.printable import escape
+from ckpt.core.printable import escape, few
 from ckpt.core.records import Version
 from ckpt.core.state_dict import state_dict_names
 from ckpt.registry.registry import Registry
@@ -55,7 +55,7 @@ def load_module(
     spaces, probed = fill_document(store, registry, version, document, device)
     module = replicate(document, spaces, allowed, device)
     # What was read was checked; only foreign code could have written to it since.
-    check_structure(document, module, digests=runs_own_code(document, allowed))
+    check_structure(allowed.as_given(document), module, digests=runs_own_code(document, allowed))
 
     def copy() -> nn.Module:
         return replicate(document, copied_again(document, spaces), allowed, device)
@@ -68,6 +68,17 @@ def load_module(
     return module, report
 
 
+def warn_of_changes(report: Report) -> None:
+    """Name the classes that now compute with other code than when the version was pushed."""
+    if report.changed:
+        changed = few([escape(name, 80) for name in report.changed])
+        warnings.warn(
+            f"the source changed since the push: {changed}; the verdict is {report.verdict}",
+            CkptWarning,
+            stacklevel=3,
+        )
+
+
 def _judge(
     document: Document,
     probed: Mapping[int, MemorySpace],
@@ -77,12 +88,13 @@ def _judge(
 ) -> Report:
     """The report on a module whose bytes and structure are proven already."""
     from ckpt.loader.replay import replay
-    from ckpt.loader.verify import Report, find_drift
+    from ckpt.loader.verify import Report, find_changed, find_drift
 
     report = Report(
         "structure",
         reason="no inputs were recorded, so outputs were not compared",
         drift=find_drift(document),
+        changed=find_changed(document),
         wrappers=document.wrappers,
         dropped=document.dropped,
     )

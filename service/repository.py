@@ -305,10 +305,11 @@ class Repository(Lookup, Exchange, Upkeep):
                 ``verdict-too-low``.
             UsageError: ``no-module`` when the version is no module.
         """
-        from ckpt.service.load import load_module
+        from ckpt.service.load import load_module, warn_of_changes
 
         version = self.get(ref)
-        module, _ = load_module(self._store, self._registry, version, trust, device, require)
+        module, report = load_module(self._store, self._registry, version, trust, device, require)
+        warn_of_changes(report)
         return module
 
     def verify(

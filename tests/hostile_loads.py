@@ -153,6 +153,9 @@ def names() -> dict[str, Any]:
     for unused in ("os:system", "", "..:x", "xml.etree.nope:x", "/etc/passwd:x", "a\0b:x"):
         classes = (ModelClass(reference=unused, version="1", source_digest="0" * 64),)
         found[f"unused class {unused!r}"] = (replace(RELU, classes=classes), "document-damaged")
+    for strange in ("", "..:x", "/etc/passwd:x", "a\0b:x"):
+        used = ModelClass(reference=RELU.modules[0].reference, bases=(strange,))
+        found[f"base {strange!r}"] = (replace(RELU, classes=(used,)), "document-damaged")
     for name, (code, trust) in _MODULES.items():
         found[f"module {name}"] = (first(reference=name), code, trust)
     return found

@@ -157,3 +157,57 @@ class Shared:
 
     def __init__(self, **values: Any) -> None:
         vars(self).update(values)
+
+
+class Delegating(nn.Module):
+    """Asks what is inside it for what it has not."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x) * 5
+        return y
+
+
+class OwnPartial(functools.partial[Any]):
+    """Does more than a partial."""
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        return 2 * super().__call__(*args, **keywords)
+
+
+class Passing(nn.Module):
+    """Looked at through its __getstate__, its children live only meanwhile."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, 1, bias=False)
+        self.number = number
+
+    def __getstate__(self) -> dict[str, Any]:
+        made = nn.Linear(1, 1, bias=False)
+        made.weight.data.fill_(self.number)
+        return {**vars(self), "_modules": {"linear": made}}
+
+
+class Defaulting(nn.Module):
+    """Has a class by default, in the place of which it may be given another."""
+
+    norm: Any = nn.LayerNorm
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.norm = norm
+        self.layer = self.norm(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y

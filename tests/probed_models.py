@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -118,3 +119,35 @@ class Hookless(nn.Module):
         if self.layer._forward_hooks:
             raise RuntimeError("somebody listens")
         return self.layer(x)  # type: ignore[no-any-return]
+
+
+class Forgetting(nn.Module):
+    """Scales by what its state does not have, and counts in secret."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.calls = 3.0, 0
+        self.seen: dict[str, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "gain": 1.0, "calls": 0, "seen": {}}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen["x"] = self.calls
+        return x * self.gain
+
+
+@dataclass(slots=True)
+class Slotted:
+    """A result without a dict."""
+
+    logits: Tensor
+    rest: list[int]
+
+
+class Hiding(nn.Module):
+    """Gives a tensor, and what nobody can look into."""
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"y": x, "hidden": (x for _ in ()), "some": {x}, "who": self, "name": "y"}

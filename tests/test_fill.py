@@ -94,6 +94,93 @@ def test_copies_of_a_tied_weight_are_one_when_their_bits_are(repo: ckpt.Reposito
     assert caught.value.code == "ties-differ"
 
 
+class Transposing(nn.Module):
+    """Its state_dict() has another tensor than it keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(2, 3))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}turned"] = self.weight.detach().t().contiguous()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        self.weight.data.copy_(state_dict[f"{prefix}turned"].t())
+
+
+class Detaching(nn.Module):
+    """Its state_dict() has views of what it keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain: list[Any] = [torch.rand(3)]
+        self.plain += [self.plain, self.plain]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}plain"] = self.plain[0].detach()
+
+
+def test_what_a_state_dict_makes_anew_is_not_written_to_and_taken_for_loaded(
+    repo: ckpt.Repository,
+) -> None:
+    saved, net = Transposing(), nn.Sequential(Transposing(), nn.Linear(1, 1))
+    repo.push(nn.Sequential(saved, nn.Linear(1, 1)).state_dict(), "net")
+    before = [tensor.clone() for tensor in net.parameters()]
+    with pytest.raises(IntegrityError, match=r"0\.turned is made anew") as caught:
+        repo.load_into(net, "net")
+    assert caught.value.code == "not-writable"
+    assert all(map(torch.equal, before, net.parameters()))
+    net.load_state_dict(repo.pull("net"))  # as the hint says
+    assert torch.equal(net.get_parameter("0.weight"), saved.weight)
+    assert repo.load_into(net, "net").verdict == "weights"  # there is nothing left to write
+
+
+def test_views_of_a_modules_own_tensors_are_filled(repo: ckpt.Repository) -> None:
+    saved, net = Detaching(), Detaching()
+    repo.push(saved.state_dict(), "net")
+    repo.load_into(net, "net")
+    assert torch.equal(net.plain[0], saved.plain[0])
+
+
+def tied_by_storage() -> nn.Module:
+    net = two()
+    net[1].weight.data = net[0].weight.data
+    return net
+
+
+def overlapping_by_storage() -> nn.Module:
+    net, memory = two(), torch.zeros(6)
+    net[0].weight.data, net[1].weight.data = memory[:4].view(2, 2), memory[2:].view(2, 2)
+    return net
+
+
+@pytest.mark.parametrize("made", [tied_by_storage, overlapping_by_storage])
+def test_weights_in_one_memory_get_no_values_that_overwrite_each_other(
+    repo: ckpt.Repository, made: Callable[[], nn.Module]
+) -> None:
+    repo.push(two(), "net")
+    net, fitting = made(), made()
+    before = [tensor.clone() for tensor in net.parameters()]
+    with pytest.raises(IntegrityError, match=r"0\.weight, 1\.weight share memory") as caught:
+        repo.load_into(net, "net")
+    assert caught.value.code == "ties-differ"
+    assert all(map(torch.equal, before, net.parameters()))
+    for tensor in fitting.parameters():
+        tensor.data.fill_(3)
+    repo.push(fitting.state_dict(), "net")
+    repo.load_into(net, "net")
+    assert all(bool((tensor == 3).all()) for tensor in net.parameters())
+
+
+def test_weights_between_each_others_elements_are_filled(repo: ckpt.Repository) -> None:
+    net, memory = two(), torch.zeros(2, 4)
+    net[0].weight.data, net[1].weight.data = memory[:, :2], memory[:, 2:]
+    saved = two()
+    repo.push(saved, "net")
+    repo.load_into(net, "net")
+    assert all(map(torch.equal, saved.parameters(), net.parameters()))
+
+
 @pytest.mark.parametrize("other", [{}, torch.optim.SGD([torch.ones(1)]), nn.Linear])
 def test_what_is_no_module_is_refused(repo: ckpt.Repository, other: Any) -> None:
     repo.push(two(), "net")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
@@ -9,17 +10,22 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from kept_models import (
     Backward,
+    Defaulting,
     Fresh,
     Keeping,
     Locking,
     LockingAgain,
     NeedsArguments,
+    OwnPartial,
+    Passing,
     Shared,
     Strange,
+    double,
 )
 from torch import nn
 from torch.nn import functional
@@ -180,6 +186,25 @@ def with_hook(place: str) -> nn.Module:
     return net
 
 
+def quantized_view() -> list[torch.Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces the end of these types
+        whole = torch.quantize_per_tensor(torch.rand(4), 0.1, 0, torch.qint8)
+    return [whole, whole[1:]]
+
+
+def forward_by_class() -> nn.Module:
+    net: Any = nn.Linear(2, 2)
+    vars(net)["forward"] = nn.ReLU
+    return net  # type: ignore[no-any-return]
+
+
+def marked() -> Any:
+    made = functools.partial(double)
+    made.note = 1  # type: ignore[attr-defined]
+    return made
+
+
 def itself() -> list[Any]:
     endless: list[Any] = []
     endless.append(endless)
@@ -200,13 +225,22 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "hook": (lambda: with_hook("forward_hook"), "0: forward hook .*lambda.*cannot be stored"),
     "pre-hook": (lambda: with_hook("forward_pre_hook"), "0: forward pre-hook"),
     "backward": (lambda: with_hook("full_backward_hook"), "0: backward hook"),
-    "nested": (lambda: with_attribute(nested()), "extra: tensor subclass|extra: .*[Nn]ested"),
+    "nested": (lambda: with_attribute(nested()), "extra: a nested tensor; keep its parts"),
     "meta": (lambda: nn.Linear(2, 2, device="meta"), "weight: on device meta"),
     "script": (lambda: nn.Sequential(torch.jit.script(nn.ReLU())), "carries generated code"),
     "graph": (lambda: torch.fx.symbolic_trace(nn.ReLU()), "GraphModule carries generated code"),
     "cycle": (lambda: with_attribute(itself()), "extra.0: it contains itself"),
     "file": (lambda: with_attribute(sys.stdout), "extra: cannot store"),
     "arguments": (lambda: NeedsArguments(3), "cannot be rebuilt.*__new__"),
+    "quantized view": (
+        lambda: with_attribute(quantized_view()),
+        "extra.1: shares quantized memory with extra.0",
+    ),
+    "operator": (lambda: with_attribute(torch.ops.aten.relu), "1 value .* extra: an operator of"),
+    "overload": (lambda: with_attribute(torch.ops.aten.relu.default), "extra: an operator of"),
+    "method by a class": (forward_by_class, 'forward: attribute "forward" would replace a method'),
+    "own partial": (lambda: with_attribute(OwnPartial(double)), "extra: a partial with a class"),
+    "marked partial": (lambda: with_attribute(marked()), "extra: a partial with .*attributes"),
     "slots": (Slotted, "<root>: Slotted has __slots__"),
     "flags": (
         lambda: with_attribute([re.IGNORECASE | re.MULTILINE]),
@@ -248,6 +282,14 @@ def test_objects_that_live_only_while_they_are_described_are_not_taken_for_one(
     assert [one.made.number for one in loaded] == list(range(20))
 
 
+def test_modules_that_live_only_while_they_are_described_are_not_taken_for_one(
+    repo: ckpt.Repository,
+) -> None:
+    repo.push(nn.Sequential(*(Passing(float(number)) for number in range(20))), "m")
+    loaded: Any = repo.load("m", trust=TRUST)
+    assert [one.linear.weight.item() for one in loaded] == list(range(20))
+
+
 def test_modules_nested_deeper_than_the_interpreter_goes_are_refused(
     repo: ckpt.Repository,
 ) -> None:
@@ -277,6 +319,73 @@ def test_what_hangs_on_a_parameter_is_named_and_refuses_nothing(repo: ckpt.Repos
         "0.weight: its attribute _no_weight_decay is not stored",
         "0.bias: its hooks are not stored",
     ]
+
+
+def test_what_was_computed_with_gradients_is_named_and_comes_back_detached(
+    repo: ckpt.Repository,
+) -> None:
+    net: Any = nn.Sequential(nn.Linear(2, 2))
+    net[0].back = net[0].weight.t()
+    net[0].cache = [net[0].weight * 2, net[0].weight.detach(), torch.ones(1, requires_grad=True)]
+    with pytest.warns(ckpt.CkptWarning) as said:
+        repo.push(net, "m")
+    (note,) = [str(one.message) for one in said]
+    assert note.startswith("0.back, 0.cache.0 are results of other tensors")
+    assert note.endswith("they come back detached")
+    assert not repo.load("m").get_submodule("0").back.requires_grad
+    with pytest.warns(ckpt.CkptWarning, match="loss is a result of other tensors"):
+        repo.push({"loss": net(torch.ones(2)).sum()}, "values")
+
+
+@pytest.mark.parametrize("norm", [nn.RMSNorm, functools.partial(nn.RMSNorm, eps=0.5)])
+def test_a_class_that_stands_in_a_class_by_default_gives_way_to_another(
+    repo: ckpt.Repository, norm: Any
+) -> None:
+    repo.push(Defaulting(norm), "m", inputs=(torch.rand(1, 2),))
+    loaded: Any = repo.load("m", trust=TRUST, require="outputs-exact")
+    assert repr(loaded.norm) == repr(norm)
+    assert type(loaded.layer) is nn.RMSNorm
+
+
+def test_a_default_class_gives_way_to_nothing_but_a_class(
+    repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo.push(Defaulting(nn.RMSNorm), "m")
+    document = repo.document("m")
+    first, *rest = document.modules
+    attrs = {**first.attrs, "norm": {"$function": "torch:relu"}}
+    edited = msgspec.structs.replace(
+        document, modules=(msgspec.structs.replace(first, attrs=attrs), *rest)
+    )
+    monkeypatch.setattr(repo._registry.queries, "document", lambda version: edited)
+    with pytest.raises(IntegrityError, match='"norm" would replace a method'):
+        repo.load("m", trust=TRUST)
+
+
+@pytest.mark.parametrize("function", [torch.sign, abs])
+def test_a_function_that_is_given_is_trusted_alone(repo: ckpt.Repository, function: Any) -> None:
+    repo.push(with_attribute(function), "m")
+    assert repo.load("m", trust=[function]).extra is function
+    with pytest.raises(ckpt.CkptError) as caught:
+        repo.load("m")
+    assert caught.value.code == "class-not-allowed"
+    assert "builtins" not in (caught.value.hint or "")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of older norms and of where weights lie
+@pytest.mark.parametrize("norm", [None, weight_norm, spectral_norm, parametrizations.weight_norm])
+def test_what_a_stored_hook_computes_again_is_not_named(repo: ckpt.Repository, norm: Any) -> None:
+    net = nn.ModuleList([nn.Linear(4, 4), nn.LSTM(4, 4)])
+    for module, name in ((net[0], "weight"), (net[1], "weight_hh_l0"), (net[1], "weight_ih_l0")):
+        if norm is None:
+            prune.l1_unstructured(module, name, 1)  # type: ignore[no-untyped-call]
+        else:
+            norm(module, name)
+        module(torch.ones(2, 4))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", ckpt.CkptWarning)
+        repo.push(net, "m")
+    assert not [one for one in said if one.category is ckpt.CkptWarning]
 
 
 @pytest.mark.parametrize(
@@ -327,6 +436,44 @@ def test_a_class_of_a_script_is_proven_there_and_loaded_by_another_script(tmp_pa
     assert "in-process __main__:MLP is of the running script" in outputs[0]
     assert "__main__:MLP; nothing was imported" in outputs[1]
     assert outputs[1].endswith("outputs-exact\n")
+
+
+def test_a_class_of_a_script_that_moved_to_a_module_is_loaded_by_giving_it(tmp_path: Path) -> None:
+    text = (
+        "import ckpt, sys, warnings\nfrom torch import nn\nfrom enum import Enum\n"
+        "class Mode(Enum):\n    FAST = 1\n"
+        "class MLP(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.kind, self.modes = MLP, [{'mode': Mode.FAST}]\n"
+        "        self.out = nn.Linear(2, 2)\n"
+    )
+    pushing = "warnings.simplefilter('ignore')\nckpt.open(sys.argv[1]).push(MLP(), 'mlp')\n"
+    loading = (
+        "import ckpt, sys, moved\nnet = ckpt.open(sys.argv[1]).load('mlp', "
+        "trust=[moved.MLP, moved.Mode])\nprint(type(net), net.kind, net.modes)\n"
+    )
+    (tmp_path / "moved.py").write_text(text)
+    for name, script in (("train.py", text + pushing), ("serve.py", loading)):
+        (tmp_path / name).write_text(script)
+        command = [sys.executable, str(tmp_path / name), str(tmp_path)]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert found == ("<class 'moved.MLP'> <class 'moved.MLP'> [{'mode': <Mode.FAST: 1>}]\n")
+
+
+def test_a_class_of_a_script_may_have_the_name_of_one_of_torch(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import ckpt, sys, torch, warnings\nfrom torch import nn\n"
+        "class Linear(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.inner = nn.Linear(2, 2)\n"
+        "    def forward(self, x):\n        return self.inner(x)\n"
+        "warnings.simplefilter('ignore')\nrepo = ckpt.open(sys.argv[1])\n"
+        "repo.push(Linear(), 'm', inputs=(torch.ones(1, 2),))\n"
+        "net = repo.load('m', trust=[Linear], require='outputs-exact')\n"
+        "print(type(net), type(net.inner).__module__)\n"
+    )
+    command = [sys.executable, str(script), str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert found == "<class '__main__.Linear'> torch.nn.modules.linear\n"
 
 
 _NOTEBOOK = """

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import UserList, deque
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from msgspec.structs import replace
 from probed_models import (
     Caching,
     Counting,
+    Forgetting,
+    Hiding,
     Hookless,
     LargestOf,
     MakesTensors,
     Noisy,
     Scaled,
+    Slotted,
     Tail,
     Unsteady,
     Writing,
@@ -130,9 +134,58 @@ class TestBehaviour:
         for _ in range(2):
             repo.push(nn.Linear(3, 3), "m", inputs=(torch.ones(2, 3),))
             runs.append(None)
-        assert runs.index(None) == 4  # once, again, other seed, double precision
+        # once, again, other seed, double precision, and the module itself
+        assert runs.index(None) == 5
         assert len(runs) - runs.index(None) == 4  # once and in double precision
         assert behaviour_of(repo, "m") == Behaviour()
+
+    @pytest.mark.parametrize("limit", [1 << 20, 16])
+    def test_what_the_copy_computes_otherwise_than_the_module_is_refused(
+        self, repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch, limit: int
+    ) -> None:
+        monkeypatch.setattr("ckpt.loader.probe.FULL_BYTES", limit)
+        monkeypatch.setattr("ckpt.loader.prove.FULL_BYTES", limit)
+        net = nn.Sequential(nn.Linear(3, 3), Forgetting(), nn.ReLU()).train()
+        before = {key: value.clone() for key, value in net.state_dict().items()}
+        random_state = torch.get_rng_state()
+        with pytest.raises(UsageError, match="a rebuilt copy gives other outputs") as caught:
+            repo.push(net, "m", inputs=(torch.ones(4, 3),))
+        assert caught.value.code == "rebuild-failed"
+        assert "output: is off by" in caught.value.message
+        assert (limit == 16) or "first differing child: 1" in caught.value.message
+        assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+        assert torch.equal(torch.get_rng_state(), random_state)
+        inner: Any = net[1]
+        assert (inner.calls, inner.gain, inner.seen, net.training) == (0, 3.0, {}, True)
+        assert all(not one._forward_hooks for one in net.modules())
+        assert all(parameter.grad is None for parameter in net.parameters())
+        assert repo.models() == []
+        inner.gain = 1.0  # what its __setstate__ makes
+        repo.push(net, "m", inputs=(torch.ones(4, 3),))
+        assert (inner.calls, inner.seen) == (0, {})
+
+    def test_weights_at_any_address_give_the_outputs_of_their_copy(
+        self, repo: ckpt.Repository
+    ) -> None:
+        torch.manual_seed(0)
+        net, memory = nn.Linear(67, 33), torch.zeros(33 * 67 + 1)
+        net.weight.data = memory[1:].view(33, 67).copy_(net.weight.detach())
+        repo.push(net, "m", inputs=(torch.randn(1, 67),))
+        assert repo.verify("m").verdict == "outputs-exact"
+
+    def test_a_module_with_compiled_parts_does_not_run(self, repo: ckpt.Repository) -> None:
+        runs: list[int] = []
+
+        def backend(graph: Any, inputs: Any) -> Any:
+            runs.append(1)
+            return graph
+
+        net, whole = nn.Sequential(nn.Linear(3, 3)), nn.Linear(3, 3)
+        net[0] = torch.compile(net[0], backend=backend)  # type: ignore[assignment]
+        whole.compile(backend=backend)
+        for one in (net, whole):
+            repo.push(one, "m", inputs=(torch.ones(4, 3),))
+        assert not runs
 
     def test_above_256_mib_it_runs_once_and_shares_parameters(
         self, repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
@@ -401,6 +454,46 @@ class TestDrift:
         with pytest.raises(ckpt.CkptError, match=r"cannot import drifting.*needed by"):
             repo.load("m", trust=["drifting"])
 
+    def test_a_load_names_what_changed_in_classes_and_in_those_they_derive_from(
+        self, repo: ckpt.Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        base, derived = tmp_path / "drifting_base.py", tmp_path / "drifting.py"
+        base.write_text("class Base:\n    gain = 1\n")
+        derived.write_text(
+            "from enum import Enum\nfrom torch import nn\nfrom drifting_base import Base\n"
+            "class Mode(Enum):\n    FAST = 1\n"
+            "class Between(Base, nn.Module):\n    pass\nclass Net(Between):\n    pass\n"
+        )
+        for name in ("drifting", "drifting_base"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        import drifting
+
+        net = drifting.Net()
+        net.mode = drifting.Mode.FAST
+        digest = repo.push(net, "m").digest
+        assert [known.reference for known in repo.document("m").classes] == [
+            *("drifting:Between", "drifting:Mode", "drifting:Net", "drifting_base:Base"),
+        ]
+        assert {one.reference for one in repo.describe("m").classes} == {
+            *("drifting:Mode", "drifting:Net"),
+        }
+        trust = [drifting.Net, drifting.Mode]  # and none of what they derive from
+        repo.load("m", trust=trust)
+        base.write_text("class Base:\n    gain = 100\n")
+        with pytest.warns(
+            ckpt.CkptWarning, match="changed since the push: drifting_base:Base; .* is structure"
+        ):
+            repo.load("m", trust=trust)
+        report = repo.verify("m", trust=trust)
+        assert report.changed == ("drifting_base:Base",)
+        sources = {one.reference: one.source for one in repo.describe("m").classes}
+        assert sources == {"drifting:Net": "changed", "drifting:Mode": "same"}
+        again = repo.push(net, "m", step=1)
+        assert again.digest == digest
+        assert again.proof is not None
+        assert not again.proof.reason.startswith("as ")  # it is proven again
+
     def test_a_record_of_an_older_class_is_named(
         self, repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -437,6 +530,26 @@ class TestComparison:
         old = torch.full((20,), 1e-6)
         assert not self.compare(old, old * 1.01).close
 
+    @pytest.mark.parametrize("fill", [-1e9, torch.finfo(torch.float32).min])
+    @pytest.mark.parametrize("masked", [2, 50, 95])
+    @pytest.mark.parametrize("across", [False, True])
+    def test_masked_values_excuse_no_other_change(
+        self, fill: float, masked: int, across: bool
+    ) -> None:
+        torch.manual_seed(0)
+        exact = torch.randn(100, dtype=torch.float64)
+        exact[:masked] += fill
+        old = exact.float()
+        noise, damage, other = old * (1 - 1e-7 * torch.rand(100)), old.clone(), old.clone()
+        damage[masked:] *= 1.01
+        other[0] *= 1.01
+        for reference in (exact, None):
+            found = [
+                compare("output", old, new, reference, across=across).close
+                for new in (noise, damage, other)
+            ]
+            assert found == [True, False, False]
+
     @pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
     def test_what_is_not_finite_must_be_the_same(self, special: float) -> None:
         old = torch.tensor([1.0, special])
@@ -458,6 +571,37 @@ class TestComparison:
 
         found = named_tensors((torch.ones(2), {"a": numpy.ones(2), "b": None}, Result(), 1.5))
         assert sorted(found) == ["output.0", "output.1.a", "output.2.cache.0", "output.3"]
+
+    def test_results_in_any_container_are_compared(self) -> None:
+        found = named_tensors(
+            (
+                deque([torch.ones(1)]),
+                Slotted(torch.ones(1), [2]),
+                {3, 1},
+                UserList([True]),
+                range(2),
+            )
+        )
+        assert sorted(found) == [
+            *("output.0.0", "output.1.logits", "output.1.rest.0", "output.2.0", "output.2.1"),
+            *("output.3.0", "output.4.0", "output.4.1"),
+        ]
+
+    @pytest.mark.usefixtures("proven_here")
+    def test_what_nobody_can_look_into_is_named_at_the_push_and_in_the_report(
+        self, repo: ckpt.Repository
+    ) -> None:
+        with pytest.warns(ckpt.CkptWarning) as said:
+            repo.push(Hiding(), "m", inputs=(torch.ones(2),))
+        hidden = ["output.hidden (a generator)", "output.some (a set)", "output.who (a Hiding)"]
+        assert [str(one.message) for one in said] == [
+            f"{name} cannot be looked into: it is not compared" for name in hidden
+        ]
+        report = repo.verify("m", trust=TRUST)
+        assert (report.verdict, report.reason) == (
+            "outputs-exact",
+            f"not compared: {', '.join(hidden)}",
+        )
 
     def test_results_whose_keys_read_alike_all_have_names(self) -> None:
         alike = {1: torch.tensor(1), "1": torch.tensor(2), "a": {"b": 3}, "a.b": 4}
