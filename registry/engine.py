@@ -117,6 +117,7 @@ class Database(ABC):
 
     read_options: ClassVar[Mapping[str, Any]] = {}
     ask_options: ClassVar[Mapping[str, Any]]
+    missing_hint: ClassVar[str]  # what to do where there is no registry
 
     def __init__(self, engine: Engine, name: str) -> None:
         self.engine = engine
@@ -141,16 +142,16 @@ class Database(ABC):
 
     def ask(self, statement: Executable, values: Parameters | None = None) -> Row[Any] | None:
         """The first row of one query, or None."""
-        with self._asking() as transaction:
+        with self.asking() as transaction:
             return transaction.row(statement, values)
 
     def ask_all(self, statement: Executable) -> Sequence[Row[Any]]:
         """All rows of one query."""
-        with self._asking() as transaction:
+        with self.asking() as transaction:
             return transaction.rows(statement)
 
     @contextmanager
-    def _asking(self) -> Iterator[Transaction]:
+    def asking(self) -> Iterator[Transaction]:
         """For one statement, which is a snapshot without a transaction, whose begin and end would
         be two or three more ways to a server and back."""
         with self._typed(), self._connect() as connection:

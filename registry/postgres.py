@@ -66,6 +66,10 @@ class PostgresDatabase(Database):
         "postgresql_readonly": True,
     }
     ask_options: ClassVar[Mapping[str, Any]] = {"isolation_level": "AUTOCOMMIT"}
+    missing_hint = (
+        "check its address first: a registry that goes on elsewhere is cut off by a rebuild; if it "
+        "is lost for good, run `ckpt registry rebuild --lost`"
+    )
 
     def is_passing(self, error: DBAPIError) -> bool:
         return _state(error) in (*_CONFLICTS, _LOCKED, *_RACES, _STALE_PLAN)

@@ -22,7 +22,7 @@ from ckpt.registry.rebuild import StoreContents, fence, rebuild
 from ckpt.registry.repack import Repacks
 from ckpt.registry.repair import Repairs
 from ckpt.registry.runs import Runs
-from ckpt.registry.schema import check_made, check_schema, migrate
+from ckpt.registry.schema import check_made, check_schema, is_made, migrate
 from ckpt.registry.sqlite import open_sqlite
 from ckpt.registry.usage import Usages
 
@@ -34,7 +34,7 @@ _BEYOND_USE = frozenset(
         "registry-journal",
         "registry-missing",
         "registry-rule",
-        "schema-older",  # also of a database without tables
+        "schema-older",
     }
 )
 
@@ -91,6 +91,21 @@ class Registry:
         try:
             check_made(database)
             migrate(database, store)
+        finally:
+            database.close()
+
+    @classmethod
+    def is_at(cls, where: Path | str) -> bool:
+        """Whether there is a registry, of whichever store.
+
+        Raises:
+            StorageError, AccessError: a database that cannot be reached, or is not there at all.
+        """
+        if isinstance(where, Path):
+            return where.exists()
+        database = _database(where, create=False)
+        try:
+            return is_made(database)
         finally:
             database.close()
 

@@ -25,14 +25,20 @@ def check_schema(database: Database, store: str) -> None:
     """Refuse a registry of another schema, or one that belongs to another store.
 
     Raises:
-        StorageError: ``schema-newer``, ``schema-older``, ``registry-corrupt``.
+        StorageError: ``registry-missing``, ``schema-newer``, ``schema-older``,
+            ``registry-corrupt``.
         IntegrityError: ``foreign-store``.
     """
-    with database.read() as transaction:
-        number = schema_number(transaction)
-        if number != SCHEMA:
-            raise _other_schema(database.name, number)
-        row = transaction.row(select(meta.c.store))
+    try:
+        with database.read() as transaction:
+            number = schema_number(transaction)
+            if number != SCHEMA:
+                raise _other_schema(database.name, number)
+            row = transaction.row(select(meta.c.store))
+    except StorageError as error:
+        if error.code == "schema-older":  # also where there is nothing at all
+            check_made(database)
+        raise
     if row is None or row[0] != store:
         raise IntegrityError(
             "foreign-store",
@@ -47,13 +53,18 @@ def check_made(database: Database) -> None:
     Raises:
         StorageError: ``registry-missing``.
     """
-    with database.read() as transaction:
-        if not _is_made(transaction):
-            raise StorageError(
-                "registry-missing",
-                f"the registry {database.name} has no tables",
-                hint="run `ckpt registry rebuild`, which reads the store",
-            )
+    if not is_made(database):
+        raise StorageError(
+            "registry-missing",
+            f"the registry {database.name} has no tables",
+            hint=database.missing_hint,
+        )
+
+
+def is_made(database: Database) -> bool:
+    """Whether there are tables."""
+    with database.asking() as transaction:
+        return _is_made(transaction)
 
 
 def migrate(database: Database, store: str) -> None:

@@ -272,6 +272,22 @@ def store_missing(location: Location) -> StorageError:
     )
 
 
+def registry_missing(location: Location) -> StorageError:
+    """The error for a store that has versions, and a place without a registry."""
+    place, hint = location.registry_place, "put it back, or make it anew: `ckpt registry rebuild`"
+    if not isinstance(place, Path):
+        hint = (
+            "check its address first: a registry that goes on elsewhere is cut off by a rebuild; "
+            "if it is lost for good, run `ckpt registry rebuild --lost`"
+        )
+    return StorageError(
+        "registry-missing",
+        f"the store {shown(location.store_place)} has versions, and the registry {shown(place)} is "
+        "missing",
+        hint=hint,
+    )
+
+
 def _damaged(config: Path, reason: str) -> IntegrityError:
     return IntegrityError(
         "config-damaged",

@@ -20,8 +20,15 @@ from ckpt.core.records import FinishedPack, Pack, PackState
 from ckpt.registry.rebuild import StoreContents, StoredVersion, check_numbers
 from ckpt.registry.registry import Registry
 from ckpt.registry.sqlite import copy_database
-from ckpt.service.config import Location, complete, no_repository, prepare, store_missing
-from ckpt.service.stored_facts import read_event, read_version_file
+from ckpt.service.config import (
+    Location,
+    complete,
+    no_repository,
+    prepare,
+    registry_missing,
+    store_missing,
+)
+from ckpt.service.stored_facts import has_versions, read_event, read_version_file
 from ckpt.storage.identity import read_identity
 from ckpt.storage.packs import pack_key, read_pack
 from ckpt.storage.store import ObjectInfo, Store
@@ -51,11 +58,16 @@ class Rebuilt:
     kept: str | None
 
 
-def rebuild_registry(location: Location, store: Store) -> Rebuilt:
+def rebuild_registry(location: Location, store: Store, *, lost: bool = False) -> Rebuilt:
     """Make the registry anew from the store alone; the old one is kept beside it.
+
+    Args:
+        lost: the registry that was at this address is lost for good. Without that, a database
+            that has no tables is taken for the wrong one.
 
     Raises:
         NotFoundError: ``no-repository``.
+        StorageError: ``registry-missing``, for such a database.
         IntegrityError: ``copy-damaged``, ``copy-missing``: the store lacks what was acknowledged.
             ``foreign-store``, ``number-twice``, ``epoch-damaged``.
         StorageError, AccessError, SpaceError: it is safe to run this again.
@@ -66,17 +78,20 @@ def rebuild_registry(location: Location, store: Store) -> Rebuilt:
     identity = read_identity(store)
     if identity is None:
         raise store_missing(location) if location.exists else no_repository(location)
+    place = location.registry_place
+    if isinstance(place, str) and not Registry.is_at(place) and has_versions(store) and not lost:
+        raise registry_missing(location)
     # Asked first: what is acknowledged or removed meanwhile, the store then has as well.
-    copied = Registry.copied(location.registry_place, identity)
+    copied = Registry.copied(place, identity)
     reader = _Reader(store)
     contents = reader.contents()
     _check_complete(contents, copied)
     check_numbers(contents)
     # First the old registry is cut off, then the store is listed: nothing is acknowledged between.
-    Registry.fence(location.registry_place, identity)
+    Registry.fence(place, identity)
     contents = reader.contents()
     _write_epoch(store, contents)
-    damaged, kept = _make(location.registry_place, identity, contents)
+    damaged, kept = _make(place, identity, contents)
     if not location.exists:
         prepare(location)
         complete(location)

@@ -330,9 +330,22 @@ class TestTransactions:
             repo.push(STATE, "m", message="a\0b")
         assert repo.models() == []
 
-    def test_a_table_that_is_missing_names_the_command_that_helps(self, postgres_url: str) -> None:
+    def test_a_database_without_tables_is_no_registry_whose_address_is_to_be_checked(
+        self, postgres_url: str
+    ) -> None:
+        for act in (Registry.open, Registry.upgrade):
+            with pytest.raises(StorageError) as caught:
+                act(postgres_url, STORE)
+            assert caught.value.code == "registry-missing"
+            assert "check its address" in str(caught.value)
+            assert "upgrade" not in str(caught.value)
+
+    def test_a_table_that_is_missing_names_the_command_that_helps(
+        self, postgres: PostgresServer, postgres_database: str, database: PostgresDatabase
+    ) -> None:
+        postgres.run("DROP TABLE meta", postgres_database)
         with pytest.raises(StorageError) as caught:
-            Registry.open(postgres_url, STORE)
+            Registry.open(postgres.url(postgres_database), STORE)
         assert caught.value.code == "schema-older"
         assert "ckpt db upgrade" in str(caught.value)
 

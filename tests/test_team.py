@@ -8,17 +8,20 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psycopg
 import pytest
 import torch
 from chapter_models import MLP
+from postgres_server import PostgresServer
 from safetensors.torch import save_file
 from servers import BUCKET, Server
 
 import ckpt
-from ckpt.core.errors import ConflictError
+from ckpt.core.errors import ConflictError, NotFoundError, StorageError
+from ckpt.service.opening import make_repository, reopen
 from ckpt.service.places import open_store
 from ckpt.service.rebuild import rebuild_registry
 
@@ -195,7 +198,7 @@ def test_a_registry_on_a_server_is_rebuilt_from_the_bucket(
             if lost:
                 connection.execute("DROP SCHEMA public CASCADE")
                 connection.execute("CREATE SCHEMA public")
-            found = rebuild_registry(location, store)
+            found = rebuild_registry(location, store, lost=lost)
             schemas = "SELECT nspname FROM pg_namespace WHERE nspname LIKE 'ckpt_before_%'"
             kept = [name for (name,) in connection.execute(schemas)]
             for name in kept:
@@ -216,6 +219,37 @@ def test_a_registry_on_a_server_is_rebuilt_from_the_bucket(
         assert repo.push({"w": torch.rand(3)}, "m").number == 3
         repo.gc(grace=0)
         assert repo.fsck(read_data=1).is_clean
+
+
+def test_a_database_without_tables_is_taken_for_the_wrong_one(
+    join: Open, postgres: PostgresServer, postgres_url: str, tmp_path: Path
+) -> None:
+    """A rebuild there would cut off the registry that the others go on with."""
+    with join() as repo:
+        repo.push({"w": torch.ones(3)}, "m")
+        location, store = repo.location, repo._store
+        wrong = f"wrong_{secrets.token_hex(8)}"
+        postgres.run(f"CREATE DATABASE {wrong}")
+        address, place = postgres.url(wrong), location.store_place
+        elsewhere = replace(location, registry_place=address)
+        acts: tuple[Callable[[], object], ...] = (
+            lambda: ckpt.open(registry=address, store=str(place)),
+            lambda: ckpt.open(registry=address, store=str(place), create=False),
+            lambda: make_repository(replace(elsewhere, root=tmp_path / "new", exists=False)),
+            lambda: reopen(elsewhere),
+            lambda: rebuild_registry(elsewhere, store),
+            lambda: rebuild_registry(replace(location, registry_place=f"{address}x"), store),
+        )
+        for act in acts:
+            with pytest.raises((StorageError, NotFoundError)) as caught:
+                act()
+            assert "check its address" in str(caught.value) or caught.value.code == "no-repository"
+        tables = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"
+        assert postgres.run(tables, wrong) == [(0,)]
+        assert list(store.list("epochs/")) == []
+        assert repo.push({"w": torch.zeros(3)}, "m").number == 2
+        assert rebuild_registry(elsewhere, store, lost=True).versions == 2
+        postgres.run(f"DROP DATABASE {wrong} WITH (FORCE)")
 
 
 def test_a_runs_successors_are_differences_to_what_it_has_in_memory(join: Open) -> None:
