@@ -9,6 +9,7 @@ from pathlib import Path
 from ckpt.core.documents import Document
 from ckpt.core.errors import AccessError, CkptError, IntegrityError, StorageError
 from ckpt.core.records import Environment, FinishedPack, PushFacts
+from ckpt.registry.aside import check_may_replace
 from ckpt.registry.books import Books
 from ckpt.registry.changes import Changes
 from ckpt.registry.collect import Collector
@@ -18,7 +19,7 @@ from ckpt.registry.curves import Curves
 from ckpt.registry.engine import Database
 from ckpt.registry.postgres import open_postgres
 from ckpt.registry.queries import Queries
-from ckpt.registry.rebuild import StoreContents, fence, rebuild
+from ckpt.registry.rebuild import Fence, Position, StoreContents, check_left, fence, rebuild, reopen
 from ckpt.registry.repack import Repacks
 from ckpt.registry.repair import Repairs
 from ckpt.registry.runs import Runs
@@ -110,7 +111,21 @@ class Registry:
             database.close()
 
     @classmethod
-    def fence(cls, where: Path | str, store: str) -> None:
+    def check_may_replace(cls, where: Path | str) -> None:
+        """Refuse a user who could not finish a rebuild there.
+
+        Raises:
+            AccessError: ``permission``.
+        """
+        if isinstance(where, str):
+            database = _database(where, create=False)
+            try:
+                check_may_replace(database)
+            finally:
+                database.close()
+
+    @classmethod
+    def fence(cls, where: Path | str, store: str) -> Fence:
         """Cut off an old registry, if it can be read at all: nothing is acknowledged or deleted
         from it any more.
 
@@ -120,18 +135,44 @@ class Registry:
         try:
             database = _database(where, create=False)
         except (StorageError, AccessError):
-            return
+            return Fence(None, None)
         try:
             check_schema(database, store)
-            fence(database)
+            return fence(database)
         except (StorageError, IntegrityError) as error:
             if error.code == "registry":  # a disk that fails now may serve others, or later
                 more = "; if it stays so, move it away and run `ckpt registry rebuild`"
                 raise StorageError(error.code, error.message, hint=f"run again{more}") from error
             if not _is_beyond_use(error):
                 raise
+            left = _position(database)
+            return Fence(left, left)
         finally:
             database.close()
+
+    @classmethod
+    def check_left(cls, where: Path | str, closed: Fence) -> None:
+        """Refuse to go on with a rebuild when another one went on with this registry.
+
+        Raises:
+            ConflictError: ``rebuilt-meanwhile``.
+        """
+        if cls.is_at(where):
+            database = _database(where, create=False)
+            try:
+                check_left(closed, _position(database))
+            finally:
+                database.close()
+
+    @classmethod
+    def reopen(cls, where: Path | str, closed: Fence) -> None:
+        """Give an old registry back what ``closed`` took, if nobody else closed it since."""
+        if closed.before != closed.left:
+            database = _database(where, create=False)
+            try:
+                reopen(database, closed)
+            finally:
+                database.close()
 
     @classmethod
     def copied(cls, where: Path | str, store: str) -> Mapping[str, str]:
@@ -159,14 +200,14 @@ class Registry:
 
     @classmethod
     def rebuild(
-        cls, where: Path | str, store: str, contents: StoreContents, kept: str
-    ) -> tuple[list[str], bool]:
-        """Make the registry anew from what a store holds; returns the versions whose bytes are
-        not all there, and whether there was an old one. On a server, the tables of that are moved
-        into the schema ``kept``; in a file they are gone, so copy it first."""
+        cls, where: Path | str, store: str, contents: StoreContents, closed: Fence
+    ) -> tuple[list[str], str | None]:
+        """Make the registry anew from what a store holds, unless another one went on with what
+        ``closed`` left; returns the versions whose bytes are not all there, and on a server the
+        schema that the old tables are in now. In a file they are gone, so copy it first."""
         database = _database(where, create=True)
         try:
-            return rebuild(database, store, contents, kept)
+            return rebuild(database, store, contents, closed)
         finally:
             database.close()
 
@@ -193,6 +234,16 @@ class Registry:
             self.copies.close()
         finally:
             self._database.close()
+
+
+def _position(database: Database) -> Position | None:
+    """The epoch and the counter, of a registry that has any which can be read."""
+    try:
+        return Copies(database).position() if is_made(database) else None
+    except (StorageError, IntegrityError) as error:
+        if not _is_beyond_use(error):
+            raise
+        return None
 
 
 def _database(where: Path | str, *, create: bool) -> Database:

@@ -7,7 +7,7 @@ from sqlalchemy import Connection, insert, inspect, select, text
 from ckpt.core.effects import perform
 from ckpt.core.errors import IntegrityError, StorageError
 from ckpt.registry.engine import Database, Transaction
-from ckpt.registry.tables import meta, metadata
+from ckpt.registry.tables import meta
 
 SCHEMA = "0001"
 
@@ -64,7 +64,7 @@ def check_made(database: Database) -> None:
 def is_made(database: Database) -> bool:
     """Whether there are tables."""
     with database.asking() as transaction:
-        return _is_made(transaction)
+        return has_tables(transaction)
 
 
 def migrate(database: Database, store: str) -> None:
@@ -76,7 +76,7 @@ def migrate(database: Database, store: str) -> None:
 
     def act(transaction: Transaction) -> None:
         lock_schema(transaction)
-        number = schema_number(transaction) if _is_made(transaction) else None
+        number = schema_number(transaction) if has_tables(transaction) else None
         if number is not None and number > SCHEMA:
             raise _other_schema(database.name, number)
         if number != SCHEMA:
@@ -95,30 +95,15 @@ def lock_schema(transaction: Transaction) -> None:
 
 def make_tables(transaction: Transaction, store: str) -> None:
     """Make or upgrade the tables; new ones belong to the store with this id."""
-    fresh = not _is_made(transaction)
+    fresh = not has_tables(transaction)
     perform("sql.migrate", _upgrade, transaction.connection)
     if fresh:
         values = {"id": 1, "store": store, "epoch": 1, "next_counter": 1}
         transaction.run(insert(meta), values)
 
 
-def set_aside(transaction: Transaction, kept: str) -> bool:
-    """Take the tables of an old registry away, and say whether there were any: those on a server
-    are moved as they are into the schema ``kept``, and a file was copied before."""
-    if not _is_made(transaction):
-        return False
-    tables = ("alembic_version", *(table.name for table in reversed(metadata.sorted_tables)))
-    if transaction.connection.dialect.name == "sqlite":
-        for table in tables:
-            transaction.run(text(f"DROP TABLE {table}"))
-        return True
-    transaction.run(text(f"CREATE SCHEMA {kept}"))
-    for table in tables:
-        transaction.run(text(f"ALTER TABLE {table} SET SCHEMA {kept}"))
-    return True
-
-
-def _is_made(transaction: Transaction) -> bool:
+def has_tables(transaction: Transaction) -> bool:
+    """Whether a migration ever ran."""
     return inspect(transaction.connection).has_table("alembic_version")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,10 +15,17 @@ import msgspec
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import canonical, decode_document
 from ckpt.core.effects import perform
-from ckpt.core.errors import IntegrityError, StorageError, from_os_error
+from ckpt.core.errors import (
+    AccessError,
+    CkptError,
+    IntegrityError,
+    SpaceError,
+    StorageError,
+    from_os_error,
+)
 from ckpt.core.printable import escape, few
 from ckpt.core.records import FinishedPack, Pack, PackState
-from ckpt.registry.rebuild import StoreContents, StoredVersion, check_numbers
+from ckpt.registry.rebuild import Fence, StoreContents, StoredVersion, check_numbers
 from ckpt.registry.registry import Registry
 from ckpt.registry.sqlite import copy_database
 from ckpt.service.config import (
@@ -72,8 +80,8 @@ def rebuild_registry(location: Location, store: Store, *, lost: bool = False) ->
             ``foreign-store``, ``number-twice``, ``epoch-damaged``.
         StorageError, AccessError, SpaceError: it is safe to run this again.
 
-    Until all of the store was read, the old registry is as it was; after an error that comes later
-    it takes no more writes.
+    Until the new epoch is in the store, the old registry is as it was after an error; later it
+    takes no more writes.
     """
     identity = read_identity(store)
     if identity is None:
@@ -81,6 +89,7 @@ def rebuild_registry(location: Location, store: Store, *, lost: bool = False) ->
     place = location.registry_place
     if isinstance(place, str) and not Registry.is_at(place) and has_versions(store) and not lost:
         raise registry_missing(location)
+    Registry.check_may_replace(place)
     # Asked first: what is acknowledged or removed meanwhile, the store then has as well.
     copied = Registry.copied(place, identity)
     reader = _Reader(store)
@@ -88,10 +97,9 @@ def rebuild_registry(location: Location, store: Store, *, lost: bool = False) ->
     _check_complete(contents, copied)
     check_numbers(contents)
     # First the old registry is cut off, then the store is listed: nothing is acknowledged between.
-    Registry.fence(place, identity)
-    contents = reader.contents()
-    _write_epoch(store, contents)
-    damaged, kept = _make(place, identity, contents)
+    closed = Registry.fence(place, identity)
+    contents = _open_epoch(place, store, reader, closed)
+    damaged, kept = _make(place, identity, contents, closed)
     if not location.exists:
         prepare(location)
         complete(location)
@@ -99,6 +107,31 @@ def rebuild_registry(location: Location, store: Store, *, lost: bool = False) ->
     count = sum(version.facts["push"] not in removed for version in contents.versions)
     unreadable = tuple(f"{key}: {reason}" for key, reason in reader.unreadable.items())
     return Rebuilt(contents.epoch, count, tuple(damaged), unreadable, kept)
+
+
+def _open_epoch(place: Path | str, store: Store, reader: _Reader, closed: Fence) -> StoreContents:
+    """What the store holds now, and counts from now on. Where that fails and surely nothing was
+    written, the old registry is given back."""
+    contents = None
+    try:
+        found = reader.contents()
+        Registry.check_left(place, closed)
+        contents = found
+        _write_epoch(store, contents)
+    except BaseException as error:
+        if contents is None or _was_refused(store, contents, error):
+            with suppress(CkptError):
+                Registry.reopen(place, closed)
+        raise
+    return contents
+
+
+def _was_refused(store: Store, contents: StoreContents, error: BaseException) -> bool:
+    """Whether a write was surely not done: one without an answer may be carried out yet."""
+    if isinstance(error, AccessError | SpaceError):
+        with suppress(CkptError):
+            return store.size(_epoch_key(contents)) is None
+    return False
 
 
 def _check_complete(contents: StoreContents, copied: Mapping[str, str]) -> None:
@@ -116,21 +149,20 @@ def _check_complete(contents: StoreContents, copied: Mapping[str, str]) -> None:
 
 
 def _make(
-    place: Path | str, identity: str, contents: StoreContents
+    place: Path | str, identity: str, contents: StoreContents, closed: Fence
 ) -> tuple[list[str], str | None]:
     """The new registry in the place of the old one; returns the damaged versions, and where the
     old one is."""
     if isinstance(place, str):
-        schema = f"ckpt_before_epoch_{contents.epoch}"
-        damaged, replaced = Registry.rebuild(place, identity, contents, schema)
-        return damaged, f"in the schema {schema} of the same database" if replaced else None
+        damaged, schema = Registry.rebuild(place, identity, contents, closed)
+        return damaged, schema and f"in the schema {schema} of the same database"
     kept = place.with_name(f"{place.name}.before-epoch-{contents.epoch}")
     try:
         existed = place.exists()
         if existed:
             _keep(place, kept)
         # In the same file, so that whoever has it open goes on with the new one.
-        damaged, _ = Registry.rebuild(place, identity, contents, "")
+        damaged, _ = Registry.rebuild(place, identity, contents, closed)
         return damaged, str(kept) if existed else None
     except OSError as error:
         raise from_os_error(error, f"rebuilding {place}") from error
@@ -268,7 +300,11 @@ def _write_epoch(store: Store, contents: StoreContents) -> None:
         "documents": sorted(version.facts["push"] for version in contents.versions),
         "events": sorted(event["id"] for event in contents.events),
     }
-    store.put(f"epochs/{contents.epoch}.json", canonical(body))
+    store.put(_epoch_key(contents), canonical(body))
+
+
+def _epoch_key(contents: StoreContents) -> str:
+    return f"epochs/{contents.epoch}.json"
 
 
 def _keep(place: Path, kept: Path) -> None:

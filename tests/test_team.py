@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from servers import BUCKET, Server
 
 import ckpt
-from ckpt.core.errors import ConflictError, NotFoundError, StorageError
+from ckpt.core.errors import AccessError, ConflictError, NotFoundError, StorageError
 from ckpt.service.opening import make_repository, reopen
 from ckpt.service.places import open_store
 from ckpt.service.rebuild import rebuild_registry
@@ -250,6 +251,64 @@ def test_a_database_without_tables_is_taken_for_the_wrong_one(
         assert repo.push({"w": torch.zeros(3)}, "m").number == 2
         assert rebuild_registry(elsewhere, store, lost=True).versions == 2
         postgres.run(f"DROP DATABASE {wrong} WITH (FORCE)")
+
+
+def test_who_cannot_finish_a_rebuild_closes_nothing(
+    join: Open, postgres: PostgresServer, postgres_database: str
+) -> None:
+    role = f"role_{secrets.token_hex(4)}"
+    postgres.run(f"CREATE ROLE {role} LOGIN")
+    address = postgres.url(postgres_database, role)
+    with join() as repo:
+        repo.push({"w": torch.ones(3)}, "m")
+        theirs = replace(repo.location, registry_place=address)
+
+        def refused() -> str:
+            with pytest.raises(AccessError) as caught:
+                rebuild_registry(theirs, repo._store)
+            assert list(repo._store.list("epochs/")) == []
+            return str(caught.value)
+
+        assert "owner" in refused()
+        postgres.run(f"GRANT CREATE ON DATABASE {postgres_database} TO {role}", postgres_database)
+        postgres.run(f"GRANT CREATE ON SCHEMA public TO {role}", postgres_database)
+        assert "another role owns" in refused()
+        assert repo.push({"w": torch.zeros(3)}, "m").number == 2
+
+
+def test_two_repositories_in_one_database_are_rebuilt_and_keep_who_may_use_them(
+    seaweedfs: Server, addresses: tuple[str, str], postgres: PostgresServer, postgres_database: str
+) -> None:
+    role = f"role_{secrets.token_hex(4)}"
+    postgres.run(f'CREATE ROLE "{role}:Ü" LOGIN')
+    run = partial(postgres.run, database=postgres_database)
+    for schema in ("one", "Two's"):
+        run(f'CREATE SCHEMA "{schema}"')
+        registry, store = (
+            f'{addresses[0]}&options=-csearch_path="{schema}"',
+            f"{addresses[1]}{schema[0]}",
+        )
+        with ckpt.open(registry=registry, store=store) as repo:
+            run(f'GRANT USAGE ON SCHEMA "{schema}" TO "{role}:Ü"')
+            for kind in ("TABLES", "SEQUENCES"):
+                run(f'GRANT ALL ON ALL {kind} IN SCHEMA "{schema}" TO "{role}:Ü" WITH GRANT OPTION')
+            run(f'GRANT SELECT ON "{schema}".versions TO PUBLIC')
+            granted = grants(postgres, postgres_database, schema)
+            assert len(granted) > 20
+            for epoch in (2, 3):
+                repo.push({"w": torch.full((3,), float(epoch))}, "m")
+                found = rebuild_registry(repo.location, repo._store)
+                assert found.epoch == epoch
+                assert found.kept is not None
+                assert schema in found.kept
+                assert grants(postgres, postgres_database, schema) == granted
+    run(f'DROP OWNED BY "{role}:Ü"')
+
+
+def grants(postgres: PostgresServer, database: str, schema: str) -> set[object]:
+    where = f"nspname = '{schema.replace(chr(39), chr(39) * 2)}' AND relkind IN ('r', 'S')"
+    of = "pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace"
+    return set(postgres.run(f"SELECT relname, relacl::text FROM {of} WHERE {where}", database))
 
 
 def test_a_runs_successors_are_differences_to_what_it_has_in_memory(join: Open) -> None:
