@@ -18,7 +18,7 @@ from sqlalchemy import (
 )
 
 from ckpt.core.documents import canonical, join_document
-from ckpt.core.records import StoreCopy
+from ckpt.core.records import KnownCopy, StoreCopy
 from ckpt.registry.bodies import decompress, read_json
 from ckpt.registry.engine import Database, Transaction, batches
 from ckpt.registry.tables import (
@@ -65,13 +65,21 @@ class Copies:
             found += [_event_copy(row) for row in transaction.rows(_EVENTS)]
         return found
 
-    def noted(self) -> dict[str, str]:
-        """What is written down to be in the store, by id: references of versions, kinds of acts."""
+    def known(self) -> dict[str, KnownCopy]:
+        """Everything that was committed, by id: references of versions, kinds of acts."""
         with self._database.read() as transaction:
-            there = {
-                row.push: f"{row.name}@{row.number}" for row in transaction.rows(_NOTED_VERSIONS)
-            }
-            return there | {row.id: f"a {row.kind}" for row in transaction.rows(_NOTED_EVENTS)}
+            pushed = {row.id: row for row in transaction.rows(_KNOWN_VERSIONS)}
+            done = {row.id: row for row in transaction.rows(_KNOWN_EVENTS)}
+        found = {
+            one: KnownCopy(
+                f"{row.name}@{row.number}", document_key(row.epoch, row.counter, one), row.copied
+            )
+            for one, row in pushed.items()
+        }
+        return found | {
+            one: KnownCopy(f"a {row.kind}", event_key(row.epoch, row.counter, one), row.copied)
+            for one, row in done.items()
+        }
 
     def is_wanted(self, copy: StoreCopy) -> bool:
         """Whether the version or the event is still there."""
@@ -163,13 +171,15 @@ _EVENTS = select(
     events.c.body.label("said"),
     *(cast(null(), LargeBinary).label(name) for name in ("document", "structure", "environment")),
 ).where(events.c.counter.is_not(None))
-_NOTED_VERSIONS = (
-    select(versions.c.push, models.c.name, versions.c.number)
-    .join(models, models.c.id == versions.c.model)
-    .where(versions.c.copied == true())
-)
-_NOTED_EVENTS = select(events.c.id, events.c.kind).where(
-    events.c.copied == true(), events.c.counter.is_not(None)
+_COPIED = ("epoch", "counter", "copied")
+_KNOWN_VERSIONS = select(
+    versions.c.push.label("id"),
+    models.c.name,
+    versions.c.number,
+    *(versions.c[name] for name in _COPIED),
+).join(models, models.c.id == versions.c.model)
+_KNOWN_EVENTS = select(events.c.id, events.c.kind, *(events.c[name] for name in _COPIED)).where(
+    events.c.counter.is_not(None)
 )
 # Of both at one moment: else a later one could be copied before an earlier one.
 _UNCOPIED = union_all(

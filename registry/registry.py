@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ckpt.core.documents import Document
 from ckpt.core.errors import AccessError, CkptError, IntegrityError, StorageError
-from ckpt.core.records import Environment, FinishedPack, PushFacts
+from ckpt.core.records import Environment, FinishedPack, KnownCopy, PushFacts
 from ckpt.registry.aside import check_may_replace
 from ckpt.registry.books import Books
 from ckpt.registry.changes import Changes
@@ -175,10 +175,9 @@ class Registry:
                 database.close()
 
     @classmethod
-    def copied(cls, where: Path | str, store: str) -> Mapping[str, str]:
-        """What an old registry has noted to be in the store, if it can be read: of versions and of
-        acts, by the id of the push or of the event, what to call them. The last acts of a process
-        that was killed are noted by the next one.
+    def known(cls, where: Path | str, store: str) -> Mapping[str, KnownCopy]:
+        """What an old registry says of versions and of acts, by the id of the push or of the
+        event, if it can be read.
 
         Raises:
             IntegrityError: ``foreign-store``; StorageError: ``schema-newer``, and what says that
@@ -190,7 +189,7 @@ class Registry:
             return {}
         try:
             check_schema(database, store)
-            return Copies(database).noted()
+            return Copies(database).known()
         except (StorageError, IntegrityError) as error:
             if not _is_beyond_use(error):
                 raise

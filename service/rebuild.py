@@ -24,7 +24,7 @@ from ckpt.core.errors import (
     from_os_error,
 )
 from ckpt.core.printable import escape, few
-from ckpt.core.records import FinishedPack, Pack, PackState
+from ckpt.core.records import FinishedPack, KnownCopy, Pack, PackState
 from ckpt.registry.rebuild import Fence, StoreContents, StoredVersion, check_numbers
 from ckpt.registry.registry import Registry
 from ckpt.registry.sqlite import copy_database
@@ -91,10 +91,10 @@ def rebuild_registry(location: Location, store: Store, *, lost: bool = False) ->
         raise registry_missing(location)
     Registry.check_may_replace(place)
     # Asked first: what is acknowledged or removed meanwhile, the store then has as well.
-    copied = Registry.copied(place, identity)
+    copied = _copied(store, Registry.known(place, identity))
     reader = _Reader(store)
     contents = reader.contents()
-    _check_complete(contents, copied)
+    _check_complete(store, contents, copied)
     check_numbers(contents)
     # First the old registry is cut off, then the store is listed: nothing is acknowledged between.
     closed = Registry.fence(place, identity)
@@ -134,16 +134,34 @@ def _was_refused(store: Store, contents: StoreContents, error: BaseException) ->
     return False
 
 
-def _check_complete(contents: StoreContents, copied: Mapping[str, str]) -> None:
-    """Refuse to replace a registry that knows more than its store; ``copied`` is what it says by
-    the ids of pushes and events."""
+def _copied(store: Store, known: Mapping[str, KnownCopy]) -> dict[str, KnownCopy]:
+    """What of a registry may have been acknowledged: what it has noted to be in the store, and
+    what is there. The last acts of a process are noted by the next one; without a copy none of
+    them was acknowledged (j), unless the copy is gone since, which nobody can tell."""
+    return {
+        one: copy for one, copy in known.items() if copy.noted or store.size(copy.key) is not None
+    }
+
+
+def _check_complete(store: Store, contents: StoreContents, copied: Mapping[str, KnownCopy]) -> None:
+    """Refuse to replace a registry that knows more than counts in its store."""
     known = {version.facts["push"] for version in contents.versions} | contents.removed
     known |= {event["id"] for event in contents.events}
-    missing = sorted(said for one, said in copied.items() if one not in known)
+    missing = [copy for one, copy in copied.items() if one not in known]
+    there = sorted(copy.said for copy in missing if store.size(copy.key) is not None)
+    newest = contents.epoch - 1
+    if there:
+        raise IntegrityError(
+            "copy-missing",
+            f"epochs/{newest}.json in the store leaves out what the registry knows: {few(there)}",
+            hint="a rebuild elsewhere did not see it; copy the files of these from older folders "
+            f"of documents/ and events/ into documents/{newest}/ and events/{newest}/, and run "
+            "this again",
+        )
     if missing:
         raise IntegrityError(
             "copy-missing",
-            f"the store lacks what the registry knows: {few(missing)}",
+            f"the store lacks what the registry knows: {few(sorted(copy.said for copy in missing))}",
             hint="run `ckpt fsck --repair`, which writes it again, or move the registry away",
         )
 

@@ -320,6 +320,45 @@ def counted_of(documents: Sequence[Any]) -> Callable[..., Any]:
     )
 
 
+def test_a_rebuild_elsewhere_does_not_hide_what_a_registry_acknowledged_since(
+    filled: Path, tmp_path: Path
+) -> None:
+    """Also not what its last process, which is open still, has not noted as copied."""
+    location = locate(filled)
+    store = LocalStore(location.store)
+    with ckpt.open(filled) as repo:
+        repo.push(state(6), "a")
+        rebuild_registry(replace(location, registry_place=tmp_path / "other.db"), store)
+        late = repo.push(state(7), "a")
+        before = sorted((filled / ".ckpt").rglob("*"))
+        with pytest.raises(IntegrityError, match=rf"knows: {late.reference}; .*documents/2/"):
+            rebuilt(filled)
+        assert sorted((filled / ".ckpt").rglob("*")) == before
+    with pytest.raises(IntegrityError, match=late.reference):
+        rebuilt(filled)
+    (document,) = store.root.glob(f"documents/1/*{late.push}.json")
+    (store.root / "documents" / "2").mkdir(exist_ok=True)
+    shutil.copy(document, store.root / "documents" / "2")
+    rebuilt(filled)
+    with ckpt.open(filled) as repo:
+        assert repo.get("a").push == late.push
+        repo.gc(grace=0)
+        assert torch.equal(repo.pull("a")["w0"], state(7)["w0"])
+        assert repo.fsck(read_data=1).is_clean
+
+
+def test_a_push_whose_document_is_not_in_the_store_yet_keeps_no_rebuild_back(filled: Path) -> None:
+    with ckpt.open(filled) as repo, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ckpt.service.acknowledge.copy_pending", stop)
+        with pytest.raises(StorageError, match="stopped"):
+            repo.push(state(6), "a")
+    assert rebuilt(filled).versions == 5
+
+
+def stop(*_: object) -> None:
+    raise StorageError("io", "stopped")
+
+
 def test_numbers_that_were_given_twice_change_nothing(filled: Path) -> None:
     document = next(one for one in copies(filled, "documents") if b'"number":3' in one.read_bytes())
     push = document.stem.rpartition("-")[2]
