@@ -20,7 +20,7 @@ from sqlalchemy import (
 from ckpt.core.documents import canonical, join_document
 from ckpt.core.records import KnownCopy, StoreCopy
 from ckpt.registry.bodies import decompress, read_json
-from ckpt.registry.engine import Database, Transaction, batches
+from ckpt.registry.engine import Database, Transaction, batches, repeated
 from ckpt.registry.tables import (
     documents,
     environments,
@@ -58,6 +58,7 @@ class Copies:
         row = self._database.ask(_VERSIONS.where(versions.c.push == push))
         return None if row is None else _document_copy(row)
 
+    @repeated
     def all(self) -> list[StoreCopy]:
         """Everything that the store must hold."""
         with self._database.read() as transaction:
@@ -65,6 +66,7 @@ class Copies:
             found += [_event_copy(row) for row in transaction.rows(_EVENTS)]
         return found
 
+    @repeated
     def known(self) -> dict[str, KnownCopy]:
         """Everything that was committed, by id: references of versions, kinds of acts."""
         with self._database.read() as transaction:
@@ -81,6 +83,7 @@ class Copies:
             for one, row in done.items()
         }
 
+    @repeated
     def is_wanted(self, copy: StoreCopy) -> bool:
         """Whether the version or the event is still there."""
         with self._database.read() as transaction:

@@ -8,8 +8,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from functools import cache, wraps
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
 from sqlalchemy import BigInteger, Connection, CursorResult, Engine, Executable, Row, Table, select
 from sqlalchemy.exc import DBAPIError
@@ -24,9 +24,11 @@ from ckpt.core.printable import escape
 if TYPE_CHECKING:
     from sqlalchemy.dialects import postgresql, sqlite
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _ATTEMPTS = 8
+_LOSSES = 2  # of connections, in one call
 
 Parameters = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
@@ -109,6 +111,23 @@ def _insert(table: Table, dialect: str) -> sqlite.Insert | postgresql.Insert:
     return postgresql.insert(table)
 
 
+def repeated(look: Callable[P, T]) -> Callable[P, T]:
+    """A function that only reads, called again when its connection was lost."""
+
+    @wraps(look)
+    def look_again(*args: P.args, **named: P.kwargs) -> T:
+        for losses in range(_LOSSES):
+            try:
+                return look(*args, **named)
+            except StorageError as error:
+                if not getattr(error.__cause__, "connection_invalidated", False):
+                    raise
+            _rest(losses)
+        return look(*args, **named)
+
+    return look_again
+
+
 class Database(ABC):
     """An engine with the transactions that ckpt uses; nothing else opens connections.
 
@@ -140,11 +159,13 @@ class Database(ABC):
             yield Transaction(connection.execution_options(**self.read_options))
             connection.commit()  # after a rollback psycopg forgets what it has prepared
 
+    @repeated
     def ask(self, statement: Executable, values: Parameters | None = None) -> Row[Any] | None:
         """The first row of one query, or None."""
         with self.asking() as transaction:
             return transaction.row(statement, values)
 
+    @repeated
     def ask_all(self, statement: Executable) -> Sequence[Row[Any]]:
         """All rows of one query."""
         with self.asking() as transaction:
@@ -158,26 +179,35 @@ class Database(ABC):
             yield Transaction(connection.execution_options(**self.ask_options))
 
     def write(self, act: Callable[[Transaction], T]) -> T:
-        """Run ``act`` in one transaction and commit it, again when the database says busy.
+        """Run ``act`` in one transaction and commit it, again when the database says busy, or the
+        connection was lost before the commit was sent.
 
         ``act`` may run more than once and must do nothing but work on its transaction. Where the
         outcome of a commit is unknown nothing is repeated: who needs to know it asks.
         """
+        losses = 0
         for attempt in range(_ATTEMPTS):
+            commits: list[None] = []
             with self._typed():
                 try:
-                    return self._once(act)
+                    return self._once(act, commits)
                 except DBAPIError as error:
-                    if attempt == _ATTEMPTS - 1 or not self.is_passing(error):
+                    is_lost = error.connection_invalidated and not commits
+                    losses += is_lost
+                    if losses > _LOSSES or not (is_lost or self.is_passing(error)):
                         raise
-            time.sleep(random.uniform(0, 0.05 * 2**attempt))
+                    if attempt == _ATTEMPTS - 1:
+                        raise
+            _rest(attempt)
         raise AssertionError("unreachable")
 
-    def _once(self, act: Callable[[Transaction], T]) -> T:
+    def _once(self, act: Callable[[Transaction], T], commits: list[None]) -> T:
+        """One try; ``commits`` has an element as soon as the commit may be sent."""
         with self._connect() as connection:
             writing = connection.execution_options(ckpt_writes=True)
             with writing.begin() as transaction:
                 result = act(Transaction(writing))
+                commits.append(None)
                 perform("sql.commit", transaction.commit)
             return result
 
@@ -208,6 +238,10 @@ class Database(ABC):
             self.engine.dispose(close=False)
             self._process = os.getpid()
         return self.engine.connect()
+
+
+def _rest(number: int) -> None:
+    time.sleep(random.uniform(0, 0.05 * 2**number))
 
 
 def value_invalid(reason: str) -> UsageError:

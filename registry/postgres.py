@@ -43,6 +43,9 @@ _CONNECTING: Mapping[str, Any] = {
 # After so many calls, as psycopg does by itself, a statement is planned no more each time.
 _PREPARED_AFTER = 5
 
+# A lock takes no snapshot: what waits for the end of a rebuild sees the new tables full.
+_READING = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; LOCK TABLE meta IN ACCESS SHARE MODE"
+
 # By SQLSTATE: a serialization failure, a deadlock, and a lock that was not given in time.
 _CONFLICTS = ("40001", "40P01")
 _LOCKED = "55P03"
@@ -62,8 +65,8 @@ class PostgresDatabase(Database):
     """A registry on a PostgreSQL server; writers are READ COMMITTED, with row locks."""
 
     read_options: ClassVar[Mapping[str, Any]] = {
-        "isolation_level": "REPEATABLE READ",
-        "postgresql_readonly": True,
+        "isolation_level": "AUTOCOMMIT",  # its begin is sent here, with a lock
+        "ckpt_reads": True,
     }
     ask_options: ClassVar[Mapping[str, Any]] = {"isolation_level": "AUTOCOMMIT"}
     missing_hint = (
@@ -259,7 +262,10 @@ def _was_told(connection: DBAPIConnection) -> bool:
 
 def _begin(connection: Connection) -> None:
     """Settings of a writing transaction, made in it, because a pooler drops those of a session."""
-    if not connection.get_execution_options().get("ckpt_writes", False):
+    options = connection.get_execution_options()
+    if options.get("ckpt_reads", False):
+        perform("sql.begin", connection.exec_driver_sql, _READING)
+    if not options.get("ckpt_writes", False):
         return
     statement = (
         f"SELECT set_config('lock_timeout', '{int(_LOCK_SECONDS * 1000)}', true),"

@@ -6,7 +6,7 @@ from sqlalchemy import Connection, insert, inspect, select, text
 
 from ckpt.core.effects import perform
 from ckpt.core.errors import IntegrityError, StorageError
-from ckpt.registry.engine import Database, Transaction
+from ckpt.registry.engine import Database, Transaction, repeated
 from ckpt.registry.tables import meta
 
 SCHEMA = "0001"
@@ -21,6 +21,7 @@ def schema_number(transaction: Transaction) -> str | None:
     return None if row is None else str(row[0])
 
 
+@repeated
 def check_schema(database: Database, store: str) -> None:
     """Refuse a registry of another schema, or one that belongs to another store.
 

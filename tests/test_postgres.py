@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psycopg
 import pytest
@@ -33,6 +35,7 @@ from ckpt.registry.engine import Transaction
 from ckpt.registry.postgres import PostgresDatabase, open_postgres
 from ckpt.registry.registry import Registry
 from ckpt.registry.tables import documents, meta, model_classes, models, structures
+from ckpt.service.rebuild import rebuild_registry
 
 pytest_plugins = ("postgres_server",)
 
@@ -277,6 +280,24 @@ class TestTransactions:
 
         assert database.write(act) == 1
 
+    def test_a_read_that_waits_for_a_rebuild_sees_what_it_made(
+        self, race: Act, repos: tuple[ckpt.Repository, ckpt.Repository], postgres_url: str
+    ) -> None:
+        one, two = repos
+        one.push(STATE, "m", step=500)
+        location = replace(one.location, registry_place=postgres_url)
+        reads: tuple[Callable[[], object], ...] = (
+            lambda: [model.versions for model in two.models()],
+            lambda: [version.step for version in two.log("m")],
+            lambda: [version.step for version in two.find("m")],
+            lambda: two.get("m").step,
+            lambda: two.du().versions,
+        )
+        expected = [read() for read in reads]
+        for read, seen in zip(reads, expected, strict=True):
+            _, found = race(lambda: rebuild_registry(location, one._store), read, nth=1)
+            assert found == seen
+
     def test_a_read_cannot_write(self, database: PostgresDatabase) -> None:
         with pytest.raises(AccessError) as caught, database.read() as transaction:
             transaction.run(insert(models), MODEL)
@@ -376,6 +397,49 @@ class TestTransactions:
         assert PASSWORD not in str(caught.value)
 
 
+class TestLostConnections:
+    """A connection that breaks before a commit was sent: nothing happened, and it is done again."""
+
+    ACTS: ClassVar[dict[str, Callable[[ckpt.Repository], Any]]] = {
+        "push": lambda repo: repo.push({"w": torch.zeros(3)}, "m").number,
+        "tag": lambda repo: repo.tag("m@1", "best").aliases,
+        "rm": lambda repo: repo.rm("m@1").number,
+        "log": lambda repo: [version.number for version in repo.log("m")],
+        "models": lambda repo: [model.name for model in repo.models()],
+        "find": lambda repo: [version.number for version in repo.find("m")],
+    }
+
+    @pytest.mark.parametrize("act", ACTS)
+    def test_one_lost_connection_ends_no_act(
+        self, postgres: PostgresServer, act: str, tmp_path: Path
+    ) -> None:
+        told: list[Any] = []
+        for at in range(0, 40, 3):
+            name = f"test_{secrets.token_hex(8)}"
+            postgres.run(f"CREATE DATABASE {name}")
+            seen: list[str] = []
+
+            def cut(
+                kind: str, do: Act, args: tuple[Any, ...], at: int = at, name: str = name
+            ) -> Any:
+                if kind.startswith("sql") and kind != "sql.commit":
+                    seen.append(kind)  # noqa: B023
+                    if len(seen) == at + 1:  # noqa: B023
+                        postgres.cut(name)
+                return do(*args)
+
+            with repository_over(postgres.url(name), tmp_path / name) as repo:
+                repo.push(STATE, "m")
+                with observed(cut):
+                    told.append(self.ACTS[act](repo))
+                assert repo.fsck().is_clean
+            postgres.run(f"DROP DATABASE {name} WITH (FORCE)")
+            if len(seen) <= at:
+                break
+        assert len(told) > 1
+        assert all(one == told[0] for one in told)
+
+
 class TestLostCommits:
     """A connection that breaks at the commit of a push."""
 
@@ -471,6 +535,7 @@ class TestConnecting:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr(registry_postgres, "_was_told", lambda connection: False)
+        monkeypatch.setattr("ckpt.registry.engine._LOSSES", 0)
         url = postgres.url(postgres_database)
         with repository_over(url, tmp_path) as repo:
             repo.push(STATE, "m")
