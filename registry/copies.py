@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from sqlalchemy import (
@@ -92,6 +93,11 @@ class Copies:
             event = select(events.c.id).where(events.c.id == copy.id, copied)
             return bool(transaction.row(version) or transaction.row(event))
 
+    def position_and_known(self, some: Collection[str]) -> tuple[int, int, set[str]]:
+        """The same, and which of ``some`` pushes and events are in the history."""
+        rows = self._database.ask_all(_POSITION_AND_KNOWN, {"some": list(some)})
+        return rows[0].epoch, rows[0].next_counter, {row.id for row in rows if row.id is not None}
+
     def position(self) -> tuple[int, int]:
         """The epoch, and the counter that the next document or event will have."""
         row = self._database.ask(_POSITION)
@@ -144,6 +150,9 @@ def event_key(epoch: int, counter: int, event: str) -> str:
 
 
 _POSITION = select(meta.c.epoch, meta.c.next_counter)
+_POSITION_AND_KNOWN = select(meta.c.epoch, meta.c.next_counter, events.c.id).select_from(
+    meta.outerjoin(events, events.c.id.in_(bindparam("some", expanding=True)))
+)
 # What is asked at every call is made once: to build a statement takes as long as to run it.
 _STANDING = select(events.c.id).where(
     events.c.id == bindparam("of"), events.c.epoch == select(meta.c.epoch).scalar_subquery()

@@ -131,7 +131,9 @@ def repeated(look: Callable[P, T]) -> Callable[P, T]:
 class Database(ABC):
     """An engine with the transactions that ckpt uses; nothing else opens connections.
 
-    ``name`` is how messages call the database, without any secret.
+    ``name`` is how messages call the database, without any secret. ``losses`` counts connections
+    that were lost: afterwards another server may answer, which is behind. Then ``confirm`` is
+    called before anything is written.
     """
 
     read_options: ClassVar[Mapping[str, Any]] = {}
@@ -141,6 +143,8 @@ class Database(ABC):
     def __init__(self, engine: Engine, name: str) -> None:
         self.engine = engine
         self.name = name
+        self.losses = self._confirmed = 0
+        self.confirm: Callable[[], object] = lambda: None
         self._is_closed = False
         self._process = os.getpid()
 
@@ -166,10 +170,12 @@ class Database(ABC):
             return transaction.row(statement, values)
 
     @repeated
-    def ask_all(self, statement: Executable) -> Sequence[Row[Any]]:
+    def ask_all(
+        self, statement: Executable, values: Parameters | None = None
+    ) -> Sequence[Row[Any]]:
         """All rows of one query."""
         with self.asking() as transaction:
-            return transaction.rows(statement)
+            return transaction.rows(statement, values)
 
     @contextmanager
     def asking(self) -> Iterator[Transaction]:
@@ -203,7 +209,7 @@ class Database(ABC):
 
     def _once(self, act: Callable[[Transaction], T], commits: list[None]) -> T:
         """One try; ``commits`` has an element as soon as the commit may be sent."""
-        with self._connect() as connection:
+        with self._connect_to_write() as connection:
             writing = connection.execution_options(ckpt_writes=True)
             with writing.begin() as transaction:
                 result = act(Transaction(writing))
@@ -226,6 +232,16 @@ class Database(ABC):
         """Close all connections; none is made afterwards."""
         self._is_closed = True
         self.engine.dispose()
+
+    def _connect_to_write(self) -> Connection:
+        while True:
+            connection = self._connect()
+            if self.losses == self._confirmed:
+                return connection
+            connection.close()  # so that what is asked has no need of another
+            losses = self.losses
+            self.confirm()
+            self._confirmed = losses
 
     def _connect(self) -> Connection:
         if self._is_closed:

@@ -74,6 +74,10 @@ class PostgresDatabase(Database):
         "is lost for good, run `ckpt registry rebuild --lost`"
     )
 
+    def note_loss(self, *_: object) -> None:
+        """Count a connection that was lost."""
+        self.losses += 1
+
     def is_passing(self, error: DBAPIError) -> bool:
         return _state(error) in (*_CONFLICTS, _LOCKED, *_RACES, _STALE_PLAN)
 
@@ -185,7 +189,9 @@ def open_postgres(url: str) -> PostgresDatabase:
     event.listen(engine, "begin", _begin)
     event.listen(engine, "checkin", _note_rest)
     event.listen(engine, "checkout", partial(_replace_dead, engine.dialect))
-    return PostgresDatabase(engine, _shown(address))
+    database = PostgresDatabase(engine, _shown(address))
+    event.listen(engine, "invalidate", database.note_loss)
+    return database
 
 
 def _parsed(url: str) -> URL:

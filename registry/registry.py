@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ckpt.core.documents import Document
-from ckpt.core.errors import AccessError, CkptError, IntegrityError, StorageError
+from ckpt.core.errors import AccessError, CkptError, ConflictError, IntegrityError, StorageError
 from ckpt.core.records import Environment, FinishedPack, KnownCopy, PushFacts
 from ckpt.registry.aside import check_may_replace
 from ckpt.registry.books import Books
@@ -50,7 +50,7 @@ class Registry:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self.is_newest = False  # known once that no newer one used the same store
+        self._newest_at: int | None = None  # losses of connections when it was found out
         self.copies = Copies(database)
         self.books = Books(database, before_write=self.copies.flush)
         self.queries = Queries(database)
@@ -61,6 +61,25 @@ class Registry:
         self.repairs = Repairs(database)
         self.repacks = Repacks(database)
         self.runs = Runs(database)
+
+    @property
+    def losses(self) -> int:
+        """How many connections were lost so far."""
+        return self._database.losses
+
+    @property
+    def is_newest(self) -> bool:
+        """Whether it is known that no newer one used the same store: until a connection is lost,
+        for then a server that is behind may have taken over."""
+        return self._newest_at == self.losses
+
+    def note_newest(self, losses: int) -> None:
+        """It was the newest when so many connections had been lost."""
+        self._newest_at = losses
+
+    def confirm_by(self, check: Callable[[], object]) -> None:
+        """Have ``check`` called before anything is written after a connection was lost."""
+        self._database.confirm = check
 
     @classmethod
     def open(cls, where: Path | str, store: str) -> Registry:
@@ -230,7 +249,8 @@ class Registry:
     def close(self) -> None:
         """Write down which copies are done, and close all connections."""
         try:
-            self.copies.close()
+            with suppress(ConflictError):  # one that is behind by now has no need of it
+                self.copies.close()
         finally:
             self._database.close()
 

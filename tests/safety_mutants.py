@@ -53,6 +53,7 @@ def _find(where: str) -> FunctionType:
     found: Any = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
+    found = inspect.unwrap(found)
     assert isinstance(found, FunctionType)
     return found
 
