@@ -13,6 +13,7 @@ from ckpt.core.errors import CkptError
 from ckpt.registry.epochs import check_not_closed
 from ckpt.registry.registry import Registry
 from ckpt.service.config import Location
+from ckpt.service.counted import id_of, read_counting
 from ckpt.service.places import shown
 from ckpt.storage.store import Store
 
@@ -100,13 +101,17 @@ def _copies(registry: Registry) -> Finding:
 def _agreement(store: Store, registry: Registry) -> Finding:
     """Whether the store knows anything that the registry does not."""
     there, ended, events = registry.collector.known()
-    unknown = 0
+    counting = read_counting(store)
+    unknown = left = 0
     for place, known in (("documents/", there | ended), ("events/", events)):
         for info in store.list(place):
-            identity = info.key.rpartition("-")[2].removesuffix(".json")
-            unknown += identity not in known
+            is_known = id_of(info.key) in known
+            unknown += counting.counts(info) and not is_known
+            left += not counting.counts(info) and not is_known
     todo = "run `ckpt registry rebuild`: this registry is older than its store" if unknown else ""
-    return Finding("agreement", not unknown, f"{unknown} in the store that it does not know", todo)
+    leftovers = f", and {left} that count for nothing" if left else ""
+    seen = f"{unknown} in the store that it does not know{leftovers}"
+    return Finding("agreement", not unknown, seen, todo)
 
 
 def _packs(store: Store, registry: Registry) -> Finding:

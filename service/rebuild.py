@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,14 +35,14 @@ from ckpt.service.config import (
     registry_missing,
     store_missing,
 )
+from ckpt.service.counted import counted, read_counting
 from ckpt.service.stored_facts import has_versions, read_event, read_version_file
 from ckpt.storage.identity import read_identity
-from ckpt.storage.packs import pack_key, read_pack
+from ckpt.storage.packs import PACK_KEY, pack_key, read_pack
 from ckpt.storage.store import ObjectInfo, Store
 
 T = TypeVar("T")
 
-_COPY = re.compile(r"\d+-(?P<id>[0-9a-f]{32})\.json")
 # What reading an object that has other bytes than it should ends with.
 _DAMAGED = (IntegrityError, msgspec.MsgspecError, RecursionError, ValueError)
 
@@ -186,24 +185,6 @@ def _make(
         raise from_os_error(error, f"rebuilding {place}") from error
 
 
-def _epochs(store: Store) -> tuple[int, dict[str, Any]]:
-    """The newest epoch and what its file counts of earlier ones."""
-    newest, key = 1, None
-    for info in store.list("epochs/"):
-        number = info.key.removeprefix("epochs/").removesuffix(".json")
-        if number.isdigit() and int(number) > newest:
-            newest, key = int(number), info.key
-    if key is None:
-        return 1, {"documents": [], "events": []}
-    try:
-        counted = msgspec.json.decode(store.get(key))
-        return newest, {name: list(counted[name]) for name in ("documents", "events")}
-    except (msgspec.MsgspecError, KeyError, TypeError) as error:
-        raise IntegrityError(
-            "epoch-damaged", f"{key} cannot be read: {error}", hint="restore it from a backup"
-        ) from None
-
-
 class _Reader:
     """Reads a store, as often as asked, each of its objects once: none of them ever changes."""
 
@@ -220,11 +201,9 @@ class _Reader:
                 a removal or a name would be gone for good.
         """
         store = self._store
-        epoch, before = _epochs(store)
-        documents = _counted(store, "documents/", epoch, set(before["documents"]))
-        versions = list(self._all(documents, _read_version))
-        acts = _counted(store, "events/", epoch, set(before["events"]))
-        events = list(self._all(acts, _read_event))
+        counting = read_counting(store)
+        versions = list(self._all(counted(store, "documents/", counting), _read_version))
+        events = list(self._all(counted(store, "events/", counting), _read_event))
         listed = {info.key: info for info in store.list("packs/")}
         dead = {event["key"] for event in events if event["kind"] == "dead"}
         packs = [
@@ -238,7 +217,7 @@ class _Reader:
             for pack in named - {finished.pack.id for finished in packs}
             if pack_key(pack) not in dead
         }
-        return StoreContents(epoch + 1, versions, events, packs, frozenset(listed), lost)
+        return StoreContents(counting.epoch + 1, versions, events, packs, frozenset(listed), lost)
 
     def _all(
         self, listed: Iterable[ObjectInfo], read: Callable[[Store, ObjectInfo], T]
@@ -263,7 +242,10 @@ class _Reader:
     def _pack(self, info: ObjectInfo) -> FinishedPack | None:
         """A pack, or None where it is damaged. Of a disk or server that fails nothing follows, so
         that the rebuild ends: what it leaves out is out for ever."""
-        if info.key not in self._read:
+        if info.key not in self._read and PACK_KEY.fullmatch(info.key) is None:
+            self.unreadable[info.key] = "no pack has such a name"
+            self._read[info.key] = None
+        elif info.key not in self._read:
             try:
                 self._read[info.key] = _read_finished(self._store, info)
             except _DAMAGED as error:
@@ -271,15 +253,6 @@ class _Reader:
                 self._read[info.key] = None
         found: FinishedPack | None = self._read[info.key]
         return found
-
-
-def _counted(store: Store, place: str, epoch: int, named: set[str]) -> Iterator[ObjectInfo]:
-    """(k): what lies in the newest epoch, and of earlier ones what its file names."""
-    for info in store.list(place):
-        number, _, name = info.key.removeprefix(place).partition("/")
-        copy = _COPY.fullmatch(name)
-        if copy is not None and (number == str(epoch) or copy["id"] in named):
-            yield info
 
 
 def _read_version(store: Store, info: ObjectInfo) -> StoredVersion:

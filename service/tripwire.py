@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
-
 from ckpt.core.errors import ConflictError
 from ckpt.registry.copies import document_key, event_key
 from ckpt.registry.epochs import check_not_closed
 from ckpt.registry.registry import Registry
+from ckpt.service.counted import COPY, EPOCH
 from ckpt.storage.store import Store
 
 # So many of the last numbers are looked at: who writes through an old copy soon has as many.
 _LAST = 100
-_COPY = re.compile(r"(?P<counter>\d+)-(?P<id>[0-9a-f]{32})\.json")
-_EPOCH = re.compile(r"epochs/(\d+)\.json")
 
 
 def check_newest(store: Store, registry: Registry) -> None:
@@ -30,7 +27,7 @@ def check_newest(store: Store, registry: Registry) -> None:
     epoch, counter = registry.copies.position()
     check_not_closed(epoch)
     listed = _last_copies(store, epoch, max(counter - _LAST, 0))
-    epochs = [found[1] for info in store.list("epochs/") if (found := _EPOCH.fullmatch(info.key))]
+    epochs = [found[1] for info in store.list("epochs/") if (found := EPOCH.fullmatch(info.key))]
     # Asked again after the lists: what others commit meanwhile is known by now.
     epoch, counter, known = registry.copies.position_and_known(listed)
     newer = [one for one, number in listed.items() if number >= counter or one not in known]
@@ -50,7 +47,7 @@ def _last_copies(store: Store, epoch: int, counter: int) -> dict[str, int]:
     found = {}
     for place, key in (("documents/", document_key), ("events/", event_key)):
         for info in store.list(f"{place}{epoch}/", after=key(epoch, counter, "")):
-            copy = _COPY.fullmatch(info.key.rpartition("/")[2])
+            copy = COPY.fullmatch(info.key)
             if copy is not None:
                 found[copy["id"]] = int(copy["counter"])
     return found

@@ -321,6 +321,13 @@ OTHERS = (
         "if False:",
     ),
     Mutant(
+        "a collection that counts no document",
+        "gc_refuses_when_the_store_knows_more",
+        "ckpt.service.counted:Counting.counts",
+        "copy is not None and",
+        "False and",
+    ),
+    Mutant(
         "acknowledged before the document is in the store",
         "a_push_is_acknowledged_with_its_document",
         "ckpt.service.acknowledge:acknowledge_push",
@@ -372,8 +379,8 @@ OTHERS = (
     Mutant(
         "a rebuild that counts what lands late",
         "a_rebuild_counts_nothing_that_lands_late",
-        "ckpt.service.rebuild:_counted",
-        '(number == str(epoch) or copy["id"] in named)',
+        "ckpt.service.counted:Counting.counts",
+        '(copy["epoch"] == str(self.epoch) or copy["id"] in self.named)',
         "True",
     ),
     Mutant(
