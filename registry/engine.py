@@ -12,7 +12,7 @@ from functools import cache, wraps
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
 from sqlalchemy import BigInteger, Connection, CursorResult, Engine, Executable, Row, Table, select
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
@@ -253,7 +253,14 @@ class Database(ABC):
         if self._process != os.getpid():  # forked: the open connections are the other process's
             self.engine.dispose(close=False)
             self._process = os.getpid()
-        return self.engine.connect()
+        try:
+            return self.engine.connect()
+        except InvalidRequestError as error:  # each that was made was lost before it was used
+            raise StorageError(
+                "registry-unreachable",
+                f"connections to the registry {self.name} do not last ({error})",
+                hint="check the server and what is between, and run again",
+            ) from error
 
 
 def _rest(number: int) -> None:

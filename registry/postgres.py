@@ -58,6 +58,7 @@ _NOT_PERMITTED = ("42501", "25006")
 _CORRUPT = ("XX001", "XX002")
 # A refusal to connect has no SQLSTATE in psycopg, only the server's words.
 _LOGIN_WORDS = ("authentication failed", "no password supplied", "no pg_hba.conf entry")
+_FULL_WORDS = ("too many connections", "too many clients", "remaining connection slots")
 _DENIED_WORDS = ("permission denied for database", "is not permitted to log in")
 
 
@@ -103,7 +104,9 @@ class PostgresDatabase(Database):
                 f"no room left for the registry {name} ({reason})",
                 hint="free some space on the database server and run again",
             )
-        if state.startswith(("08", "57P", "53300")):
+        if state == "53300":
+            return self._full(reason)
+        if state.startswith(("08", "57P")):
             return self._unreachable(reason)
         if state.startswith("22"):
             return value_invalid(reason)
@@ -129,6 +132,8 @@ class PostgresDatabase(Database):
             return self._login_refused(reason)
         if any(words in reason for words in _DENIED_WORDS):
             return self._not_permitted(reason)
+        if any(words in reason for words in _FULL_WORDS):
+            return self._full(reason)
         if "FATAL" in reason and "does not exist" in reason:
             return StorageError(
                 "registry-missing",
@@ -148,6 +153,13 @@ class PostgresDatabase(Database):
             hint="check its address and that the server runs, and run again",
         )
 
+    def _full(self, reason: str) -> StorageError:
+        return StorageError(
+            "registry-unreachable",
+            f"the registry {self.name} takes no more connections ({reason})",
+            hint="run again when others have ended; raise max_connections, or put a pooler before it",
+        )
+
     def _login_refused(self, reason: str) -> AccessError:
         return AccessError(
             "login-refused",
@@ -159,7 +171,8 @@ class PostgresDatabase(Database):
         return AccessError(
             "permission",
             f"the registry {self.name} does not permit this ({reason})",
-            hint="have the user granted SELECT, INSERT, UPDATE and DELETE on all its tables",
+            hint="have the user granted USAGE on its schema, SELECT, INSERT, UPDATE and DELETE on all "
+            "tables and USAGE on all sequences there; a server that is a standby takes no writes",
         )
 
 

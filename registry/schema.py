@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
 from sqlalchemy import Connection, insert, inspect, select, text
 
 from ckpt.core.effects import perform
 from ckpt.core.errors import IntegrityError, StorageError
+from ckpt.core.printable import escape
 from ckpt.registry.engine import Database, Transaction, repeated
 from ckpt.registry.tables import meta
 
 SCHEMA = "0001"
+_OURS = re.compile(r"[0-9]{4}")
+_APART = (
+    "check its address; give ckpt a database of its own, or a schema: ?options=-csearch_path=NAME"
+)
 
 # The advisory lock of migrations, held until their transaction ends: any number, but always this.
 _MIGRATING = int.from_bytes(b"ckpt db")
@@ -49,10 +56,10 @@ def check_schema(database: Database, store: str) -> None:
 
 
 def check_made(database: Database) -> None:
-    """Refuse a database without tables.
+    """Refuse a database without tables, or with those of another program.
 
     Raises:
-        StorageError: ``registry-missing``.
+        StorageError: ``registry-missing``, ``schema-unknown``.
     """
     if not is_made(database):
         raise StorageError(
@@ -60,6 +67,11 @@ def check_made(database: Database) -> None:
             f"the registry {database.name} has no tables",
             hint=database.missing_hint,
         )
+    with database.asking() as transaction:
+        number = schema_number(transaction)
+    with database.asking() as transaction:
+        if not inspect(transaction.connection).has_table(meta.name):
+            raise _unknown_schema(database.name, number)
 
 
 def is_made(database: Database) -> bool:
@@ -78,7 +90,7 @@ def migrate(database: Database, store: str) -> None:
     def act(transaction: Transaction) -> None:
         lock_schema(transaction)
         number = schema_number(transaction) if has_tables(transaction) else None
-        if number is not None and number > SCHEMA:
+        if number is not None and (number > SCHEMA or not _OURS.fullmatch(number)):
             raise _other_schema(database.name, number)
         if number != SCHEMA:
             make_tables(transaction, store)
@@ -111,14 +123,31 @@ def has_tables(transaction: Transaction) -> bool:
 def _upgrade(connection: Connection) -> None:
     from alembic import command
     from alembic.config import Config
+    from alembic.util import CommandError
 
     config = Config()
     config.set_main_option("script_location", "ckpt:migrations")
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    try:
+        command.upgrade(config, "head")
+    except CommandError as error:  # it names a revision that was never one of ours
+        raise StorageError(
+            "schema-unknown", f"the registry cannot be upgraded: {error}", hint=_APART
+        ) from error
+
+
+def _unknown_schema(name: str, number: str | None) -> StorageError:
+    return StorageError(
+        "schema-unknown",
+        f"the database of the registry {name} has tables of another program (its schema is "
+        f"{escape(str(number), 40)})",
+        hint=_APART,
+    )
 
 
 def _other_schema(name: str, number: str | None) -> StorageError:
+    if number is not None and not _OURS.fullmatch(number):
+        return _unknown_schema(name, number)
     if number is not None and number > SCHEMA:
         return StorageError(
             "schema-newer",

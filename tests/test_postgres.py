@@ -16,7 +16,7 @@ import psycopg
 import pytest
 import torch
 from postgres_server import GUARDED, PASSWORD, PostgresServer, repository_over
-from sqlalchemy import func, insert, select, text
+from sqlalchemy import event, func, insert, select, text
 from sqlalchemy.exc import OperationalError
 
 import ckpt
@@ -360,11 +360,11 @@ class TestTransactions:
             assert "upgrade" not in str(caught.value)
 
     def test_a_table_that_is_missing_names_the_command_that_helps(
-        self, postgres: PostgresServer, postgres_database: str, database: PostgresDatabase
+        self, postgres: PostgresServer, postgres_database: str, repo: ckpt.Repository
     ) -> None:
-        postgres.run("DROP TABLE meta", postgres_database)
+        postgres.run("DROP TABLE runs CASCADE", postgres_database)
         with pytest.raises(StorageError) as caught:
-            Registry.open(postgres.url(postgres_database), STORE)
+            repo.push(STATE, "m")
         assert caught.value.code == "schema-older"
         assert "ckpt db upgrade" in str(caught.value)
 
@@ -579,6 +579,7 @@ class TestConnecting:
         error = self.refused(postgres.url(postgres_database, f"{GUARDED}:{PASSWORD}"))
         assert isinstance(error, AccessError)
         assert error.code == "permission"
+        assert all(word in str(error.hint) for word in ("schema", "tables", "sequences"))
 
     def test_a_database_that_is_missing(self, postgres: PostgresServer) -> None:
         assert self.refused(postgres.url("nothing")).code == "registry-missing"
@@ -624,6 +625,33 @@ class TestConnecting:
             postgres.cut(postgres_database)
             monkeypatch.setattr(registry_postgres, "_REST_SECONDS", 0)
             assert repo.get("m").number == 1
+
+    def test_connections_that_do_not_last_are_told(
+        self, postgres: PostgresServer, postgres_database: str, repo: ckpt.Repository
+    ) -> None:
+        repo.push(STATE, "m")
+        engine = repo._registry._database.engine
+
+        def cut(*_: object) -> None:
+            postgres.cut(postgres_database)
+
+        event.listen(engine, "checkout", cut, insert=True)
+        with pytest.raises(StorageError) as caught:
+            repo.models()
+        assert caught.value.code == "registry-unreachable"
+        event.remove(engine, "checkout", cut)
+        assert len(repo.models()) == 1
+
+    def test_a_server_that_is_full_is_not_told_to_be_away(
+        self, postgres: PostgresServer, postgres_database: str, database: PostgresDatabase
+    ) -> None:
+        role = f"role_{secrets.token_hex(4)}"
+        postgres.run(f"CREATE ROLE {role} LOGIN CONNECTION LIMIT 0")
+        error = self.refused(postgres.url(postgres_database, role))
+        assert error.code == "registry-unreachable"
+        assert "no more connections" in error.message
+        assert "pooler" in str(error.hint)
+        postgres.run(f"DROP ROLE {role}")
 
     def test_a_server_that_goes_and_comes_back(
         self, postgres: PostgresServer, postgres_database: str, tmp_path: Path
