@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from ckpt.core.errors import AccessError, CkptError, IntegrityError, SpaceError
-from ckpt.core.records import Chunk, FinishedPack, Pack, PackState, Version
+from ckpt.core.records import Chunk, FinishedPack, Pack, PackState, StoreCopy, Version
 from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import copy_pending
 from ckpt.service.tripwire import check_newest
@@ -232,7 +232,8 @@ def _check_copies(store: Store, registry: Registry, found: Checked, *, repair: b
     with found.guarded():
         copy_pending(store, registry)
     for copy in registry.copies.all():
-        if store.size(copy.key) == len(copy.body) and store.get(copy.key) == copy.body:
+        # Asked last: its version may have been removed, and a collection took it.
+        if _is_whole(store, copy) or not registry.copies.is_wanted(copy):
             continue
         found.copies.append(copy.key)
         if repair:
@@ -240,3 +241,10 @@ def _check_copies(store: Store, registry: Registry, found: Checked, *, repair: b
                 store.delete(copy.key)  # damaged, or not there: the registry has what it must say
                 store.put(copy.key, copy.body)
                 found.rewritten.append(found.copies.pop())
+
+
+def _is_whole(store: Store, copy: StoreCopy) -> bool:
+    try:
+        return store.size(copy.key) == len(copy.body) and store.get(copy.key) == copy.body
+    except IntegrityError:
+        return False
