@@ -188,6 +188,11 @@ class S3Store(Store):
         self.capabilities, self._sends_conditions = found, found.conditional_writes
         return found
 
+    def keeps_deleted(self) -> bool | None:
+        """Whether what is deleted stays as a version of the object, and so frees nothing; None
+        where that may not be asked."""
+        return Probe(self).keeps_deleted()
+
     def full(self, key: str) -> str:
         """The key in the bucket."""
         return self._root + key
