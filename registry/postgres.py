@@ -16,6 +16,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from ckpt.core.effects import perform
 from ckpt.core.errors import (
+    LOST_HINT,
     AccessError,
     CkptError,
     IntegrityError,
@@ -70,10 +71,7 @@ class PostgresDatabase(Database):
         "ckpt_reads": True,
     }
     ask_options: ClassVar[Mapping[str, Any]] = {"isolation_level": "AUTOCOMMIT"}
-    missing_hint = (
-        "check its address first: a registry that goes on elsewhere is cut off by a rebuild; if it "
-        "is lost for good, run `ckpt registry rebuild --lost`"
-    )
+    missing_hint = LOST_HINT
 
     def note_loss(self, *_: object) -> None:
         """Count a connection that was lost."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ckpt.core.effects import perform
 from ckpt.core.errors import (
+    LOST_HINT,
     IntegrityError,
     NotFoundError,
     StorageError,
@@ -276,10 +277,7 @@ def registry_missing(location: Location) -> StorageError:
     """The error for a store that has versions, and a place without a registry."""
     place, hint = location.registry_place, "put it back, or make it anew: `ckpt registry rebuild`"
     if not isinstance(place, Path):
-        hint = (
-            "check its address first: a registry that goes on elsewhere is cut off by a rebuild; "
-            "if it is lost for good, run `ckpt registry rebuild --lost`"
-        )
+        hint = LOST_HINT
     return StorageError(
         "registry-missing",
         f"the store {shown(location.store_place)} has versions, and the registry {shown(place)} is "

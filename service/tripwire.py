@@ -28,9 +28,11 @@ def check_newest(store: Store, registry: Registry) -> None:
     check_not_closed(epoch)
     listed = _last_copies(store, epoch, max(counter - _LAST, 0))
     epochs = [found[1] for info in store.list("epochs/") if (found := EPOCH.fullmatch(info.key))]
+    last = [one for one, number in listed.items() if number < counter]
     # Asked again after the lists: what others commit meanwhile is known by now.
-    epoch, counter, known = registry.copies.position_and_known(listed)
-    newer = [one for one, number in listed.items() if number >= counter or one not in known]
+    epoch, counter, known = registry.copies.position_and_known(last)
+    newer = [one for one, number in listed.items() if number >= counter]
+    newer += [one for one in last if one not in known]
     newer += [one for one in epochs if int(one) > epoch]
     if newer:
         raise ConflictError(

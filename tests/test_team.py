@@ -311,6 +311,33 @@ def grants(postgres: PostgresServer, database: str, schema: str) -> set[object]:
     return set(postgres.run(f"SELECT relname, relacl::text FROM {of} WHERE {where}", database))
 
 
+def test_the_command_line_rebuilds_a_lost_registry_of_an_address_when_it_is_told_so(
+    join: Open, addresses: tuple[str, str], postgres_url: str, tmp_path: Path
+) -> None:
+    with join() as repo:
+        repo.push({"w": torch.ones(3)}, "m")
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("DROP SCHEMA public CASCADE")
+        connection.execute("CREATE SCHEMA public")
+    (tmp_path / ".ckpt").mkdir()
+    registry, store = addresses
+    config = f'registry = "{registry}"\nstore = "{store}"\n'
+    (tmp_path / ".ckpt" / "config.toml").write_text(config)
+    program = str(Path(sys.executable).with_name("ckpt"))
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [program, "-r", str(tmp_path), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    for arguments in (["ls"], ["db", "upgrade"], ["registry", "rebuild", "-y"]):
+        refused = run(*arguments)
+        assert refused.returncode == 6
+        assert "error[registry-missing]" in refused.stderr
+        assert "check its address" in refused.stderr
+    assert run("registry", "rebuild", "-y", "--lost").stdout == "rebuilt: 1 version, epoch 2\n"
+    assert "m" in run("ls").stdout
+
+
 def test_a_runs_successors_are_differences_to_what_it_has_in_memory(join: Open) -> None:
     """The store is far: its packs are not read for it."""
     model = torch.nn.Linear(300, 300)
