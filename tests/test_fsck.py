@@ -286,3 +286,26 @@ def test_a_document_that_a_collection_took_meanwhile_is_no_damage(
     assert found.is_clean
     assert found.rewritten == []
     assert not list(filled.location.store.glob(f"documents/*/*{taken}.json"))
+
+
+def test_a_document_that_is_on_its_way_is_no_damage(
+    filled: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies, everything = filled._registry.copies, filled._registry.copies.all
+
+    def stop(*_: object) -> None:
+        raise AccessError("permission", "stopped")
+
+    def commit_and_list() -> list[StoreCopy]:
+        with monkeypatch.context() as patch, ckpt.open(filled.location.root) as other:
+            patch.setattr("ckpt.service.acknowledge.copy_pending", stop)
+            with pytest.raises(AccessError):
+                other.push(state(5), "a")
+        return everything()
+
+    monkeypatch.setattr(copies, "all", commit_and_list)
+    assert filled.fsck().is_clean
+    monkeypatch.setattr(copies, "all", everything)
+    assert filled.fsck().is_clean
+    next(filled.location.store.glob(f"documents/1/*-{filled.get('a').push}.json")).unlink()
+    assert len(filled.fsck().copies) == 1
