@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import func, insert, inspect, select, text, update
+from sqlalchemy import func, insert, select, update
 
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import Document, canonical, structure_bytes
-from ckpt.core.errors import ConflictError, IntegrityError
+from ckpt.core.errors import IntegrityError
 from ckpt.core.records import Chunk, FinishedPack, Pack, PushState
 from ckpt.registry.aside import grant_again, set_aside
 from ckpt.registry.books import insert_pack
@@ -23,9 +23,9 @@ from ckpt.registry.commit import (
     set_metrics,
 )
 from ckpt.registry.engine import Database, Transaction
+from ckpt.registry.fence import Fence, check_left, locked_position
 from ckpt.registry.schema import lock_schema, make_tables
 from ckpt.registry.tables import (
-    CLOSED,
     aliases,
     dead_keys,
     environments,
@@ -39,9 +39,6 @@ from ckpt.registry.tables import (
 )
 
 _ENDINGS = ("rm", "prune")
-_POSITION = select(meta.c.epoch, meta.c.next_counter)
-
-Position = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,54 +68,6 @@ class StoreContents:
         return {event["push"] for event in self.events if event["kind"] in _ENDINGS}
 
 
-@dataclass(frozen=True, slots=True)
-class Fence:
-    """The epoch and counter of an old registry before a rebuild closed it, and as it left them;
-    None where it has none that can be read."""
-
-    before: Position | None
-    left: Position | None
-
-
-def fence(database: Database) -> Fence:
-    """Close the old registry (k): nothing is committed, acknowledged or deleted from it any more,
-    by whoever has it open. The counter goes on, so that each closing is another."""
-
-    def act(transaction: Transaction) -> Fence:
-        closing = update(meta).values(epoch=CLOSED, next_counter=meta.c.next_counter + 1)
-        before = transaction.rows(_POSITION.with_for_update())[0]
-        left = transaction.rows(closing.returning(meta.c.epoch, meta.c.next_counter))[0]
-        return Fence((before.epoch, before.next_counter), (left.epoch, left.next_counter))
-
-    return database.write(act)
-
-
-def reopen(database: Database, closed: Fence) -> None:
-    """Give the old registry back what ``closed`` took, unless another rebuild closed it too."""
-
-    def act(transaction: Transaction) -> None:
-        if closed.before is not None and closed.left is not None:
-            mine = (meta.c.epoch == CLOSED) & (meta.c.next_counter == closed.left[1])
-            transaction.run(update(meta).where(mine).values(epoch=closed.before[0]))
-
-    database.write(act)
-
-
-def check_left(closed: Fence, found: Position | None) -> None:
-    """Refuse to replace a registry that is not as this rebuild left it: another one has made it
-    anew, or has closed it as well.
-
-    Raises:
-        ConflictError: ``rebuilt-meanwhile``.
-    """
-    if found is not None and found != closed.left:
-        raise ConflictError(
-            "rebuilt-meanwhile",
-            "somebody else rebuilt the registry, or began to, after this rebuild had begun",
-            hint="look with `ckpt doctor`, and run again if it is still needed",
-        )
-
-
 def check_numbers(contents: StoreContents) -> None:
     """Refuse what an old copy of the registry leaves that was put back and used: numbers that are
     given a second time.
@@ -140,14 +89,20 @@ def check_numbers(contents: StoreContents) -> None:
 
 
 def rebuild(
-    database: Database, store: str, contents: StoreContents, closed: Fence
+    database: Database,
+    store: str,
+    contents: StoreContents,
+    closed: Fence,
+    confirm: Callable[[], None],
 ) -> tuple[list[str], str | None]:
     """Make the registry of the store with this id anew, in one transaction; returns the versions
-    whose bytes are not all there, which are kept, and the schema of an old one on a server."""
+    whose bytes are not all there, which are kept, and the schema of an old one on a server.
+    ``confirm`` refuses when another rebuild has written a newer epoch."""
 
     def act(transaction: Transaction) -> tuple[list[str], str | None]:
         lock_schema(transaction)
-        check_left(closed, _locked_position(transaction))
+        check_left(closed, locked_position(transaction))
+        confirm()
         kept = set_aside(transaction, contents.epoch)
         make_tables(transaction, store)
         if kept is not None:
@@ -155,17 +110,6 @@ def rebuild(
         return _Rebuild(transaction, contents).run(), kept
 
     return database.write(act)
-
-
-def _locked_position(transaction: Transaction) -> Position | None:
-    """The epoch and counter of the old registry, which nobody closes until it is replaced."""
-    connection = transaction.connection
-    if not inspect(connection).has_table(meta.name):
-        return None
-    if connection.dialect.name == "postgresql":  # SQLite has one writer anyway
-        transaction.run(text("LOCK TABLE meta IN ACCESS EXCLUSIVE MODE"))
-    row = transaction.row(_POSITION)
-    return None if row is None else (row.epoch, row.next_counter)
 
 
 @dataclass(slots=True)

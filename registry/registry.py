@@ -17,9 +17,10 @@ from ckpt.registry.commit import commit_push
 from ckpt.registry.copies import Copies
 from ckpt.registry.curves import Curves
 from ckpt.registry.engine import Database
+from ckpt.registry.fence import Fence, Position, check_left, fence, open_epoch, reopen
 from ckpt.registry.postgres import open_postgres
 from ckpt.registry.queries import Queries
-from ckpt.registry.rebuild import Fence, Position, StoreContents, check_left, fence, rebuild, reopen
+from ckpt.registry.rebuild import StoreContents, rebuild
 from ckpt.registry.repack import Repacks
 from ckpt.registry.repair import Repairs
 from ckpt.registry.runs import Runs
@@ -170,18 +171,25 @@ class Registry:
             database.close()
 
     @classmethod
-    def check_left(cls, where: Path | str, closed: Fence) -> None:
-        """Refuse to go on with a rebuild when another one went on with this registry.
+    def open_epoch(cls, where: Path | str, closed: Fence, write: Callable[[], None]) -> None:
+        """Have the new epoch written by ``write``, unless another rebuild went on with this
+        registry; on a server no other one ends meanwhile.
 
         Raises:
             ConflictError: ``rebuilt-meanwhile``.
         """
-        if cls.is_at(where):
-            database = _database(where, create=False)
-            try:
+        if not cls.is_at(where) and isinstance(where, Path):
+            write()
+            return
+        database = _database(where, create=False)
+        try:
+            if isinstance(where, Path):
                 check_left(closed, _position(database))
-            finally:
-                database.close()
+                write()
+            else:
+                open_epoch(database, closed, write)
+        finally:
+            database.close()
 
     @classmethod
     def reopen(cls, where: Path | str, closed: Fence) -> None:
@@ -218,14 +226,19 @@ class Registry:
 
     @classmethod
     def rebuild(
-        cls, where: Path | str, store: str, contents: StoreContents, closed: Fence
+        cls,
+        where: Path | str,
+        store: str,
+        contents: StoreContents,
+        closed: Fence,
+        confirm: Callable[[], None],
     ) -> tuple[list[str], str | None]:
         """Make the registry anew from what a store holds, unless another one went on with what
-        ``closed`` left; returns the versions whose bytes are not all there, and on a server the
+        ``closed`` left, or ``confirm`` refuses; returns the versions whose bytes are not all there, and on a server the
         schema that the old tables are in now. In a file they are gone, so copy it first."""
         database = _database(where, create=True)
         try:
-            return rebuild(database, store, contents, closed)
+            return rebuild(database, store, contents, closed, confirm)
         finally:
             database.close()
 

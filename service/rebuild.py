@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,8 @@ from ckpt.core.errors import (
 )
 from ckpt.core.printable import escape, few
 from ckpt.core.records import FinishedPack, KnownCopy, Pack, PackState
-from ckpt.registry.rebuild import Fence, StoreContents, StoredVersion, check_numbers
+from ckpt.registry.fence import Fence, rebuilt_meanwhile
+from ckpt.registry.rebuild import StoreContents, StoredVersion, check_numbers
 from ckpt.registry.registry import Registry
 from ckpt.registry.sqlite import copy_database
 from ckpt.service.config import (
@@ -98,7 +100,7 @@ def rebuild_registry(location: Location, store: Store, *, lost: bool = False) ->
     # First the old registry is cut off, then the store is listed: nothing is acknowledged between.
     closed = Registry.fence(place, identity)
     contents = _open_epoch(place, store, reader, closed)
-    damaged, kept = _make(place, identity, contents, closed)
+    damaged, kept = _make(place, identity, contents, closed, partial(_check_epoch, store, contents))
     if not location.exists:
         prepare(location)
         complete(location)
@@ -111,14 +113,17 @@ def rebuild_registry(location: Location, store: Store, *, lost: bool = False) ->
 def _open_epoch(place: Path | str, store: Store, reader: _Reader, closed: Fence) -> StoreContents:
     """What the store holds now, and counts from now on. Where that fails and surely nothing was
     written, the old registry is given back."""
-    contents = None
+    began: list[StoreContents] = []
     try:
-        found = reader.contents()
-        Registry.check_left(place, closed)
-        contents = found
-        _write_epoch(store, contents)
+        contents = reader.contents()
+
+        def write() -> None:
+            began.append(contents)
+            _write_epoch(store, contents)
+
+        Registry.open_epoch(place, closed, write)
     except BaseException as error:
-        if contents is None or _was_refused(store, contents, error):
+        if not began or _was_refused(store, began[0], error):
             with suppress(CkptError):
                 Registry.reopen(place, closed)
         raise
@@ -166,12 +171,16 @@ def _check_complete(store: Store, contents: StoreContents, copied: Mapping[str, 
 
 
 def _make(
-    place: Path | str, identity: str, contents: StoreContents, closed: Fence
+    place: Path | str,
+    identity: str,
+    contents: StoreContents,
+    closed: Fence,
+    confirm: Callable[[], None],
 ) -> tuple[list[str], str | None]:
     """The new registry in the place of the old one; returns the damaged versions, and where the
     old one is."""
     if isinstance(place, str):
-        damaged, schema = Registry.rebuild(place, identity, contents, closed)
+        damaged, schema = Registry.rebuild(place, identity, contents, closed, confirm)
         return damaged, schema and f"in the schema {schema} of the same database"
     kept = place.with_name(f"{place.name}.before-epoch-{contents.epoch}")
     try:
@@ -179,7 +188,7 @@ def _make(
         if existed:
             _keep(place, kept)
         # In the same file, so that whoever has it open goes on with the new one.
-        damaged, _ = Registry.rebuild(place, identity, contents, closed)
+        damaged, _ = Registry.rebuild(place, identity, contents, closed, confirm)
         return damaged, str(kept) if existed else None
     except OSError as error:
         raise from_os_error(error, f"rebuilding {place}") from error
@@ -292,6 +301,12 @@ def _write_epoch(store: Store, contents: StoreContents) -> None:
         "events": sorted(event["id"] for event in contents.events),
     }
     store.put(_epoch_key(contents), canonical(body))
+
+
+def _check_epoch(store: Store, contents: StoreContents) -> None:
+    """Refuse when another rebuild has written a newer epoch."""
+    if read_counting(store).epoch != contents.epoch:
+        raise rebuilt_meanwhile()
 
 
 def _epoch_key(contents: StoreContents) -> str:

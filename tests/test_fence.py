@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from postgres_server import repository_over
+from postgres_server import PostgresServer, repository_over
 
 import ckpt
+from ckpt.core.effects import observed
 from ckpt.core.errors import AccessError, ConflictError
 from ckpt.registry.registry import Registry
 from ckpt.service import gc, rebuild
@@ -204,6 +206,48 @@ class TestTwoRebuilds:
         with repository_over(where, team.root) as repo:
             assert repo.push(state(3), "a", step=3).number == 3
             assert repo.fsck(read_data=1).is_clean
+
+    @pytest.mark.parametrize("where", ["postgresql"], indirect=True)
+    def test_no_epoch_is_written_while_another_one_ends(
+        self, team: Location, postgres: PostgresServer, postgres_database: str, where: str
+    ) -> None:
+        """It would be newer than that of the registry which the other one makes."""
+        postgres.run("DROP SCHEMA public CASCADE", postgres_database)
+        postgres.run("CREATE SCHEMA public", postgres_database)
+        store, done = LocalStore(team.store), threading.Event()
+        caught: list[BaseException] = []
+
+        def later() -> None:
+            try:
+                rebuild.rebuild_registry(team, store, lost=True)
+            except ConflictError as error:
+                caught.append(error)
+            done.set()
+
+        def hook(kind: str, act: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+            if kind == "sql.migrate" and threading.current_thread() is threading.main_thread():
+                threading.Thread(target=later).start()
+                while not postgres.waiting(postgres_database):
+                    assert not done.wait(0.01)
+            return act(*args)
+
+        with observed(hook):
+            rebuild.rebuild_registry(team, store, lost=True)
+        assert done.wait(30)
+        assert [error.code for error in caught if isinstance(error, ConflictError)] == [
+            "rebuilt-meanwhile"
+        ]
+        assert [info.key for info in store.list("epochs/")] == ["epochs/2.json"]
+        with repository_over(where, team.root) as repo:
+            assert repo.push(state(2), "a", step=2).number == 2
+
+    def test_one_that_finds_a_newer_epoch_ends(self, team: Location) -> None:
+        def write_newer() -> None:
+            LocalStore(team.store).put("epochs/3.json", b'{"documents":[],"events":[]}')
+
+        with pytest.raises(ConflictError) as caught:
+            self.rebuilt(team, "_make", write_newer)
+        assert caught.value.code == "rebuilt-meanwhile"
 
     def test_the_later_one_goes_on_when_both_have_closed_it(
         self, team: Location, where: Path | str
