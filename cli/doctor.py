@@ -9,6 +9,7 @@ import click
 
 from ckpt.cli.command import Settings, command
 from ckpt.cli.render import print_json, table
+from ckpt.core.errors import AccessError, StorageError
 
 
 @command("doctor", short_help="Look at what the repository rests on.")
@@ -17,8 +18,19 @@ def doctor(settings: Settings) -> None:
 
     Ends with 1 when something is not well.
     """
-    with settings.open() as repository:
-        found = repository.doctor()
+    from ckpt.service.config import locate
+    from ckpt.service.doctor import examine_unopened
+
+    try:
+        repository = settings.open()
+    except (StorageError, AccessError) as error:
+        location = locate(settings.repo)
+        if not location.exists:
+            raise
+        found = examine_unopened(location, error)
+    else:
+        with repository:
+            found = repository.doctor()
     if settings.as_json:
         print_json([asdict(one) for one in found])
     else:

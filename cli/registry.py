@@ -22,8 +22,11 @@ def registry() -> None:
 
 
 @command("rebuild")
+@click.option(
+    "--lost", is_flag=True, help="The old registry, of an address that has none, is lost for good."
+)
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
-def rebuild(settings: Settings, yes: bool) -> None:
+def rebuild(settings: Settings, lost: bool, yes: bool) -> None:
     """Make the registry anew from the store alone, and keep the old one beside it.
 
     Every version that was acknowledged comes back, and what was removed does not. Where a
@@ -38,7 +41,7 @@ def rebuild(settings: Settings, yes: bool) -> None:
     confirm("Make the registry anew from the store?", "the rebuild", yes=yes)
     store = open_store(location.store_place, location.options)
     try:
-        found = rebuild_registry(location, store)
+        found = rebuild_registry(location, store, lost=lost)
     finally:
         store.close()
     _tell(settings, found)

@@ -86,6 +86,13 @@ class CkptWarning(UserWarning):
     """Something that was done is not quite what was recorded."""
 
 
+# What to do where an address has no registry.
+LOST_HINT = (
+    "check its address first: a registry that goes on elsewhere is cut off by a rebuild; if it is "
+    "lost for good, run `ckpt registry rebuild --lost`"
+)
+
+
 def no_room(folder: str, nbytes: int, free: int) -> SpaceError:
     """The error for ``nbytes`` more that surely do not fit into what is ``free``."""
     return SpaceError(

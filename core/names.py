@@ -21,6 +21,7 @@ _DEVICES = frozenset(
 _MODEL_LIMIT = 255
 # Of files that torch.save or pickle writes.
 PICKLE_SUFFIXES = frozenset({".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"})
+_LABEL_LIMIT = 2000  # bytes: with its key in one entry of an index of PostgreSQL
 _NO_TEXT = "it is no text"
 _ARTICLES = {"alias": "an"}
 
@@ -143,7 +144,7 @@ def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
 
 
 def check_labels(labels: Mapping[str, str] | None) -> dict[str, str]:
-    """The labels, sorted by key; a value is any text, shown escaped."""
+    """The labels, sorted by key; a value is any text up to 2,000 bytes, shown escaped."""
     if labels is not None and not isinstance(labels, Mapping):
         raise UsageError("label-invalid", "labels are no dict", hint='write {"host": "a"}')
     checked = {}
@@ -156,7 +157,14 @@ def check_labels(labels: Mapping[str, str] | None) -> dict[str, str]:
                 f'label "{key}" is {type(value).__name__}, not text',
                 hint="pass a str",
             )
-        checked[key] = check_text(f'label "{key}"', value)
+        size = len(check_text(f'label "{key}"', value).encode())
+        if size > _LABEL_LIMIT:
+            raise UsageError(
+                "label-invalid",
+                f'label "{key}" has {size} bytes, the limit is {_LABEL_LIMIT}',
+                hint="put long text into the message, or into the state itself",
+            )
+        checked[key] = value
     return checked
 
 

@@ -277,3 +277,13 @@ class StoreCopy:
     key: str
     body: bytes
     is_document: bool
+
+
+@dataclass(frozen=True, slots=True)
+class KnownCopy:
+    """What a registry says of a document or an event: what to call it, where it is copied to, and
+    whether it is noted to be there."""
+
+    said: str
+    key: str
+    noted: bool

@@ -15,7 +15,7 @@ from sqlalchemy import Row, bindparam, delete, insert, select, update
 from ckpt.core.documents import canonical
 from ckpt.core.errors import ConflictError
 from ckpt.core.records import Chunk, FinishedPack, Pack, PackState, PushState
-from ckpt.registry.engine import Clock, Database, Transaction, batches
+from ckpt.registry.engine import Clock, Database, Transaction, batches, repeated
 from ckpt.registry.epochs import check_not_closed
 from ckpt.registry.tables import chunks, claims, events, meta, packs, pushes, refs, versions
 
@@ -162,6 +162,7 @@ class Books:
         row = self._database.ask(_STATE_IN_EPOCH, {"of": push})
         return row is not None and row.state == PushState.COMMITTED.value
 
+    @repeated
     def find_chunks(self, digests: Collection[str]) -> dict[str, list[Chunk]]:
         """Where these chunks may lie, packs known as broken left out: a hint, before a claim."""
         found: dict[str, list[Chunk]] = {}
@@ -177,6 +178,7 @@ class Books:
                     found.setdefault(row.digest, []).append(as_chunk(row))
         return found
 
+    @repeated
     def read_plan(self, push: str) -> tuple[dict[str, Pack], dict[str, list[Chunk]]]:
         """One snapshot for a reader of the version that ``push`` made: its packs by id, and the
         chunks in them by digest: as they are before differences, in broken packs last."""

@@ -15,7 +15,7 @@ from ckpt.core.records import DeadKey, Pack, PackState, PushState, Unneeded
 from ckpt.registry.bodies import read_json
 from ckpt.registry.books import as_pack
 from ckpt.registry.changes import note_event
-from ckpt.registry.engine import Database, Transaction, batches
+from ckpt.registry.engine import Database, Transaction, batches, repeated
 from ckpt.registry.tables import (
     CLOSED,
     claims,
@@ -66,6 +66,7 @@ class Collector:
 
         return self._database.write(act)
 
+    @repeated
     def unneeded(self, *, lapsed: bool = False) -> list[Unneeded]:
         """Packs that no version refers to and no push claims, as they are now; with ``lapsed`` as
         they will be when :meth:`expire` was called.
@@ -124,6 +125,7 @@ class Collector:
             gone += self._database.write(partial(self._remove, some, author))
         return gone
 
+    @repeated
     def now(self) -> int:
         """Microseconds since 1970, by the database's clock."""
         with self._database.read() as transaction:
@@ -173,6 +175,7 @@ class Collector:
             transaction.run(insert(dead_keys), {"key": key, "event": event})
         return dead, [key for key in some if creators[key] not in states]
 
+    @repeated
     def orphans(self, keys: Iterable[str]) -> tuple[list[str], list[str]]:
         """What :meth:`sweep` would find after :meth:`expire`; nothing is changed."""
         with self._database.read() as transaction:
@@ -186,6 +189,7 @@ class Collector:
         over = [key for key in left if is_over.get(_creator(key), False)]
         return over, [key for key in left if _creator(key) not in is_over]
 
+    @repeated
     def dead(self) -> list[DeadKey]:
         """All dead keys, in the order of their events."""
         query = select(dead_keys).join(events, events.c.id == dead_keys.c.event)
@@ -196,6 +200,7 @@ class Collector:
             return []
         return [DeadKey(row.key, row.event, epoch) for row in rows]
 
+    @repeated
     def may_delete(self, dead: DeadKey) -> bool:
         """(i), asked anew: whether the key is still dead, in the same epoch."""
         epoch = select(meta.c.epoch).scalar_subquery()
@@ -203,6 +208,7 @@ class Collector:
         with self._database.read() as transaction:
             return transaction.row(select(dead_keys.c.key).where(same)) is not None
 
+    @repeated
     def may_forget(self, push: str, epoch: int) -> bool:
         """Whether the document of a version that an act removed may go: the version is not there,
         in the same epoch as when that was found out."""
@@ -221,6 +227,7 @@ class Collector:
         if gone:
             self._database.write(act)
 
+    @repeated
     def known(self) -> tuple[set[str], set[str], set[str]]:
         """What the registry knows of the store's copies: pushes of versions, pushes of versions
         that were removed by an act, and events."""

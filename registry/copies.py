@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from sqlalchemy import (
@@ -18,9 +19,9 @@ from sqlalchemy import (
 )
 
 from ckpt.core.documents import canonical, join_document
-from ckpt.core.records import StoreCopy
+from ckpt.core.records import KnownCopy, StoreCopy
 from ckpt.registry.bodies import decompress, read_json
-from ckpt.registry.engine import Database, Transaction, batches
+from ckpt.registry.engine import Database, Transaction, batches, repeated
 from ckpt.registry.tables import (
     documents,
     environments,
@@ -58,6 +59,7 @@ class Copies:
         row = self._database.ask(_VERSIONS.where(versions.c.push == push))
         return None if row is None else _document_copy(row)
 
+    @repeated
     def all(self) -> list[StoreCopy]:
         """Everything that the store must hold."""
         with self._database.read() as transaction:
@@ -65,14 +67,24 @@ class Copies:
             found += [_event_copy(row) for row in transaction.rows(_EVENTS)]
         return found
 
-    def noted(self) -> dict[str, str]:
-        """What is written down to be in the store, by id: references of versions, kinds of acts."""
+    @repeated
+    def known(self) -> dict[str, KnownCopy]:
+        """Everything that was committed, by id: references of versions, kinds of acts."""
         with self._database.read() as transaction:
-            there = {
-                row.push: f"{row.name}@{row.number}" for row in transaction.rows(_NOTED_VERSIONS)
-            }
-            return there | {row.id: f"a {row.kind}" for row in transaction.rows(_NOTED_EVENTS)}
+            pushed = {row.id: row for row in transaction.rows(_KNOWN_VERSIONS)}
+            done = {row.id: row for row in transaction.rows(_KNOWN_EVENTS)}
+        found = {
+            one: KnownCopy(
+                f"{row.name}@{row.number}", document_key(row.epoch, row.counter, one), row.copied
+            )
+            for one, row in pushed.items()
+        }
+        return found | {
+            one: KnownCopy(f"a {row.kind}", event_key(row.epoch, row.counter, one), row.copied)
+            for one, row in done.items()
+        }
 
+    @repeated
     def is_wanted(self, copy: StoreCopy) -> bool:
         """Whether the version or the event is still there."""
         with self._database.read() as transaction:
@@ -80,6 +92,11 @@ class Copies:
             copied = events.c.counter.is_not(None)  # what a push is in the history has no copy
             event = select(events.c.id).where(events.c.id == copy.id, copied)
             return bool(transaction.row(version) or transaction.row(event))
+
+    def position_and_known(self, some: Collection[str]) -> tuple[int, int, set[str]]:
+        """The same, and which of ``some`` pushes and events are in the history."""
+        rows = self._database.ask_all(_POSITION_AND_KNOWN, {"some": list(some)})
+        return rows[0].epoch, rows[0].next_counter, {row.id for row in rows if row.id is not None}
 
     def position(self) -> tuple[int, int]:
         """The epoch, and the counter that the next document or event will have."""
@@ -133,6 +150,9 @@ def event_key(epoch: int, counter: int, event: str) -> str:
 
 
 _POSITION = select(meta.c.epoch, meta.c.next_counter)
+_POSITION_AND_KNOWN = select(meta.c.epoch, meta.c.next_counter, events.c.id).select_from(
+    meta.outerjoin(events, events.c.id.in_(bindparam("some", expanding=True)))
+)
 # What is asked at every call is made once: to build a statement takes as long as to run it.
 _STANDING = select(events.c.id).where(
     events.c.id == bindparam("of"), events.c.epoch == select(meta.c.epoch).scalar_subquery()
@@ -163,13 +183,15 @@ _EVENTS = select(
     events.c.body.label("said"),
     *(cast(null(), LargeBinary).label(name) for name in ("document", "structure", "environment")),
 ).where(events.c.counter.is_not(None))
-_NOTED_VERSIONS = (
-    select(versions.c.push, models.c.name, versions.c.number)
-    .join(models, models.c.id == versions.c.model)
-    .where(versions.c.copied == true())
-)
-_NOTED_EVENTS = select(events.c.id, events.c.kind).where(
-    events.c.copied == true(), events.c.counter.is_not(None)
+_COPIED = ("epoch", "counter", "copied")
+_KNOWN_VERSIONS = select(
+    versions.c.push.label("id"),
+    models.c.name,
+    versions.c.number,
+    *(versions.c[name] for name in _COPIED),
+).join(models, models.c.id == versions.c.model)
+_KNOWN_EVENTS = select(events.c.id, events.c.kind, *(events.c[name] for name in _COPIED)).where(
+    events.c.counter.is_not(None)
 )
 # Of both at one moment: else a later one could be copied before an earlier one.
 _UNCOPIED = union_all(

@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, select
 from ckpt.core.errors import NotFoundError
 from ckpt.core.records import Curve, Point
 from ckpt.registry.bodies import read_json
-from ckpt.registry.engine import Database, Transaction
+from ckpt.registry.engine import Database, Transaction, repeated
 from ckpt.registry.resolving import require_model
 from ckpt.registry.tables import aliases, metrics, models, policies, runs, versions
 from ckpt.registry.version_rows import special
@@ -23,6 +23,7 @@ class Curves:
     def __init__(self, database: Database) -> None:
         self._database = database
 
+    @repeated
     def read(
         self, model: str, metric: str, before: int | None = None, limit: int | None = None
     ) -> Curve:

@@ -8,11 +8,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from functools import cache, wraps
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
 from sqlalchemy import BigInteger, Connection, CursorResult, Engine, Executable, Row, Table, select
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
@@ -24,9 +24,11 @@ from ckpt.core.printable import escape
 if TYPE_CHECKING:
     from sqlalchemy.dialects import postgresql, sqlite
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _ATTEMPTS = 8
+_LOSSES = 2  # of connections, in one call
 
 Parameters = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
@@ -109,18 +111,40 @@ def _insert(table: Table, dialect: str) -> sqlite.Insert | postgresql.Insert:
     return postgresql.insert(table)
 
 
+def repeated(look: Callable[P, T]) -> Callable[P, T]:
+    """A function that only reads, called again when its connection was lost."""
+
+    @wraps(look)
+    def look_again(*args: P.args, **named: P.kwargs) -> T:
+        for losses in range(_LOSSES):
+            try:
+                return look(*args, **named)
+            except StorageError as error:
+                if not getattr(error.__cause__, "connection_invalidated", False):
+                    raise
+            _rest(losses)
+        return look(*args, **named)
+
+    return look_again
+
+
 class Database(ABC):
     """An engine with the transactions that ckpt uses; nothing else opens connections.
 
-    ``name`` is how messages call the database, without any secret.
+    ``name`` is how messages call the database, without any secret. ``losses`` counts connections
+    that were lost: afterwards another server may answer, which is behind. Then ``confirm`` is
+    called before anything is written.
     """
 
     read_options: ClassVar[Mapping[str, Any]] = {}
     ask_options: ClassVar[Mapping[str, Any]]
+    missing_hint: ClassVar[str]  # what to do where there is no registry
 
     def __init__(self, engine: Engine, name: str) -> None:
         self.engine = engine
         self.name = name
+        self.losses = self._confirmed = 0
+        self.confirm: Callable[[], object] = lambda: None
         self._is_closed = False
         self._process = os.getpid()
 
@@ -139,44 +163,57 @@ class Database(ABC):
             yield Transaction(connection.execution_options(**self.read_options))
             connection.commit()  # after a rollback psycopg forgets what it has prepared
 
+    @repeated
     def ask(self, statement: Executable, values: Parameters | None = None) -> Row[Any] | None:
         """The first row of one query, or None."""
-        with self._asking() as transaction:
+        with self.asking() as transaction:
             return transaction.row(statement, values)
 
-    def ask_all(self, statement: Executable) -> Sequence[Row[Any]]:
+    @repeated
+    def ask_all(
+        self, statement: Executable, values: Parameters | None = None
+    ) -> Sequence[Row[Any]]:
         """All rows of one query."""
-        with self._asking() as transaction:
-            return transaction.rows(statement)
+        with self.asking() as transaction:
+            return transaction.rows(statement, values)
 
     @contextmanager
-    def _asking(self) -> Iterator[Transaction]:
+    def asking(self) -> Iterator[Transaction]:
         """For one statement, which is a snapshot without a transaction, whose begin and end would
         be two or three more ways to a server and back."""
         with self._typed(), self._connect() as connection:
             yield Transaction(connection.execution_options(**self.ask_options))
 
     def write(self, act: Callable[[Transaction], T]) -> T:
-        """Run ``act`` in one transaction and commit it, again when the database says busy.
+        """Run ``act`` in one transaction and commit it, again when the database says busy, or the
+        connection was lost before the commit was sent.
 
         ``act`` may run more than once and must do nothing but work on its transaction. Where the
         outcome of a commit is unknown nothing is repeated: who needs to know it asks.
         """
+        losses = 0
         for attempt in range(_ATTEMPTS):
+            commits: list[None] = []
             with self._typed():
                 try:
-                    return self._once(act)
+                    return self._once(act, commits)
                 except DBAPIError as error:
-                    if attempt == _ATTEMPTS - 1 or not self.is_passing(error):
+                    is_lost = error.connection_invalidated and not commits
+                    losses += is_lost
+                    if losses > _LOSSES or not (is_lost or self.is_passing(error)):
                         raise
-            time.sleep(random.uniform(0, 0.05 * 2**attempt))
+                    if attempt == _ATTEMPTS - 1:
+                        raise
+            _rest(attempt)
         raise AssertionError("unreachable")
 
-    def _once(self, act: Callable[[Transaction], T]) -> T:
-        with self._connect() as connection:
+    def _once(self, act: Callable[[Transaction], T], commits: list[None]) -> T:
+        """One try; ``commits`` has an element as soon as the commit may be sent."""
+        with self._connect_to_write() as connection:
             writing = connection.execution_options(ckpt_writes=True)
             with writing.begin() as transaction:
                 result = act(Transaction(writing))
+                commits.append(None)
                 perform("sql.commit", transaction.commit)
             return result
 
@@ -196,6 +233,16 @@ class Database(ABC):
         self._is_closed = True
         self.engine.dispose()
 
+    def _connect_to_write(self) -> Connection:
+        while True:
+            connection = self._connect()
+            if self.losses == self._confirmed:
+                return connection
+            connection.close()  # so that what is asked has no need of another
+            losses = self.losses
+            self.confirm()
+            self._confirmed = losses
+
     def _connect(self) -> Connection:
         if self._is_closed:
             raise UsageError(
@@ -206,7 +253,18 @@ class Database(ABC):
         if self._process != os.getpid():  # forked: the open connections are the other process's
             self.engine.dispose(close=False)
             self._process = os.getpid()
-        return self.engine.connect()
+        try:
+            return self.engine.connect()
+        except InvalidRequestError as error:  # each that was made was lost before it was used
+            raise StorageError(
+                "registry-unreachable",
+                f"connections to the registry {self.name} do not last ({error})",
+                hint="check the server and what is between, and run again",
+            ) from error
+
+
+def _rest(number: int) -> None:
+    time.sleep(random.uniform(0, 0.05 * 2**number))
 
 
 def value_invalid(reason: str) -> UsageError:

@@ -16,6 +16,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from ckpt.core.effects import perform
 from ckpt.core.errors import (
+    LOST_HINT,
     AccessError,
     CkptError,
     IntegrityError,
@@ -43,6 +44,9 @@ _CONNECTING: Mapping[str, Any] = {
 # After so many calls, as psycopg does by itself, a statement is planned no more each time.
 _PREPARED_AFTER = 5
 
+# A lock takes no snapshot: what waits for the end of a rebuild sees the new tables full.
+_READING = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; LOCK TABLE meta IN ACCESS SHARE MODE"
+
 # By SQLSTATE: a serialization failure, a deadlock, and a lock that was not given in time.
 _CONFLICTS = ("40001", "40P01")
 _LOCKED = "55P03"
@@ -55,6 +59,7 @@ _NOT_PERMITTED = ("42501", "25006")
 _CORRUPT = ("XX001", "XX002")
 # A refusal to connect has no SQLSTATE in psycopg, only the server's words.
 _LOGIN_WORDS = ("authentication failed", "no password supplied", "no pg_hba.conf entry")
+_FULL_WORDS = ("too many connections", "too many clients", "remaining connection slots")
 _DENIED_WORDS = ("permission denied for database", "is not permitted to log in")
 
 
@@ -62,10 +67,15 @@ class PostgresDatabase(Database):
     """A registry on a PostgreSQL server; writers are READ COMMITTED, with row locks."""
 
     read_options: ClassVar[Mapping[str, Any]] = {
-        "isolation_level": "REPEATABLE READ",
-        "postgresql_readonly": True,
+        "isolation_level": "AUTOCOMMIT",  # its begin is sent here, with a lock
+        "ckpt_reads": True,
     }
     ask_options: ClassVar[Mapping[str, Any]] = {"isolation_level": "AUTOCOMMIT"}
+    missing_hint = LOST_HINT
+
+    def note_loss(self, *_: object) -> None:
+        """Count a connection that was lost."""
+        self.losses += 1
 
     def is_passing(self, error: DBAPIError) -> bool:
         return _state(error) in (*_CONFLICTS, _LOCKED, *_RACES, _STALE_PLAN)
@@ -92,7 +102,9 @@ class PostgresDatabase(Database):
                 f"no room left for the registry {name} ({reason})",
                 hint="free some space on the database server and run again",
             )
-        if state.startswith(("08", "57P", "53300")):
+        if state == "53300":
+            return self._full(reason)
+        if state.startswith(("08", "57P")):
             return self._unreachable(reason)
         if state.startswith("22"):
             return value_invalid(reason)
@@ -118,6 +130,8 @@ class PostgresDatabase(Database):
             return self._login_refused(reason)
         if any(words in reason for words in _DENIED_WORDS):
             return self._not_permitted(reason)
+        if any(words in reason for words in _FULL_WORDS):
+            return self._full(reason)
         if "FATAL" in reason and "does not exist" in reason:
             return StorageError(
                 "registry-missing",
@@ -137,6 +151,13 @@ class PostgresDatabase(Database):
             hint="check its address and that the server runs, and run again",
         )
 
+    def _full(self, reason: str) -> StorageError:
+        return StorageError(
+            "registry-unreachable",
+            f"the registry {self.name} takes no more connections ({reason})",
+            hint="run again when others have ended; raise max_connections, or put a pooler before it",
+        )
+
     def _login_refused(self, reason: str) -> AccessError:
         return AccessError(
             "login-refused",
@@ -148,7 +169,8 @@ class PostgresDatabase(Database):
         return AccessError(
             "permission",
             f"the registry {self.name} does not permit this ({reason})",
-            hint="have the user granted SELECT, INSERT, UPDATE and DELETE on all its tables",
+            hint="have the user granted USAGE on its schema, SELECT, INSERT, UPDATE and DELETE on all "
+            "tables and USAGE on all sequences there; a server that is a standby takes no writes",
         )
 
 
@@ -178,7 +200,9 @@ def open_postgres(url: str) -> PostgresDatabase:
     event.listen(engine, "begin", _begin)
     event.listen(engine, "checkin", _note_rest)
     event.listen(engine, "checkout", partial(_replace_dead, engine.dialect))
-    return PostgresDatabase(engine, _shown(address))
+    database = PostgresDatabase(engine, _shown(address))
+    event.listen(engine, "invalidate", database.note_loss)
+    return database
 
 
 def _parsed(url: str) -> URL:
@@ -255,7 +279,10 @@ def _was_told(connection: DBAPIConnection) -> bool:
 
 def _begin(connection: Connection) -> None:
     """Settings of a writing transaction, made in it, because a pooler drops those of a session."""
-    if not connection.get_execution_options().get("ckpt_writes", False):
+    options = connection.get_execution_options()
+    if options.get("ckpt_reads", False):
+        perform("sql.begin", connection.exec_driver_sql, _READING)
+    if not options.get("ckpt_writes", False):
         return
     statement = (
         f"SELECT set_config('lock_timeout', '{int(_LOCK_SECONDS * 1000)}', true),"

@@ -15,7 +15,7 @@ from ckpt.core.errors import IntegrityError
 from ckpt.core.records import ClassUse, Environment, Event, Model, Version
 from ckpt.core.references import Reference
 from ckpt.registry.bodies import decompress, read_json
-from ckpt.registry.engine import Database, Transaction, batches
+from ckpt.registry.engine import Database, Transaction, batches, repeated
 from ckpt.registry.resolving import (
     MODEL,
     require_model,
@@ -67,6 +67,7 @@ class Queries:
     def __init__(self, database: Database) -> None:
         self._database = database
 
+    @repeated
     def get(self, reference: Reference) -> Version:
         """The version that a reference means.
 
@@ -77,12 +78,14 @@ class Queries:
         with self._database.read() as transaction:
             return records_of(transaction, [resolve(transaction, reference)])[0]
 
+    @repeated
     def by_push(self, push: str) -> Version | None:
         """The version that a push made, or None."""
         with self._database.read() as transaction:
             row = transaction.row(_BY_PUSH, {"made_by": push})
             return None if row is None else records_of(transaction, [row])[0]
 
+    @repeated
     def newest(self, model: str) -> Version | None:
         """The newest version of a model, or None when it has none."""
         with self._database.read() as transaction:
@@ -94,12 +97,14 @@ class Queries:
         row = self._database.ask(_NEWEST_DIGEST, of_model(model))
         return None if row is None else str(row.digest)
 
+    @repeated
     def of_digest(self, model: str, digest: str) -> list[Version]:
         """The versions of a model with this digest, newest first; none without the model."""
         with self._database.read() as transaction:
             rows = transaction.rows(_OF_DIGEST, of_model(model) | {"whole": digest})
             return records_of(transaction, rows)
 
+    @repeated
     def log(self, model: str, before: int | None = None, limit: int = 100) -> list[Version]:
         """Versions of a model, newest first, from below number ``before``; at most ``limit``."""
         with self._database.read() as transaction:
@@ -111,6 +116,7 @@ class Queries:
                 required_model(transaction, model)
             return records_of(transaction, rows)
 
+    @repeated
     def since(self, model: str, number: int, limit: int = 100) -> list[Version]:
         """Versions of a model above ``number``, oldest first; at most ``limit``."""
         with self._database.read() as transaction:
@@ -121,6 +127,7 @@ class Queries:
                 required_model(transaction, model)
             return records_of(transaction, rows)
 
+    @repeated
     def find(
         self,
         model: str,
@@ -135,6 +142,7 @@ class Queries:
             query = search(transaction, VERSIONS, found, where, order_by)
             return records_of(transaction, transaction.rows(query.limit(limit)))
 
+    @repeated
     def models(self, limit: int | None = None) -> list[Model]:
         """Models by name, each with the number of its versions and the newest one; at most
         ``limit``."""
@@ -155,6 +163,7 @@ class Queries:
             for row in listed
         ]
 
+    @repeated
     def proven(self, structure: str) -> Version | None:
         """The newest version of this structure whose rebuilding was proven, or None."""
         same = versions.c.structure_digest == structure
@@ -167,6 +176,7 @@ class Queries:
             row = transaction.row(query.limit(1))
             return None if row is None else records_of(transaction, [row])[0]
 
+    @repeated
     def classes(self, model: str | None = None) -> list[ClassUse]:
         """Every class that versions name, by reference and then by its first use."""
         query = (
@@ -200,6 +210,7 @@ class Queries:
         row = self._database.ask(query.where(models.c.folded == model.lower()))
         return () if row is None else tuple(read_json(row.body.encode()))
 
+    @repeated
     def events(self, since: int, limit: int) -> list[Event]:
         """What happened from ``since`` (microseconds since 1970) on, newest first."""
         query = (

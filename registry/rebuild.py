@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from ckpt.core.digests import digest_of
 from ckpt.core.documents import Document, canonical, structure_bytes
 from ckpt.core.errors import IntegrityError
 from ckpt.core.records import Chunk, FinishedPack, Pack, PushState
+from ckpt.registry.aside import grant_again, set_aside
 from ckpt.registry.books import insert_pack
 from ckpt.registry.commit import (
     insert_document,
@@ -22,9 +23,9 @@ from ckpt.registry.commit import (
     set_metrics,
 )
 from ckpt.registry.engine import Database, Transaction
-from ckpt.registry.schema import lock_schema, make_tables, set_aside
+from ckpt.registry.fence import Fence, check_left, locked_position
+from ckpt.registry.schema import lock_schema, make_tables
 from ckpt.registry.tables import (
-    CLOSED,
     aliases,
     dead_keys,
     environments,
@@ -67,12 +68,6 @@ class StoreContents:
         return {event["push"] for event in self.events if event["kind"] in _ENDINGS}
 
 
-def fence(database: Database) -> None:
-    """Close the old registry (k): nothing is committed, acknowledged or deleted from it any more,
-    by whoever has it open."""
-    database.write(lambda transaction: transaction.run(update(meta).values(epoch=CLOSED)) and None)
-
-
 def check_numbers(contents: StoreContents) -> None:
     """Refuse what an old copy of the registry leaves that was put back and used: numbers that are
     given a second time.
@@ -94,16 +89,25 @@ def check_numbers(contents: StoreContents) -> None:
 
 
 def rebuild(
-    database: Database, store: str, contents: StoreContents, kept: str
-) -> tuple[list[str], bool]:
+    database: Database,
+    store: str,
+    contents: StoreContents,
+    closed: Fence,
+    confirm: Callable[[], None],
+) -> tuple[list[str], str | None]:
     """Make the registry of the store with this id anew, in one transaction; returns the versions
-    whose bytes are not all there, which are kept, and whether an old one was set aside."""
+    whose bytes are not all there, which are kept, and the schema of an old one on a server.
+    ``confirm`` refuses when another rebuild has written a newer epoch."""
 
-    def act(transaction: Transaction) -> tuple[list[str], bool]:
+    def act(transaction: Transaction) -> tuple[list[str], str | None]:
         lock_schema(transaction)
-        replaced = set_aside(transaction, kept)
+        check_left(closed, locked_position(transaction))
+        confirm()
+        kept = set_aside(transaction, contents.epoch)
         make_tables(transaction, store)
-        return _Rebuild(transaction, contents).run(), replaced
+        if kept is not None:
+            grant_again(transaction, kept)
+        return _Rebuild(transaction, contents).run(), kept
 
     return database.write(act)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ckpt.core.documents import Document
-from ckpt.core.errors import AccessError, CkptError, IntegrityError, StorageError
-from ckpt.core.records import Environment, FinishedPack, PushFacts
+from ckpt.core.errors import AccessError, CkptError, ConflictError, IntegrityError, StorageError
+from ckpt.core.records import Environment, FinishedPack, KnownCopy, PushFacts
+from ckpt.registry.aside import check_may_replace
 from ckpt.registry.books import Books
 from ckpt.registry.changes import Changes
 from ckpt.registry.collect import Collector
@@ -16,13 +17,14 @@ from ckpt.registry.commit import commit_push
 from ckpt.registry.copies import Copies
 from ckpt.registry.curves import Curves
 from ckpt.registry.engine import Database
+from ckpt.registry.fence import Fence, Position, check_left, fence, open_epoch, reopen
 from ckpt.registry.postgres import open_postgres
 from ckpt.registry.queries import Queries
-from ckpt.registry.rebuild import StoreContents, fence, rebuild
+from ckpt.registry.rebuild import StoreContents, rebuild
 from ckpt.registry.repack import Repacks
 from ckpt.registry.repair import Repairs
 from ckpt.registry.runs import Runs
-from ckpt.registry.schema import check_made, check_schema, migrate
+from ckpt.registry.schema import check_made, check_schema, is_made, migrate
 from ckpt.registry.sqlite import open_sqlite
 from ckpt.registry.usage import Usages
 
@@ -34,7 +36,7 @@ _BEYOND_USE = frozenset(
         "registry-journal",
         "registry-missing",
         "registry-rule",
-        "schema-older",  # also of a database without tables
+        "schema-older",
     }
 )
 
@@ -49,7 +51,7 @@ class Registry:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self.is_newest = False  # known once that no newer one used the same store
+        self._newest_at: int | None = None  # losses of connections when it was found out
         self.copies = Copies(database)
         self.books = Books(database, before_write=self.copies.flush)
         self.queries = Queries(database)
@@ -60,6 +62,25 @@ class Registry:
         self.repairs = Repairs(database)
         self.repacks = Repacks(database)
         self.runs = Runs(database)
+
+    @property
+    def losses(self) -> int:
+        """How many connections were lost so far."""
+        return self._database.losses
+
+    @property
+    def is_newest(self) -> bool:
+        """Whether it is known that no newer one used the same store: until a connection is lost,
+        for then a server that is behind may have taken over."""
+        return self._newest_at == self.losses
+
+    def note_newest(self, losses: int) -> None:
+        """It was the newest when so many connections had been lost."""
+        self._newest_at = losses
+
+    def confirm_by(self, check: Callable[[], object]) -> None:
+        """Have ``check`` called before anything is written after a connection was lost."""
+        self._database.confirm = check
 
     @classmethod
     def open(cls, where: Path | str, store: str) -> Registry:
@@ -95,7 +116,36 @@ class Registry:
             database.close()
 
     @classmethod
-    def fence(cls, where: Path | str, store: str) -> None:
+    def is_at(cls, where: Path | str) -> bool:
+        """Whether there is a registry, of whichever store.
+
+        Raises:
+            StorageError, AccessError: a database that cannot be reached, or is not there at all.
+        """
+        if isinstance(where, Path):
+            return where.exists()
+        database = _database(where, create=False)
+        try:
+            return is_made(database)
+        finally:
+            database.close()
+
+    @classmethod
+    def check_may_replace(cls, where: Path | str) -> None:
+        """Refuse a user who could not finish a rebuild there.
+
+        Raises:
+            AccessError: ``permission``.
+        """
+        if isinstance(where, str):
+            database = _database(where, create=False)
+            try:
+                check_may_replace(database)
+            finally:
+                database.close()
+
+    @classmethod
+    def fence(cls, where: Path | str, store: str) -> Fence:
         """Cut off an old registry, if it can be read at all: nothing is acknowledged or deleted
         from it any more.
 
@@ -105,24 +155,56 @@ class Registry:
         try:
             database = _database(where, create=False)
         except (StorageError, AccessError):
-            return
+            return Fence(None, None)
         try:
             check_schema(database, store)
-            fence(database)
+            return fence(database)
         except (StorageError, IntegrityError) as error:
             if error.code == "registry":  # a disk that fails now may serve others, or later
                 more = "; if it stays so, move it away and run `ckpt registry rebuild`"
                 raise StorageError(error.code, error.message, hint=f"run again{more}") from error
             if not _is_beyond_use(error):
                 raise
+            left = _position(database)
+            return Fence(left, left)
         finally:
             database.close()
 
     @classmethod
-    def copied(cls, where: Path | str, store: str) -> Mapping[str, str]:
-        """What an old registry has noted to be in the store, if it can be read: of versions and of
-        acts, by the id of the push or of the event, what to call them. The last acts of a process
-        that was killed are noted by the next one.
+    def open_epoch(cls, where: Path | str, closed: Fence, write: Callable[[], None]) -> None:
+        """Have the new epoch written by ``write``, unless another rebuild went on with this
+        registry; on a server no other one ends meanwhile.
+
+        Raises:
+            ConflictError: ``rebuilt-meanwhile``.
+        """
+        if not cls.is_at(where) and isinstance(where, Path):
+            write()
+            return
+        database = _database(where, create=False)
+        try:
+            if isinstance(where, Path):
+                check_left(closed, _position(database))
+                write()
+            else:
+                open_epoch(database, closed, write)
+        finally:
+            database.close()
+
+    @classmethod
+    def reopen(cls, where: Path | str, closed: Fence) -> None:
+        """Give an old registry back what ``closed`` took, if nobody else closed it since."""
+        if closed.before != closed.left:
+            database = _database(where, create=False)
+            try:
+                reopen(database, closed)
+            finally:
+                database.close()
+
+    @classmethod
+    def known(cls, where: Path | str, store: str) -> Mapping[str, KnownCopy]:
+        """What an old registry says of versions and of acts, by the id of the push or of the
+        event, if it can be read.
 
         Raises:
             IntegrityError: ``foreign-store``; StorageError: ``schema-newer``, and what says that
@@ -134,7 +216,7 @@ class Registry:
             return {}
         try:
             check_schema(database, store)
-            return Copies(database).noted()
+            return Copies(database).known()
         except (StorageError, IntegrityError) as error:
             if not _is_beyond_use(error):
                 raise
@@ -144,14 +226,19 @@ class Registry:
 
     @classmethod
     def rebuild(
-        cls, where: Path | str, store: str, contents: StoreContents, kept: str
-    ) -> tuple[list[str], bool]:
-        """Make the registry anew from what a store holds; returns the versions whose bytes are
-        not all there, and whether there was an old one. On a server, the tables of that are moved
-        into the schema ``kept``; in a file they are gone, so copy it first."""
+        cls,
+        where: Path | str,
+        store: str,
+        contents: StoreContents,
+        closed: Fence,
+        confirm: Callable[[], None],
+    ) -> tuple[list[str], str | None]:
+        """Make the registry anew from what a store holds, unless another one went on with what
+        ``closed`` left, or ``confirm`` refuses; returns the versions whose bytes are not all there, and on a server the
+        schema that the old tables are in now. In a file they are gone, so copy it first."""
         database = _database(where, create=True)
         try:
-            return rebuild(database, store, contents, kept)
+            return rebuild(database, store, contents, closed, confirm)
         finally:
             database.close()
 
@@ -175,9 +262,20 @@ class Registry:
     def close(self) -> None:
         """Write down which copies are done, and close all connections."""
         try:
-            self.copies.close()
+            with suppress(ConflictError):  # one that is behind by now has no need of it
+                self.copies.close()
         finally:
             self._database.close()
+
+
+def _position(database: Database) -> Position | None:
+    """The epoch and the counter, of a registry that has any which can be read."""
+    try:
+        return Copies(database).position() if is_made(database) else None
+    except (StorageError, IntegrityError) as error:
+        if not _is_beyond_use(error):
+            raise
+        return None
 
 
 def _database(where: Path | str, *, create: bool) -> Database:

@@ -6,7 +6,7 @@ from sqlalchemy import delete, exists, insert, select, update
 
 from ckpt.core.records import FinishedPack, Pack, PackState, PushState
 from ckpt.registry.books import as_pack, insert_pack, lock_packs, require_open
-from ckpt.registry.engine import Database, Transaction
+from ckpt.registry.engine import Database, Transaction, repeated
 from ckpt.registry.needs import chunks_of_version, places_in, with_bases
 from ckpt.registry.tables import claims, packs, pushes, refs, versions
 
@@ -17,6 +17,7 @@ class Repacks:
     def __init__(self, database: Database) -> None:
         self._database = database
 
+    @repeated
     def sparse(self, share: float) -> list[tuple[Pack, set[str]]]:
         """Live packs of which the versions that refer to them need less than ``share`` of the
         bytes, with the digests that they need.

@@ -8,7 +8,7 @@ from sqlalchemy import delete, insert, select, true, update
 
 from ckpt.core.records import Chunk, FinishedPack, Pack, PackState, PushState
 from ckpt.registry.books import as_chunk, as_pack, lock_packs, require_open
-from ckpt.registry.engine import Database, Transaction, batches
+from ckpt.registry.engine import Database, Transaction, batches, repeated
 from ckpt.registry.needs import (
     chunks_of_documents,
     chunks_of_version,
@@ -31,11 +31,13 @@ class Repairs:
     def __init__(self, database: Database) -> None:
         self._database = database
 
+    @repeated
     def packs(self) -> list[FinishedPack]:
         """Every pack with its chunks."""
         with self._database.read() as transaction:
             return _packs(transaction)
 
+    @repeated
     def look(self) -> tuple[list[FinishedPack], list[tuple[str, str]]]:
         """At one moment every pack with its chunks, and ``(push, reference)`` of every version that
         names chunks which no whole pack that it refers to has."""
@@ -43,6 +45,7 @@ class Repairs:
             known = _packs(transaction)
             return known, _incomplete(transaction, known)
 
+    @repeated
     def is_incomplete(self, push: str) -> bool:
         """Whether a version names chunks which no whole pack that it refers to has."""
         with self._database.read() as transaction:
@@ -62,6 +65,7 @@ class Repairs:
 
         self._database.write(act)
 
+    @repeated
     def users(self, pack: str) -> list[tuple[str, str]]:
         """``(push, reference)`` of every version that refers to a pack."""
         query = (
@@ -75,6 +79,7 @@ class Repairs:
             rows = transaction.rows(query)
         return [(row.push, f"{row.name}@{row.number}") for row in rows]
 
+    @repeated
     def substitutes(self, push: str, lost: str | None) -> list[Pack] | None:
         """Live packs that have what a version cannot read without a lost one, if there is one;
         None when some is nowhere."""

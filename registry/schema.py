@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
 from sqlalchemy import Connection, insert, inspect, select, text
 
 from ckpt.core.effects import perform
 from ckpt.core.errors import IntegrityError, StorageError
-from ckpt.registry.engine import Database, Transaction
-from ckpt.registry.tables import meta, metadata
+from ckpt.core.printable import escape
+from ckpt.registry.engine import Database, Transaction, repeated
+from ckpt.registry.tables import meta
 
 SCHEMA = "0001"
+_OURS = re.compile(r"[0-9]{4}")
+_APART = (
+    "check its address; give ckpt a database of its own, or a schema: ?options=-csearch_path=NAME"
+)
 
 # The advisory lock of migrations, held until their transaction ends: any number, but always this.
 _MIGRATING = int.from_bytes(b"ckpt db")
@@ -21,18 +28,25 @@ def schema_number(transaction: Transaction) -> str | None:
     return None if row is None else str(row[0])
 
 
+@repeated
 def check_schema(database: Database, store: str) -> None:
     """Refuse a registry of another schema, or one that belongs to another store.
 
     Raises:
-        StorageError: ``schema-newer``, ``schema-older``, ``registry-corrupt``.
+        StorageError: ``registry-missing``, ``schema-newer``, ``schema-older``,
+            ``registry-corrupt``.
         IntegrityError: ``foreign-store``.
     """
-    with database.read() as transaction:
-        number = schema_number(transaction)
-        if number != SCHEMA:
-            raise _other_schema(database.name, number)
-        row = transaction.row(select(meta.c.store))
+    try:
+        with database.read() as transaction:
+            number = schema_number(transaction)
+            if number != SCHEMA:
+                raise _other_schema(database.name, number)
+            row = transaction.row(select(meta.c.store))
+    except StorageError as error:
+        if error.code == "schema-older":  # also where there is nothing at all
+            check_made(database)
+        raise
     if row is None or row[0] != store:
         raise IntegrityError(
             "foreign-store",
@@ -42,18 +56,28 @@ def check_schema(database: Database, store: str) -> None:
 
 
 def check_made(database: Database) -> None:
-    """Refuse a database without tables.
+    """Refuse a database without tables, or with those of another program.
 
     Raises:
-        StorageError: ``registry-missing``.
+        StorageError: ``registry-missing``, ``schema-unknown``.
     """
-    with database.read() as transaction:
-        if not _is_made(transaction):
-            raise StorageError(
-                "registry-missing",
-                f"the registry {database.name} has no tables",
-                hint="run `ckpt registry rebuild`, which reads the store",
-            )
+    if not is_made(database):
+        raise StorageError(
+            "registry-missing",
+            f"the registry {database.name} has no tables",
+            hint=database.missing_hint,
+        )
+    with database.asking() as transaction:
+        number = schema_number(transaction)
+    with database.asking() as transaction:
+        if not inspect(transaction.connection).has_table(meta.name):
+            raise _unknown_schema(database.name, number)
+
+
+def is_made(database: Database) -> bool:
+    """Whether there are tables."""
+    with database.asking() as transaction:
+        return has_tables(transaction)
 
 
 def migrate(database: Database, store: str) -> None:
@@ -65,8 +89,8 @@ def migrate(database: Database, store: str) -> None:
 
     def act(transaction: Transaction) -> None:
         lock_schema(transaction)
-        number = schema_number(transaction) if _is_made(transaction) else None
-        if number is not None and number > SCHEMA:
+        number = schema_number(transaction) if has_tables(transaction) else None
+        if number is not None and (number > SCHEMA or not _OURS.fullmatch(number)):
             raise _other_schema(database.name, number)
         if number != SCHEMA:
             make_tables(transaction, store)
@@ -84,44 +108,46 @@ def lock_schema(transaction: Transaction) -> None:
 
 def make_tables(transaction: Transaction, store: str) -> None:
     """Make or upgrade the tables; new ones belong to the store with this id."""
-    fresh = not _is_made(transaction)
+    fresh = not has_tables(transaction)
     perform("sql.migrate", _upgrade, transaction.connection)
     if fresh:
         values = {"id": 1, "store": store, "epoch": 1, "next_counter": 1}
         transaction.run(insert(meta), values)
 
 
-def set_aside(transaction: Transaction, kept: str) -> bool:
-    """Take the tables of an old registry away, and say whether there were any: those on a server
-    are moved as they are into the schema ``kept``, and a file was copied before."""
-    if not _is_made(transaction):
-        return False
-    tables = ("alembic_version", *(table.name for table in reversed(metadata.sorted_tables)))
-    if transaction.connection.dialect.name == "sqlite":
-        for table in tables:
-            transaction.run(text(f"DROP TABLE {table}"))
-        return True
-    transaction.run(text(f"CREATE SCHEMA {kept}"))
-    for table in tables:
-        transaction.run(text(f"ALTER TABLE {table} SET SCHEMA {kept}"))
-    return True
-
-
-def _is_made(transaction: Transaction) -> bool:
+def has_tables(transaction: Transaction) -> bool:
+    """Whether a migration ever ran."""
     return inspect(transaction.connection).has_table("alembic_version")
 
 
 def _upgrade(connection: Connection) -> None:
     from alembic import command
     from alembic.config import Config
+    from alembic.util import CommandError
 
     config = Config()
     config.set_main_option("script_location", "ckpt:migrations")
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    try:
+        command.upgrade(config, "head")
+    except CommandError as error:  # it names a revision that was never one of ours
+        raise StorageError(
+            "schema-unknown", f"the registry cannot be upgraded: {error}", hint=_APART
+        ) from error
+
+
+def _unknown_schema(name: str, number: str | None) -> StorageError:
+    return StorageError(
+        "schema-unknown",
+        f"the database of the registry {name} has tables of another program (its schema is "
+        f"{escape(str(number), 40)})",
+        hint=_APART,
+    )
 
 
 def _other_schema(name: str, number: str | None) -> StorageError:
+    if number is not None and not _OURS.fullmatch(number):
+        return _unknown_schema(name, number)
     if number is not None and number > SCHEMA:
         return StorageError(
             "schema-newer",

@@ -31,6 +31,7 @@ class SqliteDatabase(Database):
     """A registry in a file."""
 
     ask_options: ClassVar[Mapping[str, Any]] = {"ckpt_asks": True}
+    missing_hint = "run `ckpt registry rebuild`, which reads the store"
 
     def is_passing(self, error: DBAPIError) -> bool:
         return isinstance(error.orig, sqlite3.OperationalError) and "locked" in str(error.orig)
@@ -79,7 +80,7 @@ def open_sqlite(path: Path, *, create: bool) -> Database:
         raise StorageError(
             "registry-missing",
             f"the registry {path} is missing",
-            hint="run `ckpt registry rebuild`, which reads the store",
+            hint=SqliteDatabase.missing_hint,
         )
     mode = "rwc" if create else "rw"
     url = f"sqlite:///file:{_quoted(path)}?mode={mode}&uri=true"

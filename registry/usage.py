@@ -7,7 +7,7 @@ from collections.abc import Collection
 from sqlalchemy import case, func, select
 
 from ckpt.core.records import Usage
-from ckpt.registry.engine import Database, batches
+from ckpt.registry.engine import Database, batches, repeated
 from ckpt.registry.tables import models, packs, refs, versions
 
 
@@ -17,6 +17,7 @@ class Usages:
     def __init__(self, database: Database) -> None:
         self._database = database
 
+    @repeated
     def versions(self) -> list[Usage]:
         """Every version with the bytes of its packs: those that only it refers to, and those that
         it shares."""
@@ -45,6 +46,7 @@ class Usages:
             for row in rows
         ]
 
+    @repeated
     def freed_by(self, pushes: Collection[str]) -> int:
         """The bytes that go when exactly the versions of these pushes go."""
         going: dict[int, set[str]] = {}

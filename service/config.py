@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ckpt.core.effects import perform
 from ckpt.core.errors import (
+    LOST_HINT,
     IntegrityError,
     NotFoundError,
     StorageError,
@@ -273,6 +274,19 @@ def store_missing(location: Location) -> StorageError:
         "store-missing",
         f"the store {shown(location.store_place)} is missing, or its file FORMAT",
         hint="put it back, or correct config.toml",
+    )
+
+
+def registry_missing(location: Location) -> StorageError:
+    """The error for a store that has versions, and a place without a registry."""
+    place, hint = location.registry_place, "put it back, or make it anew: `ckpt registry rebuild`"
+    if not isinstance(place, Path):
+        hint = LOST_HINT
+    return StorageError(
+        "registry-missing",
+        f"the store {shown(location.store_place)} has versions, and the registry {shown(place)} is "
+        "missing",
+        hint=hint,
     )
 
 

@@ -13,7 +13,8 @@ from ckpt.core.errors import CkptError
 from ckpt.registry.epochs import check_not_closed
 from ckpt.registry.registry import Registry
 from ckpt.service.config import Location
-from ckpt.service.places import shown
+from ckpt.service.counted import counted, id_of, read_counting
+from ckpt.service.places import open_store, shown
 from ckpt.storage.store import Store
 
 _SKEW_SECONDS = 60
@@ -43,10 +44,36 @@ def examine(location: Location, store: Store, registry: Registry) -> list[Findin
         *_guarded("agreement", lambda: _agreement(store, registry)),
         *_guarded("packs", lambda: _packs(store, registry)),
     ]
+    return found + _server(store)
+
+
+def examine_unopened(location: Location, error: CkptError) -> list[Finding]:
+    """Look at what is there of a repository that ``error`` keeps from being opened."""
+    store = open_store(location.store_place, location.options)
+    try:
+        return [
+            Finding("repository", True, str(location.root)),
+            Finding("registry", True, shown(location.registry_place)),
+            _versions(),
+            Finding("opening", False, error.message, error.hint or ""),
+            *_guarded("store", lambda: _store(store)),
+            *_guarded("contents", lambda: _contents(store)),
+            *_server(store),
+        ]
+    finally:
+        store.close()
+
+
+def _server(store: Store) -> list[Finding]:
+    """What only a store on a server has."""
     probe = getattr(store, "probe_capabilities", None)
-    if probe is not None:
-        found += _guarded("s3", lambda: _capabilities(probe()))
-    return found
+    if probe is None:
+        return []
+    keeps = getattr(store, "keeps_deleted")  # noqa: B009
+    return [
+        *_guarded("s3", lambda: _capabilities(probe())),
+        *_guarded("bucket", lambda: _bucket(keeps())),
+    ]
 
 
 def _guarded(name: str, look: Any) -> Iterator[Finding]:
@@ -100,13 +127,34 @@ def _copies(registry: Registry) -> Finding:
 def _agreement(store: Store, registry: Registry) -> Finding:
     """Whether the store knows anything that the registry does not."""
     there, ended, events = registry.collector.known()
-    unknown = 0
+    counting = read_counting(store)
+    unknown = left = 0
     for place, known in (("documents/", there | ended), ("events/", events)):
         for info in store.list(place):
-            identity = info.key.rpartition("-")[2].removesuffix(".json")
-            unknown += identity not in known
+            is_known = id_of(info.key) in known
+            unknown += counting.counts(info) and not is_known
+            left += not counting.counts(info) and not is_known
     todo = "run `ckpt registry rebuild`: this registry is older than its store" if unknown else ""
-    return Finding("agreement", not unknown, f"{unknown} in the store that it does not know", todo)
+    leftovers = f", and {left} that count for nothing" if left else ""
+    seen = f"{unknown} in the store that it does not know{leftovers}"
+    return Finding("agreement", not unknown, seen, todo)
+
+
+def _contents(store: Store) -> Finding:
+    """What a rebuild would find."""
+    counting = read_counting(store)
+    documents = sum(1 for _ in counted(store, "documents/", counting))
+    acts = sum(1 for _ in counted(store, "events/", counting))
+    seen = f"documents: {documents}, events: {acts}, epoch {counting.epoch}"
+    return Finding("contents", True, seen)
+
+
+def _bucket(keeps: bool | None) -> Finding:
+    if not keeps:
+        seen = "gives back what is deleted" if keeps is False else "may not be looked at"
+        return Finding("bucket", True, seen)
+    todo = "have a lifecycle rule of the bucket end noncurrent versions, or gc frees nothing"
+    return Finding("bucket", False, "keeps what is deleted as a version", todo)
 
 
 def _packs(store: Store, registry: Registry) -> Finding:

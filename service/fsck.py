@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from ckpt.core.errors import AccessError, CkptError, IntegrityError, SpaceError
-from ckpt.core.records import Chunk, FinishedPack, Pack, PackState, Version
+from ckpt.core.records import Chunk, FinishedPack, Pack, PackState, StoreCopy, Version
 from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import copy_pending
 from ckpt.service.tripwire import check_newest
@@ -232,7 +232,7 @@ def _check_copies(store: Store, registry: Registry, found: Checked, *, repair: b
     with found.guarded():
         copy_pending(store, registry)
     for copy in registry.copies.all():
-        if store.size(copy.key) == len(copy.body) and store.get(copy.key) == copy.body:
+        if _is_whole(store, copy) or not _is_due(store, registry, copy):
             continue
         found.copies.append(copy.key)
         if repair:
@@ -240,3 +240,19 @@ def _check_copies(store: Store, registry: Registry, found: Checked, *, repair: b
                 store.delete(copy.key)  # damaged, or not there: the registry has what it must say
                 store.put(copy.key, copy.body)
                 found.rewritten.append(found.copies.pop())
+
+
+def _is_due(store: Store, registry: Registry, copy: StoreCopy) -> bool:
+    """Whether a copy that is not whole should be: its version was not removed meanwhile, so that a
+    collection took it, and it is not on its way, of a push that committed meanwhile."""
+    if not registry.copies.is_wanted(copy):
+        return False
+    is_pending = any(one.id == copy.id for one in registry.copies.pending())
+    return not (is_pending and store.size(copy.key) is None)
+
+
+def _is_whole(store: Store, copy: StoreCopy) -> bool:
+    try:
+        return store.size(copy.key) == len(copy.body) and store.get(copy.key) == copy.body
+    except IntegrityError:
+        return False

@@ -13,6 +13,7 @@ from ckpt.core.records import Pack, PackState, Unneeded
 from ckpt.registry.registry import Registry
 from ckpt.service.acknowledge import copy_pending
 from ckpt.service.author import author
+from ckpt.service.counted import counted, id_of, read_counting
 from ckpt.service.repack import SHARE, write_sparse_again
 from ckpt.storage.store import Store
 
@@ -116,13 +117,19 @@ class _Listed:
     store: Store
     packs: dict[str, int] = field(default_factory=dict)  # with their bytes
     documents: dict[str, str] = field(default_factory=dict)
-    events: dict[str, str] = field(default_factory=dict)
+    documents_that_count: set[str] = field(default_factory=set)
+    events_that_count: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         # Copies before packs: a push that commits meanwhile is then known by its pack's rows.
-        for place, found in (("documents/", self.documents), ("events/", self.events)):
-            for info in self.store.list(place):
-                found[info.key.rpartition("-")[2].removesuffix(".json")] = info.key
+        counting = read_counting(self.store)
+        for info in self.store.list("documents/"):
+            if (push := id_of(info.key)) is not None:
+                self.documents[push] = info.key
+                if counting.counts(info):
+                    self.documents_that_count.add(push)
+        events = counted(self.store, "events/", counting)
+        self.events_that_count |= {str(id_of(info.key)) for info in events}
         self.packs = {info.key: info.size for info in self.store.list("packs/")}
 
     def size(self, keys: Iterable[str]) -> int:
@@ -134,8 +141,8 @@ def _check(registry: Registry, listed: _Listed, allow: Collection[str]) -> set[s
     """The tripwire: a store that knows more than the registry belongs to a newer one. Returns the
     pushes whose versions were removed by an act."""
     there, ended, events = registry.collector.known()
-    unknown = sorted(listed.documents.keys() - there - ended)
-    unknown += sorted(listed.events.keys() - events)
+    unknown = sorted(listed.documents_that_count - there - ended)
+    unknown += sorted(listed.events_that_count - events)
     if unknown and "unknown" not in allow:
         raise _refused(
             f"the store {listed.store.name} knows of {len(unknown)} more than the registry, which "

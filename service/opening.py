@@ -11,9 +11,18 @@ from pathlib import Path
 
 from ckpt.core.errors import StorageError, UsageError
 from ckpt.registry.registry import Registry
-from ckpt.service.config import Location, complete, locate, no_repository, prepare, store_missing
+from ckpt.service.config import (
+    Location,
+    complete,
+    locate,
+    no_repository,
+    prepare,
+    registry_missing,
+    store_missing,
+)
 from ckpt.service.places import Place, as_place, open_store, probe_store, shown
 from ckpt.service.repository import PathLike, Repository
+from ckpt.service.stored_facts import has_versions
 from ckpt.service.tripwire import check_newest
 from ckpt.storage.identity import ensure_identity, read_identity
 from ckpt.storage.store import Store
@@ -119,7 +128,7 @@ def _open_parts(registry: Place, store: Place, create: bool) -> Repository:
             try:
                 found = Registry.open(registry, identity)
             except StorageError as error:  # a database without tables is no repository yet
-                if isinstance(registry, Path) or not create or error.code != "schema-older":
+                if isinstance(registry, Path) or not create or error.code != "registry-missing":
                     raise
             else:
                 keep()
@@ -135,15 +144,9 @@ def _open_parts(registry: Place, store: Place, create: bool) -> Repository:
 def _check_not_lost(location: Location, store: Store) -> None:
     """Refuse an empty registry over a store that has versions."""
     place = location.registry_place
-    if not isinstance(place, Path) or place.exists():
-        return  # what is in it is looked at when it is open
-    if any(store.list("documents/")) or any(store.list("events/")):
-        raise StorageError(
-            "registry-missing",
-            f"the store {shown(location.store_place)} has versions, and the registry {place} is "
-            "missing",
-            hint="put it back, or make it anew: `ckpt --repo … registry rebuild`",
-        )
+    # The store first: what somebody pushes meanwhile has a registry by then.
+    if has_versions(store) and not Registry.is_at(place):
+        raise registry_missing(location)
 
 
 def upgrade_registry(repo: PathLike | None = None) -> str:

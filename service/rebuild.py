@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,21 +15,36 @@ import msgspec
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import canonical, decode_document
 from ckpt.core.effects import perform
-from ckpt.core.errors import IntegrityError, StorageError, from_os_error
+from ckpt.core.errors import (
+    AccessError,
+    CkptError,
+    IntegrityError,
+    SpaceError,
+    StorageError,
+    from_os_error,
+)
 from ckpt.core.printable import escape, few
-from ckpt.core.records import FinishedPack, Pack, PackState
+from ckpt.core.records import FinishedPack, KnownCopy, Pack, PackState
+from ckpt.registry.fence import Fence, rebuilt_meanwhile
 from ckpt.registry.rebuild import StoreContents, StoredVersion, check_numbers
 from ckpt.registry.registry import Registry
 from ckpt.registry.sqlite import copy_database
-from ckpt.service.config import Location, complete, no_repository, prepare, store_missing
-from ckpt.service.stored_facts import read_event, read_version_file
+from ckpt.service.config import (
+    Location,
+    complete,
+    no_repository,
+    prepare,
+    registry_missing,
+    store_missing,
+)
+from ckpt.service.counted import counted, read_counting
+from ckpt.service.stored_facts import has_versions, read_event, read_version_file
 from ckpt.storage.identity import read_identity
-from ckpt.storage.packs import pack_key, read_pack
+from ckpt.storage.packs import PACK_KEY, pack_key, read_pack
 from ckpt.storage.store import ObjectInfo, Store
 
 T = TypeVar("T")
 
-_COPY = re.compile(r"\d+-(?P<id>[0-9a-f]{32})\.json")
 # What reading an object that has other bytes than it should ends with.
 _DAMAGED = (IntegrityError, msgspec.MsgspecError, RecursionError, ValueError)
 
@@ -51,32 +67,40 @@ class Rebuilt:
     kept: str | None
 
 
-def rebuild_registry(location: Location, store: Store) -> Rebuilt:
+def rebuild_registry(location: Location, store: Store, *, lost: bool = False) -> Rebuilt:
     """Make the registry anew from the store alone; the old one is kept beside it.
+
+    Args:
+        lost: the registry that was at this address is lost for good. Without that, a database
+            that has no tables is taken for the wrong one.
 
     Raises:
         NotFoundError: ``no-repository``.
+        StorageError: ``registry-missing``, for such a database.
         IntegrityError: ``copy-damaged``, ``copy-missing``: the store lacks what was acknowledged.
             ``foreign-store``, ``number-twice``, ``epoch-damaged``.
         StorageError, AccessError, SpaceError: it is safe to run this again.
 
-    Until all of the store was read, the old registry is as it was; after an error that comes later
-    it takes no more writes.
+    Until the new epoch is in the store, the old registry is as it was after an error; later it
+    takes no more writes.
     """
     identity = read_identity(store)
     if identity is None:
         raise store_missing(location) if location.exists else no_repository(location)
+    place = location.registry_place
+    if isinstance(place, str) and not Registry.is_at(place) and has_versions(store) and not lost:
+        raise registry_missing(location)
+    Registry.check_may_replace(place)
     # Asked first: what is acknowledged or removed meanwhile, the store then has as well.
-    copied = Registry.copied(location.registry_place, identity)
+    copied = _copied(store, Registry.known(place, identity))
     reader = _Reader(store)
     contents = reader.contents()
-    _check_complete(contents, copied)
+    _check_complete(store, contents, copied)
     check_numbers(contents)
     # First the old registry is cut off, then the store is listed: nothing is acknowledged between.
-    Registry.fence(location.registry_place, identity)
-    contents = reader.contents()
-    _write_epoch(store, contents)
-    damaged, kept = _make(location.registry_place, identity, contents)
+    closed = Registry.fence(place, identity)
+    contents = _open_epoch(place, store, reader, closed)
+    damaged, kept = _make(place, identity, contents, closed, partial(_check_epoch, store, contents))
     if not location.exists:
         prepare(location)
         complete(location)
@@ -86,57 +110,88 @@ def rebuild_registry(location: Location, store: Store) -> Rebuilt:
     return Rebuilt(contents.epoch, count, tuple(damaged), unreadable, kept)
 
 
-def _check_complete(contents: StoreContents, copied: Mapping[str, str]) -> None:
-    """Refuse to replace a registry that knows more than its store; ``copied`` is what it says by
-    the ids of pushes and events."""
+def _open_epoch(place: Path | str, store: Store, reader: _Reader, closed: Fence) -> StoreContents:
+    """What the store holds now, and counts from now on. Where that fails and surely nothing was
+    written, the old registry is given back."""
+    began: list[StoreContents] = []
+    try:
+        contents = reader.contents()
+
+        def write() -> None:
+            began.append(contents)
+            _write_epoch(store, contents)
+
+        Registry.open_epoch(place, closed, write)
+    except BaseException as error:
+        if not began or _was_refused(store, began[0], error):
+            with suppress(CkptError):
+                Registry.reopen(place, closed)
+        raise
+    return contents
+
+
+def _was_refused(store: Store, contents: StoreContents, error: BaseException) -> bool:
+    """Whether a write was surely not done: one without an answer may be carried out yet."""
+    if isinstance(error, AccessError | SpaceError):
+        with suppress(CkptError):
+            return store.size(_epoch_key(contents)) is None
+    return False
+
+
+def _copied(store: Store, known: Mapping[str, KnownCopy]) -> dict[str, KnownCopy]:
+    """What of a registry may have been acknowledged: what it has noted to be in the store, and
+    what is there. The last acts of a process are noted by the next one; without a copy none of
+    them was acknowledged (j), unless the copy is gone since, which nobody can tell."""
+    return {
+        one: copy for one, copy in known.items() if copy.noted or store.size(copy.key) is not None
+    }
+
+
+def _check_complete(store: Store, contents: StoreContents, copied: Mapping[str, KnownCopy]) -> None:
+    """Refuse to replace a registry that knows more than counts in its store."""
     known = {version.facts["push"] for version in contents.versions} | contents.removed
     known |= {event["id"] for event in contents.events}
-    missing = sorted(said for one, said in copied.items() if one not in known)
+    missing = [copy for one, copy in copied.items() if one not in known]
+    there = sorted(copy.said for copy in missing if store.size(copy.key) is not None)
+    newest = contents.epoch - 1
+    if there:
+        raise IntegrityError(
+            "copy-missing",
+            f"epochs/{newest}.json in the store leaves out what the registry knows: {few(there)}",
+            hint="a rebuild elsewhere did not see it; copy the files of these from older folders "
+            f"of documents/ and events/ into documents/{newest}/ and events/{newest}/, and run "
+            "this again",
+        )
     if missing:
         raise IntegrityError(
             "copy-missing",
-            f"the store lacks what the registry knows: {few(missing)}",
+            f"the store lacks what the registry knows: {few(sorted(copy.said for copy in missing))}",
             hint="run `ckpt fsck --repair`, which writes it again, or move the registry away",
         )
 
 
 def _make(
-    place: Path | str, identity: str, contents: StoreContents
+    place: Path | str,
+    identity: str,
+    contents: StoreContents,
+    closed: Fence,
+    confirm: Callable[[], None],
 ) -> tuple[list[str], str | None]:
     """The new registry in the place of the old one; returns the damaged versions, and where the
     old one is."""
     if isinstance(place, str):
-        schema = f"ckpt_before_epoch_{contents.epoch}"
-        damaged, replaced = Registry.rebuild(place, identity, contents, schema)
-        return damaged, f"in the schema {schema} of the same database" if replaced else None
+        damaged, schema = Registry.rebuild(place, identity, contents, closed, confirm)
+        return damaged, schema and f"in the schema {schema} of the same database"
     kept = place.with_name(f"{place.name}.before-epoch-{contents.epoch}")
     try:
         existed = place.exists()
         if existed:
             _keep(place, kept)
         # In the same file, so that whoever has it open goes on with the new one.
-        damaged, _ = Registry.rebuild(place, identity, contents, "")
+        damaged, _ = Registry.rebuild(place, identity, contents, closed, confirm)
         return damaged, str(kept) if existed else None
     except OSError as error:
         raise from_os_error(error, f"rebuilding {place}") from error
-
-
-def _epochs(store: Store) -> tuple[int, dict[str, Any]]:
-    """The newest epoch and what its file counts of earlier ones."""
-    newest, key = 1, None
-    for info in store.list("epochs/"):
-        number = info.key.removeprefix("epochs/").removesuffix(".json")
-        if number.isdigit() and int(number) > newest:
-            newest, key = int(number), info.key
-    if key is None:
-        return 1, {"documents": [], "events": []}
-    try:
-        counted = msgspec.json.decode(store.get(key))
-        return newest, {name: list(counted[name]) for name in ("documents", "events")}
-    except (msgspec.MsgspecError, KeyError, TypeError) as error:
-        raise IntegrityError(
-            "epoch-damaged", f"{key} cannot be read: {error}", hint="restore it from a backup"
-        ) from None
 
 
 class _Reader:
@@ -155,11 +210,9 @@ class _Reader:
                 a removal or a name would be gone for good.
         """
         store = self._store
-        epoch, before = _epochs(store)
-        documents = _counted(store, "documents/", epoch, set(before["documents"]))
-        versions = list(self._all(documents, _read_version))
-        acts = _counted(store, "events/", epoch, set(before["events"]))
-        events = list(self._all(acts, _read_event))
+        counting = read_counting(store)
+        versions = list(self._all(counted(store, "documents/", counting), _read_version))
+        events = list(self._all(counted(store, "events/", counting), _read_event))
         listed = {info.key: info for info in store.list("packs/")}
         dead = {event["key"] for event in events if event["kind"] == "dead"}
         packs = [
@@ -173,7 +226,7 @@ class _Reader:
             for pack in named - {finished.pack.id for finished in packs}
             if pack_key(pack) not in dead
         }
-        return StoreContents(epoch + 1, versions, events, packs, frozenset(listed), lost)
+        return StoreContents(counting.epoch + 1, versions, events, packs, frozenset(listed), lost)
 
     def _all(
         self, listed: Iterable[ObjectInfo], read: Callable[[Store, ObjectInfo], T]
@@ -198,7 +251,10 @@ class _Reader:
     def _pack(self, info: ObjectInfo) -> FinishedPack | None:
         """A pack, or None where it is damaged. Of a disk or server that fails nothing follows, so
         that the rebuild ends: what it leaves out is out for ever."""
-        if info.key not in self._read:
+        if info.key not in self._read and PACK_KEY.fullmatch(info.key) is None:
+            self.unreadable[info.key] = "no pack has such a name"
+            self._read[info.key] = None
+        elif info.key not in self._read:
             try:
                 self._read[info.key] = _read_finished(self._store, info)
             except _DAMAGED as error:
@@ -206,15 +262,6 @@ class _Reader:
                 self._read[info.key] = None
         found: FinishedPack | None = self._read[info.key]
         return found
-
-
-def _counted(store: Store, place: str, epoch: int, named: set[str]) -> Iterator[ObjectInfo]:
-    """(k): what lies in the newest epoch, and of earlier ones what its file names."""
-    for info in store.list(place):
-        number, _, name = info.key.removeprefix(place).partition("/")
-        copy = _COPY.fullmatch(name)
-        if copy is not None and (number == str(epoch) or copy["id"] in named):
-            yield info
 
 
 def _read_version(store: Store, info: ObjectInfo) -> StoredVersion:
@@ -253,7 +300,17 @@ def _write_epoch(store: Store, contents: StoreContents) -> None:
         "documents": sorted(version.facts["push"] for version in contents.versions),
         "events": sorted(event["id"] for event in contents.events),
     }
-    store.put(f"epochs/{contents.epoch}.json", canonical(body))
+    store.put(_epoch_key(contents), canonical(body))
+
+
+def _check_epoch(store: Store, contents: StoreContents) -> None:
+    """Refuse when another rebuild has written a newer epoch."""
+    if read_counting(store).epoch != contents.epoch:
+        raise rebuilt_meanwhile()
+
+
+def _epoch_key(contents: StoreContents) -> str:
+    return f"epochs/{contents.epoch}.json"
 
 
 def _keep(place: Path, kept: Path) -> None:

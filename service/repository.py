@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -61,6 +62,7 @@ class Repository(Lookup, Exchange, Upkeep):
         self.location = location
         self._registry = registry
         self._store = store
+        registry.confirm_by(partial(check_newest, store, registry))
 
     def push(
         self,

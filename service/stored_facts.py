@@ -10,9 +10,16 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from ckpt.storage.store import Store
+
 # As wide as the columns that take it.
 _Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 _Metrics = dict[str, float | Literal["nan", "inf", "-inf"]]
+
+
+def has_versions(store: Store) -> bool:
+    """Whether anything was ever acknowledged there."""
+    return any(store.list("documents/")) or any(store.list("events/"))
 
 
 class _Version(msgspec.Struct):

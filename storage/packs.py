@@ -7,6 +7,7 @@ written last, so that data goes straight to its place.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +22,8 @@ from ckpt.storage.store import Store
 
 PACK_BYTES = 512 << 20
 HEADER_BYTES = 8 << 20
+PACK_KEY = re.compile(r"packs/(?P<two>[0-9a-f]{2})/(?P=two)[0-9a-f]{30}-[0-9]+\.safetensors")
+
 _PAGE = 4096
 _PAD = 64
 _METADATA = "__metadata__"

@@ -188,6 +188,11 @@ class S3Store(Store):
         self.capabilities, self._sends_conditions = found, found.conditional_writes
         return found
 
+    def keeps_deleted(self) -> bool | None:
+        """Whether what is deleted stays as a version of the object, and so frees nothing; None
+        where that may not be asked."""
+        return Probe(self).keeps_deleted()
+
     def full(self, key: str) -> str:
         """The key in the bucket."""
         return self._root + key
@@ -283,11 +288,22 @@ class S3Store(Store):
         try:
             answer = self.request("head", "head_object", Key=self.full(key))
         except RefusedError as refusal:
+            if refusal.status in (400, 403):
+                raise self._reason(key, refusal) from None
             if refusal.status != 404:
                 raise
             self._check_bucket()
             return None
         return answer["ContentLength"], answer.get("Metadata", {}).get(MARK, "")
+
+    def _reason(self, key: str, refusal: RefusedError) -> RefusedError:
+        """Why the server refused to look at an object: its answer to HEAD has no room for that."""
+        try:
+            answer = self.request("get", "get_object", Key=self.full(key), Range="bytes=0-0")
+        except RefusedError as told:
+            return told if told.status == refusal.status else refusal
+        answer["Body"].close()
+        return refusal
 
     def _look_after_writing(self, key: str) -> tuple[int, str]:
         found = self._look(key)

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
+from ckpt.core.errors import AccessError
 from ckpt.storage.s3_failures import RefusedError, UnfaithfulError, repeat
 
 if TYPE_CHECKING:
@@ -120,6 +121,17 @@ class Probe:
         takes = self._ask("put", "put_object", Key=fresh, Body=_BODY, IfNoneMatch="*")
         self._ask("delete", "delete_object", Key=fresh)
         return other is None and takes is not None
+
+    def keeps_deleted(self) -> bool | None:
+        """Whether the bucket keeps what is deleted for ever; None where that may not be asked."""
+        try:
+            versions = self._ask("versions", "get_bucket_versioning")
+            if versions is None or versions.get("Status") != "Enabled":
+                return False
+            ends = self._ask("lifecycle", "get_bucket_lifecycle_configuration") or {}
+        except AccessError:  # a right of its own, which nothing else needs
+            return None
+        return not any("NoncurrentVersionExpiration" in rule for rule in ends.get("Rules", ()))
 
     def refuses_wrong_checksum(self) -> bool:
         """Whether a body that was changed on its way is refused, and one that was not is taken."""

@@ -29,7 +29,7 @@ from promise_scene import (
 import ckpt
 from ckpt.core.effects import observed
 from ckpt.core.errors import ConflictError
-from ckpt.registry.rebuild import fence
+from ckpt.registry.fence import fence
 from ckpt.service.gc import _delete
 
 

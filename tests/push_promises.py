@@ -34,7 +34,7 @@ from test_power_loss import OPERATIONS, Audit, World, crash_states, recorded
 import ckpt
 from ckpt.core.effects import observed
 from ckpt.core.errors import CkptError, ConflictError, IntegrityError
-from ckpt.registry.rebuild import fence
+from ckpt.registry.fence import fence
 
 
 def refused_after(repo: ckpt.Repository, *spoiled: str) -> str:

@@ -53,6 +53,7 @@ def _find(where: str) -> FunctionType:
     found: Any = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
+    found = inspect.unwrap(found)
     assert isinstance(found, FunctionType)
     return found
 
@@ -320,6 +321,13 @@ OTHERS = (
         "if False:",
     ),
     Mutant(
+        "a collection that counts no document",
+        "gc_refuses_when_the_store_knows_more",
+        "ckpt.service.counted:Counting.counts",
+        "copy is not None and",
+        "False and",
+    ),
+    Mutant(
         "acknowledged before the document is in the store",
         "a_push_is_acknowledged_with_its_document",
         "ckpt.service.acknowledge:acknowledge_push",
@@ -371,8 +379,8 @@ OTHERS = (
     Mutant(
         "a rebuild that counts what lands late",
         "a_rebuild_counts_nothing_that_lands_late",
-        "ckpt.service.rebuild:_counted",
-        '(number == str(epoch) or copy["id"] in named)',
+        "ckpt.service.counted:Counting.counts",
+        '(copy["epoch"] == str(self.epoch) or copy["id"] in self.named)',
         "True",
     ),
     Mutant(

@@ -18,6 +18,7 @@ import ckpt
 from ckpt.core.effects import observed
 from ckpt.registry.registry import Registry
 from ckpt.storage.identity import read_identity
+from ckpt.storage.s3_failures import RefusedError
 from ckpt.storage.s3_probe import Capabilities
 
 pytest_plugins = ("servers",)
@@ -97,6 +98,64 @@ def test_a_pack_of_another_size_is_not_well(repo: ckpt.Repository) -> None:
     with path.open("ab") as file:
         file.write(b"more")
     assert not told(repo)["packs"]
+
+
+def test_a_bucket_that_keeps_what_is_deleted_is_told(
+    moto: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", moto.endpoint)
+    bucket = f"bucket-{secrets.token_hex(8)}"
+    moto.client.create_bucket(Bucket=bucket)
+
+    def bucket_of(repo: ckpt.Repository) -> Any:
+        (found,) = (one for one in repo.doctor() if one.name == "bucket")
+        return found
+
+    with ckpt.open(registry=str(tmp_path / "registry.db"), store=f"s3://{bucket}/x") as repo:
+        assert bucket_of(repo).fine
+        moto.client.put_bucket_versioning(
+            Bucket=bucket, VersioningConfiguration={"Status": "Enabled"}
+        )
+        assert not bucket_of(repo).fine
+        assert "lifecycle" in bucket_of(repo).todo
+        rule = {
+            "ID": "ends",
+            "Status": "Enabled",
+            "Filter": {"Prefix": ""},
+            "NoncurrentVersionExpiration": {"NoncurrentDays": 1},
+        }
+        moto.client.put_bucket_lifecycle_configuration(
+            Bucket=bucket, LifecycleConfiguration={"Rules": [rule]}
+        )
+        assert bucket_of(repo).fine
+
+        def refuse(kind: str, act: Any, given: Any) -> Any:
+            if kind == "s3.versions":
+                raise RefusedError(403, "AccessDenied", "", "")
+            return act(*given)
+
+        with observed(refuse):
+            assert bucket_of(repo).fine
+            assert bucket_of(repo).seen == "may not be looked at"
+
+
+def test_the_store_is_looked_at_also_when_the_registry_is_away(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    repo.push({"w": torch.ones(5)}, "a")
+    repo.tag("a", "best")
+    away, kept = tmp_path / "away" / ".ckpt", repo.location.store
+    away.mkdir(parents=True)
+    address = "postgresql://me@127.0.0.1:1/db"
+    (away / "config.toml").write_text(f'registry = "{address}"\nstore = "{kept}"\n')
+    program = str(Path(sys.executable).with_name("ckpt"))
+    command = [program, "-r", str(away.parent), "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    found = {one["name"]: one for one in json.loads(done.stdout)}
+    assert [name for name, one in found.items() if not one["fine"]] == ["opening"]
+    assert "cannot be reached" in found["opening"]["seen"]
+    assert found["contents"]["seen"] == "documents: 1, events: 1, epoch 1"
 
 
 def test_the_command_line_ends_with_1_when_something_is_wrong(repo: ckpt.Repository) -> None:

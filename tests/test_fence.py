@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from postgres_server import PostgresServer, repository_over
 
 import ckpt
-from ckpt.core.errors import ConflictError
+from ckpt.core.effects import observed
+from ckpt.core.errors import AccessError, ConflictError
+from ckpt.registry.registry import Registry
 from ckpt.service import gc, rebuild
 from ckpt.service.acknowledge import copy_pending
-from ckpt.service.config import locate
+from ckpt.service.config import Location, locate
+from ckpt.storage.identity import read_identity
 from ckpt.storage.local import LocalStore
+
+pytest_plugins = ("postgres_server",)
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
@@ -150,3 +158,125 @@ def test_a_rebuild_that_was_stopped_is_run_again(two: Path) -> None:
     rebuilt(two)
     with ckpt.open(two) as repo:
         assert repo.push(state(3), "a", step=3).number == 3
+
+
+class TestTwoRebuilds:
+    """Two at once, over either database, of which one replaces a registry."""
+
+    @pytest.fixture
+    def team(self, where: Path | str, tmp_path: Path) -> Location:
+        with repository_over(where, tmp_path) as repo:
+            repo.push(state(1), "a", step=1)
+            return replace(repo.location, registry_place=where)
+
+    @staticmethod
+    def rebuilt(team: Location, place: str, meanwhile: Callable[[], object]) -> None:
+        """A rebuild, beside which ``meanwhile`` happens once before its part ``place``."""
+        act, left = getattr(rebuild, place), [meanwhile]
+
+        def act_after(*given: Any) -> Any:
+            if left:
+                left.pop()()
+            return act(*given)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rebuild, place, act_after)
+            rebuild.rebuild_registry(team, LocalStore(team.store), lost=True)
+
+    @pytest.mark.parametrize("lost", [True, False], ids=["lost", "there"])
+    @pytest.mark.parametrize("place", ["_open_epoch", "_make"])
+    def test_the_later_one_replaces_no_registry_that_is_in_use(
+        self, team: Location, where: Path | str, place: str, lost: bool, request: Any
+    ) -> None:
+        if lost and isinstance(where, Path):
+            where.unlink()
+        elif lost:
+            server, name = (request.getfixturevalue(f"postgres{end}") for end in ("", "_database"))
+            server.run("DROP SCHEMA public CASCADE", name)
+            server.run("CREATE SCHEMA public", name)
+
+        def rebuild_and_push() -> None:
+            rebuild.rebuild_registry(team, LocalStore(team.store), lost=True)
+            with repository_over(where, team.root) as repo:
+                assert repo.push(state(2), "a", step=2).number == 2
+
+        with pytest.raises(ConflictError) as caught:
+            self.rebuilt(team, place, rebuild_and_push)
+        assert caught.value.code == "rebuilt-meanwhile"
+        with repository_over(where, team.root) as repo:
+            assert repo.push(state(3), "a", step=3).number == 3
+            assert repo.fsck(read_data=1).is_clean
+
+    @pytest.mark.parametrize("where", ["postgresql"], indirect=True)
+    def test_no_epoch_is_written_while_another_one_ends(
+        self, team: Location, postgres: PostgresServer, postgres_database: str, where: str
+    ) -> None:
+        """It would be newer than that of the registry which the other one makes."""
+        postgres.run("DROP SCHEMA public CASCADE", postgres_database)
+        postgres.run("CREATE SCHEMA public", postgres_database)
+        store, done = LocalStore(team.store), threading.Event()
+        caught: list[BaseException] = []
+
+        def later() -> None:
+            try:
+                rebuild.rebuild_registry(team, store, lost=True)
+            except ConflictError as error:
+                caught.append(error)
+            done.set()
+
+        def hook(kind: str, act: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+            if kind == "sql.migrate" and threading.current_thread() is threading.main_thread():
+                threading.Thread(target=later).start()
+                while not postgres.waiting(postgres_database):
+                    assert not done.wait(0.01)
+            return act(*args)
+
+        with observed(hook):
+            rebuild.rebuild_registry(team, store, lost=True)
+        assert done.wait(30)
+        assert [error.code for error in caught if isinstance(error, ConflictError)] == [
+            "rebuilt-meanwhile"
+        ]
+        assert [info.key for info in store.list("epochs/")] == ["epochs/2.json"]
+        with repository_over(where, team.root) as repo:
+            assert repo.push(state(2), "a", step=2).number == 2
+
+    def test_one_that_finds_a_newer_epoch_ends(self, team: Location) -> None:
+        def write_newer() -> None:
+            LocalStore(team.store).put("epochs/3.json", b'{"documents":[],"events":[]}')
+
+        with pytest.raises(ConflictError) as caught:
+            self.rebuilt(team, "_make", write_newer)
+        assert caught.value.code == "rebuilt-meanwhile"
+
+    def test_the_later_one_goes_on_when_both_have_closed_it(
+        self, team: Location, where: Path | str
+    ) -> None:
+        identity = str(read_identity(LocalStore(team.store)))
+        with pytest.raises(ConflictError, match="after this rebuild had begun"):
+            self.rebuilt(team, "_open_epoch", lambda: Registry.fence(where, identity))
+        rebuild.rebuild_registry(team, LocalStore(team.store))
+        with repository_over(where, team.root) as repo:
+            assert repo.push(state(2), "a", step=2).number == 2
+
+    @pytest.mark.parametrize("place", ["contents", "_write_epoch"])
+    def test_one_that_cannot_go_on_gives_the_registry_back(
+        self, team: Location, where: Path | str, place: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        listed, calls = rebuild._Reader.contents, [True, False]
+
+        def refuse(*_: object) -> None:
+            raise AccessError("permission", "may not")
+
+        def contents(reader: Any) -> Any:
+            return listed(reader) if calls.pop(0) else refuse()
+
+        if place == "contents":
+            monkeypatch.setattr(rebuild._Reader, "contents", contents)
+        else:
+            monkeypatch.setattr(rebuild, "_write_epoch", refuse)
+        with repository_over(where, team.root) as repo:
+            with pytest.raises(AccessError):
+                rebuild.rebuild_registry(team, LocalStore(team.store))
+            assert repo.push(state(2), "a", step=2).number == 2
+            assert repo._registry.copies.position()[0] == 1

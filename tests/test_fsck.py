@@ -16,6 +16,7 @@ from sqlalchemy import delete, update
 
 import ckpt
 from ckpt.core.errors import AccessError, CkptError, IntegrityError
+from ckpt.core.records import StoreCopy
 from ckpt.registry.tables import chunks, refs
 from ckpt.service.rebuild import rebuild_registry
 
@@ -248,3 +249,63 @@ def test_the_command_line_tells_and_ends_with_4(filled: ckpt.Repository) -> None
     assert "share-invalid" in run("--read-data=all", status=2)
     with pytest.raises(CkptError):
         filled.pull("b")
+
+
+@pytest.mark.parametrize("repair", [True, False])
+@pytest.mark.parametrize("when", ["before it is looked at", "while it is read"])
+def test_a_document_that_a_collection_took_meanwhile_is_no_damage(
+    filled: ckpt.Repository, monkeypatch: pytest.MonkeyPatch, when: str, repair: bool
+) -> None:
+    copies, store = filled._registry.copies, filled._store
+    everything, get, taken = copies.all, store.get, filled.get("a@2").push
+    left = [True]
+
+    def take() -> None:
+        if left:
+            left.pop()
+            with ckpt.open(filled.location.root) as other:
+                other.rm("a@2")
+                other.gc(grace=0)
+
+    def all_and_take() -> list[StoreCopy]:
+        found = everything()
+        take()
+        return found
+
+    def take_and_get(key: str) -> bytes:
+        if taken in key:
+            take()
+        return get(key)
+
+    if when == "while it is read":
+        monkeypatch.setattr(store, "get", take_and_get)
+    else:
+        monkeypatch.setattr(copies, "all", all_and_take)
+    found = filled.fsck(repair=repair)
+    assert not left
+    assert found.is_clean
+    assert found.rewritten == []
+    assert not list(filled.location.store.glob(f"documents/*/*{taken}.json"))
+
+
+def test_a_document_that_is_on_its_way_is_no_damage(
+    filled: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies, everything = filled._registry.copies, filled._registry.copies.all
+
+    def stop(*_: object) -> None:
+        raise AccessError("permission", "stopped")
+
+    def commit_and_list() -> list[StoreCopy]:
+        with monkeypatch.context() as patch, ckpt.open(filled.location.root) as other:
+            patch.setattr("ckpt.service.acknowledge.copy_pending", stop)
+            with pytest.raises(AccessError):
+                other.push(state(5), "a")
+        return everything()
+
+    monkeypatch.setattr(copies, "all", commit_and_list)
+    assert filled.fsck().is_clean
+    monkeypatch.setattr(copies, "all", everything)
+    assert filled.fsck().is_clean
+    next(filled.location.store.glob(f"documents/1/*-{filled.get('a').push}.json")).unlink()
+    assert len(filled.fsck().copies) == 1

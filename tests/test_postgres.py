@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psycopg
 import pytest
 import torch
 from postgres_server import GUARDED, PASSWORD, PostgresServer, repository_over
-from sqlalchemy import func, insert, select, text
+from sqlalchemy import event, func, insert, select, text
 from sqlalchemy.exc import OperationalError
 
 import ckpt
@@ -22,6 +24,7 @@ from ckpt.core.effects import observed
 from ckpt.core.errors import (
     AccessError,
     CkptError,
+    ConflictError,
     IntegrityError,
     SpaceError,
     StorageError,
@@ -33,6 +36,7 @@ from ckpt.registry.engine import Transaction
 from ckpt.registry.postgres import PostgresDatabase, open_postgres
 from ckpt.registry.registry import Registry
 from ckpt.registry.tables import documents, meta, model_classes, models, structures
+from ckpt.service.rebuild import rebuild_registry
 
 pytest_plugins = ("postgres_server",)
 
@@ -252,9 +256,6 @@ class TestPreparing:
         assert repo.tag("m", "best").aliases == ("best",)
         assert prepared(repo)
         postgres.run(f"{change} text", postgres_database)
-        with pytest.raises(StorageError) as caught:
-            repo.log("m")
-        assert caught.value.code == "registry"
         assert len(repo.log("m")) == 1
 
 
@@ -276,6 +277,24 @@ class TestTransactions:
             return len(transaction.rows(select(models)))
 
         assert database.write(act) == 1
+
+    def test_a_read_that_waits_for_a_rebuild_sees_what_it_made(
+        self, race: Act, repos: tuple[ckpt.Repository, ckpt.Repository], postgres_url: str
+    ) -> None:
+        one, two = repos
+        one.push(STATE, "m", step=500)
+        location = replace(one.location, registry_place=postgres_url)
+        reads: tuple[Callable[[], object], ...] = (
+            lambda: [model.versions for model in two.models()],
+            lambda: [version.step for version in two.log("m")],
+            lambda: [version.step for version in two.find("m")],
+            lambda: two.get("m").step,
+            lambda: two.du().versions,
+        )
+        expected = [read() for read in reads]
+        for read, seen in zip(reads, expected, strict=True):
+            _, found = race(lambda: rebuild_registry(location, one._store), read, nth=1)
+            assert found == seen
 
     def test_a_read_cannot_write(self, database: PostgresDatabase) -> None:
         with pytest.raises(AccessError) as caught, database.read() as transaction:
@@ -330,9 +349,22 @@ class TestTransactions:
             repo.push(STATE, "m", message="a\0b")
         assert repo.models() == []
 
-    def test_a_table_that_is_missing_names_the_command_that_helps(self, postgres_url: str) -> None:
+    def test_a_database_without_tables_is_no_registry_whose_address_is_to_be_checked(
+        self, postgres_url: str
+    ) -> None:
+        for act in (Registry.open, Registry.upgrade):
+            with pytest.raises(StorageError) as caught:
+                act(postgres_url, STORE)
+            assert caught.value.code == "registry-missing"
+            assert "check its address" in str(caught.value)
+            assert "upgrade" not in str(caught.value)
+
+    def test_a_table_that_is_missing_names_the_command_that_helps(
+        self, postgres: PostgresServer, postgres_database: str, repo: ckpt.Repository
+    ) -> None:
+        postgres.run("DROP TABLE runs CASCADE", postgres_database)
         with pytest.raises(StorageError) as caught:
-            Registry.open(postgres_url, STORE)
+            repo.push(STATE, "m")
         assert caught.value.code == "schema-older"
         assert "ckpt db upgrade" in str(caught.value)
 
@@ -361,6 +393,129 @@ class TestTransactions:
         assert "what the server said" in caught.value.message or code == "no-space"
         assert "\x1b" not in str(caught.value)
         assert PASSWORD not in str(caught.value)
+
+
+class TestLostConnections:
+    """A connection that breaks before a commit was sent: nothing happened, and it is done again."""
+
+    ACTS: ClassVar[dict[str, Callable[[ckpt.Repository], Any]]] = {
+        "push": lambda repo: repo.push({"w": torch.zeros(3)}, "m").number,
+        "tag": lambda repo: repo.tag("m@1", "best").aliases,
+        "rm": lambda repo: repo.rm("m@1").number,
+        "log": lambda repo: [version.number for version in repo.log("m")],
+        "models": lambda repo: [model.name for model in repo.models()],
+        "find": lambda repo: [version.number for version in repo.find("m")],
+    }
+
+    @pytest.mark.parametrize("act", ACTS)
+    def test_one_lost_connection_ends_no_act(
+        self, postgres: PostgresServer, act: str, tmp_path: Path
+    ) -> None:
+        told: list[Any] = []
+        for at in range(0, 40, 3):
+            name = f"test_{secrets.token_hex(8)}"
+            postgres.run(f"CREATE DATABASE {name}")
+            seen: list[str] = []
+
+            def cut(
+                kind: str, do: Act, args: tuple[Any, ...], at: int = at, name: str = name
+            ) -> Any:
+                if kind.startswith("sql") and kind != "sql.commit":
+                    seen.append(kind)  # noqa: B023
+                    if len(seen) == at + 1:  # noqa: B023
+                        postgres.cut(name)
+                return do(*args)
+
+            with repository_over(postgres.url(name), tmp_path / name) as repo:
+                repo.push(STATE, "m")
+                with observed(cut):
+                    told.append(self.ACTS[act](repo))
+                assert repo.fsck().is_clean
+            postgres.run(f"DROP DATABASE {name} WITH (FORCE)")
+            if len(seen) <= at:
+                break
+        assert len(told) > 1
+        assert all(one == told[0] for one in told)
+
+
+class TestFailover:
+    """A standby that lags takes over: it knows less than what was acknowledged."""
+
+    @pytest.fixture
+    def fail_over(
+        self,
+        postgres: PostgresServer,
+        postgres_database: str,
+        repos: tuple[ckpt.Repository, ckpt.Repository],
+    ) -> Iterator[Act]:
+        """Acknowledges a push by the second repository, and has the state from before answer."""
+        standby = f"{postgres_database}_standby"
+        repos[0].push(STATE, "m", step=1)
+        postgres.cut(postgres_database)
+        postgres.run(f"CREATE DATABASE {standby} TEMPLATE {postgres_database}")
+        repos[1].push(STATE, "m", step=2)
+
+        def run() -> None:
+            postgres.cut(postgres_database)
+            postgres.run(f"ALTER DATABASE {postgres_database} RENAME TO {standby}_old")
+            postgres.run(f"ALTER DATABASE {standby} RENAME TO {postgres_database}")
+
+        yield run
+        postgres.run(f"DROP DATABASE {standby}_old WITH (FORCE)")
+
+    @pytest.mark.parametrize("act", ["push", "tag", "rm"])
+    def test_nothing_is_written_there_by_who_was_connected_before(
+        self, repos: tuple[ckpt.Repository, ckpt.Repository], fail_over: Act, act: str
+    ) -> None:
+        fail_over()
+        one, two = repos
+        acts: dict[str, Callable[[ckpt.Repository], object]] = {
+            "push": lambda repo: repo.push(STATE, "m", step=3),
+            "tag": lambda repo: repo.tag("m@1", "best"),
+            "rm": lambda repo: repo.rm("m@1"),
+        }
+        for repo in (one, two):
+            with pytest.raises(ConflictError) as caught:
+                acts[act](repo)
+            assert caught.value.code == "registry-old"
+        assert [version.step for version in one.log("m")] == [1]
+
+    def test_a_push_that_is_under_way_gives_no_number_again(
+        self, repos: tuple[ckpt.Repository, ckpt.Repository], fail_over: Act
+    ) -> None:
+        commits: list[None] = []
+
+        def hook(kind: str, act: Act, args: tuple[Any, ...]) -> Any:
+            if kind == "sql.begin" and len(commits) == COMMIT:
+                commits.append(None)
+                fail_over()
+            commits.extend([None] * (kind == "sql.commit"))
+            return act(*args)
+
+        with observed(hook), pytest.raises(ConflictError):
+            repos[0].push({"w": torch.zeros(3)}, "m", step=3)
+        assert [version.step for version in repos[0].log("m")] == [1]
+
+    def test_who_comes_when_its_numbers_went_past_the_lost_ones_is_refused(
+        self,
+        repos: tuple[ckpt.Repository, ckpt.Repository],
+        fail_over: Act,
+        postgres_url: str,
+        tmp_path: Path,
+    ) -> None:
+        fail_over()
+        with pytest.MonkeyPatch.context() as patch:
+            for module in ("push", "repository"):
+                patch.setattr(f"ckpt.service.{module}.check_newest", lambda *_: None)
+            with repository_over(postgres_url, tmp_path) as unaware:
+                for step in (4, 5, 6):
+                    unaware.push(STATE, "m", step=step)
+        with (
+            repository_over(postgres_url, tmp_path) as repo,
+            pytest.raises(ConflictError) as caught,
+        ):
+            repo.push(STATE, "m", step=7)
+        assert caught.value.code == "registry-old"
 
 
 class TestLostCommits:
@@ -424,6 +579,7 @@ class TestConnecting:
         error = self.refused(postgres.url(postgres_database, f"{GUARDED}:{PASSWORD}"))
         assert isinstance(error, AccessError)
         assert error.code == "permission"
+        assert all(word in str(error.hint) for word in ("schema", "tables", "sequences"))
 
     def test_a_database_that_is_missing(self, postgres: PostgresServer) -> None:
         assert self.refused(postgres.url("nothing")).code == "registry-missing"
@@ -458,6 +614,7 @@ class TestConnecting:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr(registry_postgres, "_was_told", lambda connection: False)
+        monkeypatch.setattr("ckpt.registry.engine._LOSSES", 0)
         url = postgres.url(postgres_database)
         with repository_over(url, tmp_path) as repo:
             repo.push(STATE, "m")
@@ -468,6 +625,33 @@ class TestConnecting:
             postgres.cut(postgres_database)
             monkeypatch.setattr(registry_postgres, "_REST_SECONDS", 0)
             assert repo.get("m").number == 1
+
+    def test_connections_that_do_not_last_are_told(
+        self, postgres: PostgresServer, postgres_database: str, repo: ckpt.Repository
+    ) -> None:
+        repo.push(STATE, "m")
+        engine = repo._registry._database.engine
+
+        def cut(*_: object) -> None:
+            postgres.cut(postgres_database)
+
+        event.listen(engine, "checkout", cut, insert=True)
+        with pytest.raises(StorageError) as caught:
+            repo.models()
+        assert caught.value.code == "registry-unreachable"
+        event.remove(engine, "checkout", cut)
+        assert len(repo.models()) == 1
+
+    def test_a_server_that_is_full_is_not_told_to_be_away(
+        self, postgres: PostgresServer, postgres_database: str, database: PostgresDatabase
+    ) -> None:
+        role = f"role_{secrets.token_hex(4)}"
+        postgres.run(f"CREATE ROLE {role} LOGIN CONNECTION LIMIT 0")
+        error = self.refused(postgres.url(postgres_database, role))
+        assert error.code == "registry-unreachable"
+        assert "no more connections" in error.message
+        assert "pooler" in str(error.hint)
+        postgres.run(f"DROP ROLE {role}")
 
     def test_a_server_that_goes_and_comes_back(
         self, postgres: PostgresServer, postgres_database: str, tmp_path: Path

@@ -23,6 +23,7 @@ from torch import nn
 import ckpt
 from ckpt.core.effects import observed
 from ckpt.core.errors import CkptError, ConflictError, IntegrityError, StorageError
+from ckpt.service import counted as service_counted
 from ckpt.service import push, rebuild
 from ckpt.service.config import locate
 from ckpt.service.opening import upgrade_registry
@@ -306,7 +307,7 @@ def test_a_document_that_is_collected_after_it_was_listed_is_no_damage(
 
     monkeypatch.setattr(rebuild, "_read_version", remove_first)
     listed = list(LocalStore(filled / ".ckpt" / "store").list("documents/"))
-    monkeypatch.setattr(rebuild, "_counted", counted_of(listed))
+    monkeypatch.setattr(rebuild, "counted", counted_of(listed))
     assert rebuilt(filled).versions == 4
     with ckpt.open(filled) as repo:
         assert [version.number for version in repo.log("a")] == [3, 1]
@@ -314,10 +315,49 @@ def test_a_document_that_is_collected_after_it_was_listed_is_no_damage(
 
 def counted_of(documents: Sequence[Any]) -> Callable[..., Any]:
     """As a server lists them: a page at once, of which some are gone when they are read."""
-    counted = rebuild._counted
+    counted = service_counted.counted
     return lambda store, place, *more: (
         iter(documents) if place == "documents/" else counted(store, place, *more)
     )
+
+
+def test_a_rebuild_elsewhere_does_not_hide_what_a_registry_acknowledged_since(
+    filled: Path, tmp_path: Path
+) -> None:
+    """Also not what its last process, which is open still, has not noted as copied."""
+    location = locate(filled)
+    store = LocalStore(location.store)
+    with ckpt.open(filled) as repo:
+        repo.push(state(6), "a")
+        rebuild_registry(replace(location, registry_place=tmp_path / "other.db"), store)
+        late = repo.push(state(7), "a")
+        before = sorted((filled / ".ckpt").rglob("*"))
+        with pytest.raises(IntegrityError, match=rf"knows: {late.reference}; .*documents/2/"):
+            rebuilt(filled)
+        assert sorted((filled / ".ckpt").rglob("*")) == before
+    with pytest.raises(IntegrityError, match=late.reference):
+        rebuilt(filled)
+    (document,) = store.root.glob(f"documents/1/*{late.push}.json")
+    (store.root / "documents" / "2").mkdir(exist_ok=True)
+    shutil.copy(document, store.root / "documents" / "2")
+    rebuilt(filled)
+    with ckpt.open(filled) as repo:
+        assert repo.get("a").push == late.push
+        repo.gc(grace=0)
+        assert torch.equal(repo.pull("a")["w0"], state(7)["w0"])
+        assert repo.fsck(read_data=1).is_clean
+
+
+def test_a_push_whose_document_is_not_in_the_store_yet_keeps_no_rebuild_back(filled: Path) -> None:
+    with ckpt.open(filled) as repo, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ckpt.service.acknowledge.copy_pending", stop)
+        with pytest.raises(StorageError, match="stopped"):
+            repo.push(state(6), "a")
+    assert rebuilt(filled).versions == 5
+
+
+def stop(*_: object) -> None:
+    raise StorageError("io", "stopped")
 
 
 def test_numbers_that_were_given_twice_change_nothing(filled: Path) -> None:
@@ -401,6 +441,59 @@ def test_what_is_no_copy_is_left_alone(filled: Path) -> None:
     assert len(found.unreadable) == 1
     assert found.versions == 5
     assert pack.exists()
+
+
+STRAY = (
+    "documents/README.md",
+    "documents/1/.keep",
+    "documents/1/000000000009-notes.txt",
+    f"documents/1/x/000000000009-{'c' * 32}.json",
+    "events/1/x",
+    "packs/README",
+    "packs/aa/README.md",
+    "packs/ü x/é.bin",
+    "epochs/notes.txt",
+    "epochs/3.json.bak",
+    "FORMAT.bak",
+    "other/x",
+)
+
+
+@pytest.mark.parametrize("stray", STRAY)
+def test_an_object_of_others_is_no_reason_to_refuse_anything(filled: Path, stray: str) -> None:
+    path = filled / ".ckpt" / "store" / stray
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"not ours")
+    for expected in (4, 5):
+        with ckpt.open(filled) as repo:
+            assert repo.push(state(expected), "a").number == expected + 1
+            repo.gc(grace=0)
+            assert repo.fsck(repair=True).is_clean
+            assert [one.name for one in repo.doctor() if not one.fine] == []
+        found = rebuilt(filled)
+        assert len(found.unreadable) == stray.startswith("packs/")
+    assert path.read_bytes() == b"not ours"
+
+
+def test_a_document_that_lands_late_is_a_leftover_and_keeps_no_collection_back(
+    filled: Path,
+) -> None:
+    store = LocalStore(filled / ".ckpt" / "store")
+    with ckpt.open(filled) as repo, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ckpt.service.acknowledge.copy_pending", stop)
+        with pytest.raises(StorageError, match="stopped"):
+            repo.push(state(6), "a")
+        (late,) = repo._registry.copies.pending()
+        rebuilt(filled)
+        store.put(late.key, late.body)
+    with ckpt.open(filled) as repo:
+        assert [version.number for version in repo.log("a")] == [3, 2, 1]
+        (agreement,) = (one for one in repo.doctor() if one.name == "agreement")
+        assert agreement.fine
+        assert "1 that count for nothing" in agreement.seen
+        repo.gc(grace=0)
+        assert repo.fsck().is_clean
+        repo.push(state(7), "a")
 
 
 BODIES = [

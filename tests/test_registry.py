@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import random
 import sqlite3
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 import torch
 from alembic.autogenerate import compare_metadata
@@ -20,7 +22,13 @@ from sqlalchemy import String, func, insert, select, text, update
 
 import ckpt
 from ckpt.core.effects import observed
-from ckpt.core.errors import ConflictError, IntegrityError, NotFoundError, StorageError, UsageError
+from ckpt.core.errors import (
+    ConflictError,
+    IntegrityError,
+    NotFoundError,
+    StorageError,
+    UsageError,
+)
 from ckpt.registry.engine import Database, Transaction
 from ckpt.registry.postgres import open_postgres
 from ckpt.registry.registry import Registry
@@ -332,6 +340,56 @@ def test_metrics_come_back_also_those_that_are_not_finite(repo: ckpt.Repository)
     repo.push({"w": torch.ones(1)}, "m", metrics=given)
     kept = {"down": -math.inf, "nan": math.nan, "third": 1 / 3, "up": math.inf, "zero": 0.0}
     assert repr(repo.get("m").metrics) == repr(kept)
+
+
+def test_a_label_has_as_much_text_as_both_databases_hold(repo: ckpt.Repository) -> None:
+    random.seed(1)  # PostgreSQL compresses what can be
+    longest = "".join(chr(random.randrange(0x4E00, 0x9000)) for _ in range(666)) + "ab"
+    key = "k" * 128
+    assert len(longest.encode()) == 2000
+    assert repo.push({"w": torch.ones(1)}, "m", labels={key: longest}).labels == {key: longest}
+    assert repo.annotate("m", labels={"other": longest}).labels["other"] == longest
+    acts: tuple[Callable[[], object], ...] = (
+        lambda: repo.push({"w": torch.ones(1)}, "m", labels={key: f"{longest}a"}),
+        lambda: repo.annotate("m", labels={key: f"{longest}a"}),
+    )
+    for act in acts:
+        with pytest.raises(UsageError) as caught:
+            act()
+        assert caught.value.code == "label-invalid"
+        assert "2001 bytes, the limit is 2000" in caught.value.message
+
+
+@pytest.mark.parametrize("revision", ["bf29a5ff90ea", SCHEMA])
+def test_tables_of_another_program_are_told_and_left_alone(
+    postgres_url: str, revision: str
+) -> None:
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("CREATE TABLE alembic_version (version_num varchar(32) NOT NULL)")
+        connection.execute("INSERT INTO alembic_version VALUES (%s)", [revision])
+        acts: tuple[Callable[[str, str], object], ...] = (
+            Registry.open,
+            Registry.create,
+            Registry.upgrade,
+            Registry.known,
+        )
+        for act in acts:
+            with pytest.raises(StorageError) as caught:
+                act(postgres_url, STORE)
+            assert caught.value.code == "schema-unknown"
+            assert "of its own" in str(caught.value)
+        found = connection.execute("SELECT * FROM alembic_version").fetchall()
+        assert found == [(revision,)]
+
+
+def test_an_upgrade_from_what_was_never_a_schema_is_refused(
+    where: Path | str, database: Database
+) -> None:
+    statement = text("UPDATE alembic_version SET version_num = '0000'")
+    database.write(lambda transaction: transaction.run(statement))
+    with pytest.raises(StorageError) as caught:
+        Registry.upgrade(where, STORE)
+    assert caught.value.code == "schema-unknown"
 
 
 def test_labels_and_metrics_can_be_set_and_removed(repo: ckpt.Repository) -> None:

@@ -135,6 +135,22 @@ class TestAnswers:
                 act()
             assert caught.value.code == code
             assert len(liar.asked) == 1
+        # To look at an object has no room for the reason, so one more request asks for it.
+        liar.asked = []
+        with pytest.raises(kind) as caught:
+            store.size("k")
+        assert caught.value.code == code
+        assert sum(request.startswith("GET") for request in liar.asked) <= 1
+
+    def test_an_object_that_may_be_read_and_not_looked_at_is_refused_as_it_was(
+        self, store: S3Store, liar: Liar
+    ) -> None:
+        whole = Reply(206, b"1", {"Content-Range": "bytes 0-0/1"})
+        for told in (whole, error("NoSuchKey", 404)):
+            liar.replies = [Reply(403), told]
+            with pytest.raises(AccessError) as caught:
+                store.size("k")
+            assert caught.value.code == "s3-denied"
 
 
 class TestTheWayThere:

@@ -8,17 +8,21 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psycopg
 import pytest
 import torch
 from chapter_models import MLP
+from postgres_server import PostgresServer
 from safetensors.torch import save_file
 from servers import BUCKET, Server
 
 import ckpt
-from ckpt.core.errors import ConflictError
+from ckpt.core.errors import AccessError, ConflictError, NotFoundError, StorageError
+from ckpt.service.opening import make_repository, reopen
 from ckpt.service.places import open_store
 from ckpt.service.rebuild import rebuild_registry
 
@@ -195,7 +199,7 @@ def test_a_registry_on_a_server_is_rebuilt_from_the_bucket(
             if lost:
                 connection.execute("DROP SCHEMA public CASCADE")
                 connection.execute("CREATE SCHEMA public")
-            found = rebuild_registry(location, store)
+            found = rebuild_registry(location, store, lost=lost)
             schemas = "SELECT nspname FROM pg_namespace WHERE nspname LIKE 'ckpt_before_%'"
             kept = [name for (name,) in connection.execute(schemas)]
             for name in kept:
@@ -216,6 +220,122 @@ def test_a_registry_on_a_server_is_rebuilt_from_the_bucket(
         assert repo.push({"w": torch.rand(3)}, "m").number == 3
         repo.gc(grace=0)
         assert repo.fsck(read_data=1).is_clean
+
+
+def test_a_database_without_tables_is_taken_for_the_wrong_one(
+    join: Open, postgres: PostgresServer, postgres_url: str, tmp_path: Path
+) -> None:
+    """A rebuild there would cut off the registry that the others go on with."""
+    with join() as repo:
+        repo.push({"w": torch.ones(3)}, "m")
+        location, store = repo.location, repo._store
+        wrong = f"wrong_{secrets.token_hex(8)}"
+        postgres.run(f"CREATE DATABASE {wrong}")
+        address, place = postgres.url(wrong), location.store_place
+        elsewhere = replace(location, registry_place=address)
+        acts: tuple[Callable[[], object], ...] = (
+            lambda: ckpt.open(registry=address, store=str(place)),
+            lambda: ckpt.open(registry=address, store=str(place), create=False),
+            lambda: make_repository(replace(elsewhere, root=tmp_path / "new", exists=False)),
+            lambda: reopen(elsewhere),
+            lambda: rebuild_registry(elsewhere, store),
+            lambda: rebuild_registry(replace(location, registry_place=f"{address}x"), store),
+        )
+        for act in acts:
+            with pytest.raises((StorageError, NotFoundError)) as caught:
+                act()
+            assert "check its address" in str(caught.value) or caught.value.code == "no-repository"
+        tables = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"
+        assert postgres.run(tables, wrong) == [(0,)]
+        assert list(store.list("epochs/")) == []
+        assert repo.push({"w": torch.zeros(3)}, "m").number == 2
+        assert rebuild_registry(elsewhere, store, lost=True).versions == 2
+        postgres.run(f"DROP DATABASE {wrong} WITH (FORCE)")
+
+
+def test_who_cannot_finish_a_rebuild_closes_nothing(
+    join: Open, postgres: PostgresServer, postgres_database: str
+) -> None:
+    role = f"role_{secrets.token_hex(4)}"
+    postgres.run(f"CREATE ROLE {role} LOGIN")
+    address = postgres.url(postgres_database, role)
+    with join() as repo:
+        repo.push({"w": torch.ones(3)}, "m")
+        theirs = replace(repo.location, registry_place=address)
+
+        def refused() -> str:
+            with pytest.raises(AccessError) as caught:
+                rebuild_registry(theirs, repo._store)
+            assert list(repo._store.list("epochs/")) == []
+            return str(caught.value)
+
+        assert "owner" in refused()
+        postgres.run(f"GRANT CREATE ON DATABASE {postgres_database} TO {role}", postgres_database)
+        postgres.run(f"GRANT CREATE ON SCHEMA public TO {role}", postgres_database)
+        assert "another role owns" in refused()
+        assert repo.push({"w": torch.zeros(3)}, "m").number == 2
+
+
+def test_two_repositories_in_one_database_are_rebuilt_and_keep_who_may_use_them(
+    seaweedfs: Server, addresses: tuple[str, str], postgres: PostgresServer, postgres_database: str
+) -> None:
+    role = f"role_{secrets.token_hex(4)}"
+    postgres.run(f'CREATE ROLE "{role}:Ü" LOGIN')
+    run = partial(postgres.run, database=postgres_database)
+    for schema in ("one", "Two's"):
+        run(f'CREATE SCHEMA "{schema}"')
+        registry, store = (
+            f'{addresses[0]}&options=-csearch_path="{schema}"',
+            f"{addresses[1]}{schema[0]}",
+        )
+        with ckpt.open(registry=registry, store=store) as repo:
+            run(f'GRANT USAGE ON SCHEMA "{schema}" TO "{role}:Ü"')
+            for kind in ("TABLES", "SEQUENCES"):
+                run(f'GRANT ALL ON ALL {kind} IN SCHEMA "{schema}" TO "{role}:Ü" WITH GRANT OPTION')
+            run(f'GRANT SELECT ON "{schema}".versions TO PUBLIC')
+            granted = grants(postgres, postgres_database, schema)
+            assert len(granted) > 20
+            for epoch in (2, 3):
+                repo.push({"w": torch.full((3,), float(epoch))}, "m")
+                found = rebuild_registry(repo.location, repo._store)
+                assert found.epoch == epoch
+                assert found.kept is not None
+                assert schema in found.kept
+                assert grants(postgres, postgres_database, schema) == granted
+    run(f'DROP OWNED BY "{role}:Ü"')
+
+
+def grants(postgres: PostgresServer, database: str, schema: str) -> set[object]:
+    where = f"nspname = '{schema.replace(chr(39), chr(39) * 2)}' AND relkind IN ('r', 'S')"
+    of = "pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace"
+    return set(postgres.run(f"SELECT relname, relacl::text FROM {of} WHERE {where}", database))
+
+
+def test_the_command_line_rebuilds_a_lost_registry_of_an_address_when_it_is_told_so(
+    join: Open, addresses: tuple[str, str], postgres_url: str, tmp_path: Path
+) -> None:
+    with join() as repo:
+        repo.push({"w": torch.ones(3)}, "m")
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("DROP SCHEMA public CASCADE")
+        connection.execute("CREATE SCHEMA public")
+    (tmp_path / ".ckpt").mkdir()
+    registry, store = addresses
+    config = f'registry = "{registry}"\nstore = "{store}"\n'
+    (tmp_path / ".ckpt" / "config.toml").write_text(config)
+    program = str(Path(sys.executable).with_name("ckpt"))
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [program, "-r", str(tmp_path), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    for arguments in (["ls"], ["db", "upgrade"], ["registry", "rebuild", "-y"]):
+        refused = run(*arguments)
+        assert refused.returncode == 6
+        assert "error[registry-missing]" in refused.stderr
+        assert "check its address" in refused.stderr
+    assert run("registry", "rebuild", "-y", "--lost").stdout == "rebuilt: 1 version, epoch 2\n"
+    assert "m" in run("ls").stdout
 
 
 def test_a_runs_successors_are_differences_to_what_it_has_in_memory(join: Open) -> None:
