@@ -75,12 +75,12 @@ class World:
     def fill(self) -> None:
         with ckpt.open(self.folder) as repo:
             self._push(repo, "a", "pq", step=1, metrics={"loss": 0.5}, labels={"who": "me"})
-            self._push(repo, "a", "pr", step=2, message="second", alias="best")
+            self._push(repo, "a", "pr", step=2, message="second", alias="best", labels={"old": "z"})
             self._push(repo, "a", "pqs", run="other", metrics={"bad": float("nan")})
             self._push(repo, "b", "qu", alias=["best", "keep"], labels={"k": "v"})
             repo.rm(repo.push({"w": torch.ones(9)}, "b"))
             repo.push(MLP(), "net", inputs=(torch.rand(2, 20),))
-            repo.annotate("a@2", metrics={"acc": 1.0}, labels={"x": "y"}, remove=["none"])
+            repo.annotate("a@2", metrics={"acc": 1.0}, labels={"x": "y"}, remove=["old"])
             repo.untag("b:keep")
             repo.prune("b", keep=["last:9"], save=True)
             repo.gc(grace=0)
