@@ -215,9 +215,11 @@ class VersionsMachine(RuleBasedStateMachine):
         place, actor, kept = self.choose(who, pick)
         metrics = {} if loss is None else {"loss": loss}
         labels = {} if label is None else {"note": label}
-        version = place.actor(actor).annotate(
-            kept.reference, metrics=metrics, labels=labels, remove=["note"]
-        )
+        repo, removed = place.actor(actor), ["note"] if "note" in kept.labels else []
+        if not removed:
+            with refused("label-missing"):
+                repo.annotate(kept.reference, metrics=metrics, labels=labels, remove=["note"])
+        version = repo.annotate(kept.reference, metrics=metrics, labels=labels, remove=removed)
         kept.metrics |= metrics
         kept.labels = labels
         place.check_record(version, kept)
