@@ -237,6 +237,7 @@ class World:
 
     def _annotate(self, step: int) -> Act:
         loss, remove = self.chance.random(), self.chance.random() < 0.5
+        remove &= "who" in self.shown.versions[step].labels
         name = self.shown.names[step]
 
         def then(state: State) -> None:
