@@ -31,7 +31,8 @@ from ckpt.loader.wrappers import HOOKS, unwrap
 
 # What nn.Module.__init__ makes; everything else in __dict__ is the module's own.
 INTERNALS = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
-_MADE_BY_COMPILE = {"_is_torch_compile"}
+# The second by Lightning, which replaces torch.compile where it is imported.
+_MADE_BY_COMPILE = {"_is_torch_compile", "_compile_kwargs"}
 STATE_HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",

@@ -50,6 +50,12 @@ def compiled() -> nn.Module:
     return made  # type: ignore[no-any-return]
 
 
+def test_what_lightning_notes_of_a_compiled_module_is_no_part_of_it() -> None:
+    noted: Any = compiled()
+    noted._compile_kwargs = {"backend": lambda graph, inputs: graph}
+    assert set(capture_module(noted).modules[0].attrs) == {"in_features", "out_features"}
+
+
 @pytest.mark.parametrize("make", [parallel, compiled])
 def test_a_bare_wrapper_is_taken_off(make: Any) -> None:
     captured = capture_module(make())
