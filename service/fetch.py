@@ -20,6 +20,7 @@ from ckpt.registry.registry import Registry
 from ckpt.service.mapping import Mappings
 from ckpt.service.upload import Progress
 from ckpt.storage.chunks import Places, read_chunk
+from ckpt.storage.read_ahead import read_in
 from ckpt.storage.scratch import scratch
 from ckpt.storage.store import Store
 
@@ -171,8 +172,10 @@ def _read_piece(store: Store, version: Version, places: Places, piece: _Piece) -
     """Read one chunk, straight into its place where that lies in memory; what was adopted is
     read too if it is not right."""
     view = piece.wanted.space.view(piece.offset, piece.length)
-    if piece.adopted and view is not None and digest_of(view) == piece.digest:
-        return
+    if piece.adopted and view is not None:
+        read_in(view)
+        if digest_of(view) == piece.digest:
+            return
     target = scratch("piece", piece.length) if view is None else view
     try:
         _read_again(lambda: read_chunk(store, places, piece.digest, target))

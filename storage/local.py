@@ -14,6 +14,7 @@ from pathlib import Path
 from ckpt.core.effects import perform
 from ckpt.core.errors import StorageError, from_os_error, no_room
 from ckpt.storage.direct import BLOCK, DirectFile
+from ckpt.storage.read_ahead import read_ahead
 from ckpt.storage.store import (
     ObjectInfo,
     Store,
@@ -65,6 +66,7 @@ class LocalStore(Store):
             except FileNotFoundError:
                 raise missing(self, key) from None
             try:
+                read_ahead(handle, offset, len(view))
                 done = 0
                 while done < len(view):
                     count = perform("read", os.preadv, handle, [view[done:]], offset + done)
@@ -80,7 +82,11 @@ class LocalStore(Store):
         except OSError:  # what is wrong, an ordinary read tells
             return None
         try:
-            return memoryview(perform("map", mmap.mmap, handle, 0, access=mmap.ACCESS_COPY))
+            pages = perform("map", mmap.mmap, handle, 0, access=mmap.ACCESS_COPY)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with contextlib.suppress(OSError):  # a kernel without them
+                    pages.madvise(mmap.MADV_HUGEPAGE)
+            return memoryview(pages)
         except (OSError, ValueError):  # no memory for so much, or nothing in it
             return None
         finally:
