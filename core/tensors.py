@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from ckpt.core.digests import digest_of
+
 CHUNK_BYTES = 16 << 20
 
 
@@ -43,3 +45,8 @@ class TensorSpace(Protocol):
 def chunk_spans(nbytes: int) -> list[tuple[int, int]]:
     """``(offset, length)`` of each chunk of a tensor of ``nbytes`` bytes; none for an empty one."""
     return [(at, min(CHUNK_BYTES, nbytes - at)) for at in range(0, nbytes, CHUNK_BYTES)]
+
+
+def chunk_digests(source: TensorBytes) -> tuple[str, ...]:
+    """The digests of the chunks of the bytes that a source has now."""
+    return tuple(digest_of(source.read(*span)) for span in chunk_spans(source.nbytes))

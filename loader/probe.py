@@ -13,6 +13,7 @@ from torch import nn
 from ckpt.core.documents import Behaviour, Document, Probe, identity_bytes
 from ckpt.core.errors import CkptError, UsageError
 from ckpt.core.printable import escape
+from ckpt.core.tensors import chunk_digests
 from ckpt.loader.capture import Captured, capture
 from ckpt.loader.conditions import describe_conditions, replaying
 from ckpt.loader.forward import (
@@ -32,7 +33,6 @@ from ckpt.loader.replica import (
     WideRestorer,
     copied,
     copied_again,
-    digests_of,
     drafted,
     replicate,
     share,
@@ -244,7 +244,7 @@ def _fingerprint(trial: _Trial, module: nn.Module) -> Any:
     now = capture_module(module, trial.document.dropped)
     document: Document = drafted(now, digests=False)
     digests = [
-        digests_of(source)
+        chunk_digests(source)
         for entry, source in zip(now.tensors, now.sources, strict=True)
         if source is not None and (trial.full or entry.kind != "parameter")
     ]

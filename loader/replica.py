@@ -11,9 +11,8 @@ import torch
 from msgspec.structs import replace
 from torch import nn
 
-from ckpt.core.digests import digest_of
 from ckpt.core.documents import FORMAT, Document, Tensor
-from ckpt.core.tensors import TensorBytes, chunk_spans
+from ckpt.core.tensors import TensorBytes, chunk_digests, chunk_spans
 from ckpt.loader.capture import Captured
 from ckpt.loader.devices import DeviceMap
 from ckpt.loader.rebuild import rebuild
@@ -49,14 +48,9 @@ def drafted(captured: Captured, *, digests: bool) -> Document:
     )
 
 
-def digests_of(source: TensorBytes) -> tuple[str, ...]:
-    """The chunk digests of the bytes that a source has now."""
-    return tuple(digest_of(source.read(*span)) for span in chunk_spans(source.nbytes))
-
-
 def _chunks(source: TensorBytes, digests: bool) -> tuple[str, ...]:
     if digests:
-        return digests_of(source)
+        return chunk_digests(source)
     return (_NO_DIGEST,) * len(chunk_spans(source.nbytes))
 
 

@@ -12,8 +12,9 @@ import torch
 
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import identity_bytes
+from ckpt.core.tensors import chunk_digests
 from ckpt.loader.capture import capture
-from ckpt.loader.replica import digests_of, drafted
+from ckpt.loader.replica import drafted
 from ckpt.loader.sources import laid_out
 
 
@@ -70,7 +71,7 @@ def named_values(state: Any) -> dict[str, tuple[str, tuple[int, ...], tuple[str,
     found = {}
     for name, tensor in _tensors(state, ()):
         plain = laid_out(name, tensor)
-        found[name] = (plain.dtype, plain.shape, digests_of(plain))
+        found[name] = (plain.dtype, plain.shape, chunk_digests(plain))
     return found
 
 

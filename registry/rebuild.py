@@ -119,6 +119,7 @@ class _Rebuild:
     transaction: Transaction
     contents: StoreContents
     models: dict[str, int] = field(default_factory=dict)
+    acts: dict[str, list[Mapping[str, Any]]] = field(default_factory=dict)  # of each model
     damaged: list[str] = field(default_factory=list)
     _places: dict[str, list[Chunk]] = field(default_factory=dict)
     _broken: set[str] = field(default_factory=set)
@@ -135,20 +136,24 @@ class _Rebuild:
         self._make_events()
         self._make_pushes(removed)
         self._make_packs()
-        kept = [one for one in self.contents.versions if one.facts["push"] not in removed]
-        ids = {one.facts["push"]: self._make_version(one) for one in kept}
+        kept = {
+            one.facts["push"]: one
+            for one in self.contents.versions
+            if one.facts["push"] not in removed
+        }
+        ids = {push: self._make_version(one) for push, one in kept.items()}
         mine = select(func.count()).select_from(versions).where(versions.c.model == models.c.id)
         self.transaction.run(update(models).values(version_count=mine.scalar_subquery()))
         for name in self.models:
-            self._replay(name, {one.facts["push"]: one for one in kept}, ids)
+            self._replay(name, kept, ids)
         return sorted(self.damaged)
 
     def _make_models(self) -> None:
         """Counters end above every number and place that was ever given."""
         said = [version.facts for version in self.contents.versions]
-        said += [event for event in self.contents.events if "model" in event]
-        for name in sorted({facts["model"] for facts in said}):
-            mine = [facts for facts in said if facts["model"] == name]
+        for facts in [*said, *(event for event in self.contents.events if "model" in event)]:
+            self.acts.setdefault(facts["model"], []).append(facts)
+        for name, mine in sorted(self.acts.items()):
             row = {
                 "name": name,
                 "folded": name.lower(),
@@ -270,13 +275,11 @@ class _Rebuild:
         self, model: str, there: Mapping[str, StoredVersion], ids: Mapping[str, int]
     ) -> None:
         """Aliases, labels and metrics, as the pushes and then the acts on the model left them."""
-        said = [one.facts for one in self.contents.versions if one.facts["model"] == model]
-        acts = [event for event in self.contents.events if event.get("model") == model]
         named: dict[str, str] = {}
         labelled: dict[str, dict[str, str]] = {}
         measured: dict[str, dict[str, float]] = {}
         policy: str | None = None
-        for act in sorted([*said, *acts], key=lambda act: act["sequence"]):
+        for act in sorted(self.acts[model], key=lambda act: act["sequence"]):
             push, kind = act.get("push", ""), act.get("kind", "push")
             if kind == "push":
                 named |= dict.fromkeys(act["aliases"], push)

@@ -168,8 +168,9 @@ def _packs(store: Store, registry: Registry) -> Finding:
 
 
 def _capabilities(found: Any) -> Finding:
-    slower = [name for name in ("conditional_writes", "start_after") if not getattr(found, name)]
-    lacks = [*found.missing, *slower]
+    from ckpt.storage.s3_probe import EVERYTHING
+
+    lacks = [one for one in EVERYTHING.names if one not in found.names]
     seen = "everything" if not lacks else f"lacks {', '.join(lacks)}"
     todo = "use another server" if found.missing else ""
     return Finding("s3", not found.missing, seen, todo)

@@ -19,7 +19,7 @@ from ckpt.core.errors import CkptError, TrustError, UsageError, from_os_error
 from ckpt.core.names import check_labels, check_step
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
-from ckpt.core.tensors import chunk_spans
+from ckpt.core.tensors import chunk_digests
 from ckpt.registry.registry import Registry
 from ckpt.service.folder import OpenFolder, open_folder
 from ckpt.service.push import Described, Said, is_whole
@@ -323,7 +323,7 @@ def _drafted(described: Described) -> Document:
         if source is None
         else msgspec.structs.replace(
             entry,
-            chunks=tuple(digest_of(source.read(*span)) for span in chunk_spans(source.nbytes)),
+            chunks=chunk_digests(source),
         )
         for entry, source in zip(described.tensors, described.sources, strict=True)
     )

@@ -157,6 +157,6 @@ def upgrade_registry(repo: PathLike | None = None) -> str:
     with _store_of(location) as (store, _):
         identity = read_identity(store)
     if identity is None:
-        raise no_repository(location)
+        raise store_missing(location)
     Registry.upgrade(location.registry_place, identity)
     return shown(location.registry_place)

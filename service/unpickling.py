@@ -20,7 +20,6 @@ from typing import Any, Self
 
 from msgspec.structs import replace
 
-from ckpt.core.digests import digest_of
 from ckpt.core.documents import Document, Tensor, decode_document
 from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.errors import (
@@ -32,7 +31,7 @@ from ckpt.core.errors import (
     from_os_error,
 )
 from ckpt.core.printable import escape
-from ckpt.core.tensors import TensorBytes, chunk_spans
+from ckpt.core.tensors import TensorBytes, chunk_digests
 
 _SECONDS = 300.0
 # What the child may take beside the bytes of the checkpoint, and what may be left of it here.
@@ -82,7 +81,7 @@ class Unpickled:
     def with_digests(self) -> Document:
         """The document with the digests of all bytes, which are read for it."""
         tensors = tuple(
-            entry if source is None else replace(entry, chunks=_digests(source))
+            entry if source is None else replace(entry, chunks=chunk_digests(source))
             for entry, source in zip(self.document.tensors, self.sources, strict=True)
         )
         return replace(self.document, tensors=tensors)
@@ -237,10 +236,6 @@ def _start(inherited: Sequence[int]) -> subprocess.Popen[bytes]:
         env=environment | {"PYTHONPATH": os.pathsep.join(path), "CUDA_VISIBLE_DEVICES": ""},
         pass_fds=inherited,
     )
-
-
-def _digests(source: TensorBytes) -> tuple[str, ...]:
-    return tuple(digest_of(source.read(*span)) for span in chunk_spans(source.nbytes))
 
 
 def _statuses(path: Path) -> tuple[tuple[Path, tuple[int, int, int]], ...]:
