@@ -151,7 +151,8 @@ class _Rebuild:
     def _make_models(self) -> None:
         """Counters end above every number and place that was ever given."""
         said = [version.facts for version in self.contents.versions]
-        for facts in [*said, *(event for event in self.contents.events if "model" in event)]:
+        said += [event for event in self.contents.events if "model" in event]
+        for facts in said:
             self.acts.setdefault(facts["model"], []).append(facts)
         for name, mine in sorted(self.acts.items()):
             row = {
