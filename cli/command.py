@@ -74,6 +74,13 @@ def common_options(function: F) -> F:
     return _option("repo", "-r", "--repo", type=click.Path(), metavar="DIR", help=repo)(function)
 
 
+def paths_option(help_text: str) -> Callable[[F], F]:
+    """The option ``--path``, for folders that are no part of ``sys.path``."""
+    return click.option(
+        "--path", "paths", type=click.Path(), multiple=True, metavar="DIR", help=help_text
+    )
+
+
 def complete_models(context: click.Context, _: click.Parameter, begun: str) -> list[str]:
     """The names of models that begin so, for a shell; none where there is no repository."""
     settings = context.find_object(Settings) or Settings()

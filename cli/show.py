@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckpt.cli.command import Settings, command, complete_models
+from ckpt.cli.command import Settings, command, complete_models, paths_option
 from ckpt.cli.render import age, count, metrics, print_json, table, version_json
 from ckpt.core.printable import escape
 from ckpt.core.sizes import size
@@ -23,14 +23,7 @@ if TYPE_CHECKING:
 @command("show", short_help="Show what a version is, and was made on.")
 @click.argument("reference", shell_complete=complete_models, metavar="REF")
 @click.option("--trust", "needs", is_flag=True, help="Show what a load would have to import.")
-@click.option(
-    "--path",
-    "paths",
-    type=click.Path(),
-    multiple=True,
-    metavar="DIR",
-    help="Look for sources here too.",
-)
+@paths_option("Look for sources here too.")
 def show(settings: Settings, reference: str, needs: bool, paths: tuple[str, ...]) -> None:
     """Show a version: its facts, what it was made on, its module tree, and its tensors.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckpt.cli.command import Settings, command, complete_models
+from ckpt.cli.command import Settings, command, complete_models, paths_option
 from ckpt.cli.render import print_json, table
 from ckpt.core.printable import escape
 
@@ -22,14 +22,7 @@ if TYPE_CHECKING:
 @command("verify", short_help="Rebuild a module, and prove it.")
 @click.argument("reference", shell_complete=complete_models, metavar="REF")
 @click.option("--trust", multiple=True, metavar="MODULE", help="May be imported. Repeatable.")
-@click.option(
-    "--path",
-    "paths",
-    type=click.Path(),
-    multiple=True,
-    metavar="DIR",
-    help="Look for modules here too.",
-)
+@paths_option("Look for modules here too.")
 @click.option("--require", metavar="VERDICT", help="Fail below this verdict.")
 def verify(
     settings: Settings,

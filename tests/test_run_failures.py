@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -90,8 +91,7 @@ def test_a_save_that_failed_costs_no_other(
         job.track(net=net).save(0).version()
         with away():
             handle = job.track(net=fill(net, 1)).save(100)
-            while not handle.done():
-                pass
+            assert not wait([handle.answer], 60).not_done
         fill(net, 2)
         with pytest.raises(CkptError):
             job.save(200)
