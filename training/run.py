@@ -306,9 +306,8 @@ class Run:
         self._end(None)
 
     def _end(self, timeout: float | None) -> None:
-        if (
-            self._ended or os.getpid() != self._held.process
-        ):  # a child that was forked has no part in it
+        # A child that was forked has no part in it.
+        if self._ended or os.getpid() != self._held.process:
             return
         self._ended = True
         patience = None
