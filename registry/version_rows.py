@@ -5,17 +5,24 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any
 
 from sqlalchemy import (
+    ARRAY,
+    JSON,
+    BigInteger,
     ColumnElement,
+    CompoundSelect,
     Float,
     Row,
     Select,
     Table,
     Text,
+    any_,
     bindparam,
     cast,
+    func,
     literal,
     null,
     select,
@@ -24,7 +31,7 @@ from sqlalchemy import (
 
 from ckpt.core.errors import IntegrityError
 from ckpt.core.records import Proof, Version
-from ckpt.registry.engine import Transaction, batches
+from ckpt.registry.engine import Transaction
 from ckpt.registry.tables import aliases, labels, metrics, models, runs, versions
 
 # What a record of a version is made of, in the order in which ``_record`` takes it.
@@ -72,21 +79,30 @@ def of_model(name: str) -> dict[str, Any]:
 _ALIAS, _LABEL, _METRIC = range(3)
 
 
-def _said_in(
-    kind: int, table: Table, text: ColumnElement[Any], number: ColumnElement[Any]
-) -> Select[Any]:
-    columns = table.c.version, table.c.name, text.label("text"), number.label("number")
-    return select(literal(kind).label("kind"), *columns)
+@cache
+def _said(dialect: str) -> CompoundSelect[Any]:
+    """``(kind, version, name, text, number)`` of all that is said of some versions: one question,
+    since each costs a way to the server and back. The versions are one value, an array, so that
+    the statement is the same for any number of them: it is made, and prepared, once."""
 
+    def said(
+        kind: int, table: Table, text: ColumnElement[Any], number: ColumnElement[Any]
+    ) -> Select[Any]:
+        some: Any
+        if dialect == "sqlite":
+            given = func.json_each(bindparam("some", type_=JSON)).table_valued("value")
+            some = table.c.version.in_(select(given.c.value))
+        else:
+            some = table.c.version == any_(bindparam("some", type_=ARRAY(BigInteger)))
+        columns = table.c.version, table.c.name, text.label("text"), number.label("number")
+        return select(literal(kind).label("kind"), *columns).where(some)
 
-_ALL_SAID = union_all(
-    _said_in(_ALIAS, aliases, cast(null(), Text), cast(null(), Float)),
-    _said_in(_LABEL, labels, labels.c.value, cast(null(), Float)),
-    _said_in(_METRIC, metrics, metrics.c.special, metrics.c.value),
-).subquery()
-# ``(kind, version, name, text, number)`` of all that is said of some versions: one question,
-# since each costs a way to the server and back.
-_SAID = select(_ALL_SAID).where(_ALL_SAID.c.version.in_(bindparam("some", expanding=True)))
+    return union_all(
+        said(_ALIAS, aliases, cast(null(), Text), cast(null(), Float)),
+        said(_LABEL, labels, labels.c.value, cast(null(), Float)),
+        said(_METRIC, metrics, metrics.c.special, metrics.c.value),
+    )
+
 
 _NAME = operator.itemgetter(2)
 # Aliases, labels and metrics, each by name.
@@ -97,16 +113,16 @@ def records_of(transaction: Transaction, rows: Sequence[Row[Any]]) -> list[Versi
     """The versions of these rows, with all that is said of them."""
     # By position: of many rows, looking each value up by its name would be most of the time.
     about: dict[int, _About] = {row[0]: ([], {}, {}) for row in rows}
-    for some in batches([*about]):
-        said: Sequence[Any] = transaction.rows(_SAID, {"some": some})
-        for kind, version, name, text, number in sorted(said, key=_NAME):
-            named, labelled, measured = about[version]
-            if kind == _ALIAS:
-                named.append(name)
-            elif kind == _LABEL:
-                labelled[name] = text
-            else:
-                measured[name] = number if text is None else special(text)
+    statement = _said(transaction.connection.dialect.name)
+    said: Sequence[Any] = transaction.rows(statement, {"some": [*about]})
+    for kind, version, name, text, number in sorted(said, key=_NAME):
+        named, labelled, measured = about[version]
+        if kind == _ALIAS:
+            named.append(name)
+        elif kind == _LABEL:
+            labelled[name] = text
+        else:
+            measured[name] = number if text is None else special(text)
     return [_record(row, about[row[0]]) for row in rows]
 
 
