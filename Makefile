@@ -49,4 +49,6 @@ $(STAMP): pyproject.toml constraints.txt
 
 $(BENCH_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,bench]'
+	test -d .venv-dvc || python3 -m venv .venv-dvc  # its pins and ours clash
+	.venv-dvc/bin/python -m pip install --quiet 'dvc[s3]'
 	touch $@

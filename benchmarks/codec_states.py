@@ -27,14 +27,19 @@ _WIDTH, _LAYERS, _HEADS, _CONTEXT = 384, 6, 6, 128
 Step = Callable[[int], torch.Tensor]
 
 
+def series_files(name: str) -> list[Path]:
+    """Where the checkpoints of ``gpt`` or ``minilm`` are kept."""
+    folder = platformdirs.user_cache_path("ckpt-benchmarks") / "series"
+    return [folder / f"{name}-{number}.safetensors" for number in range(CHECKPOINTS)]
+
+
 def train_series(name: str) -> list[Path]:
     """The files of the checkpoints of ``gpt`` or ``minilm``, trained when they are not there;
     tensors are named ``<component>/<parameter>``."""
-    folder = platformdirs.user_cache_path("ckpt-benchmarks") / "series"
-    files = [folder / f"{name}-{number}.safetensors" for number in range(CHECKPOINTS)]
+    files = series_files(name)
     if not files[-1].exists():
+        folder = files[0].parent
         folder.mkdir(parents=True, exist_ok=True)
-        print(f"training {name}, which takes minutes and is done once", flush=True)
         torch.manual_seed(0)
         {"gpt": _train_gpt, "minilm": _tune_minilm}[name](folder)
     return files
@@ -76,7 +81,7 @@ def _train_gpt(folder: Path) -> None:
         batch = torch.stack([text[at : at + _CONTEXT + 1] for at in starts]).long()
         return functional.cross_entropy(net(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
 
-    _train(net, loss, lr=6e-4, warm_up=200, target=folder / "gpt")
+    _train(net, loss, lr=6e-4, warm_up=100, target=folder / "gpt")
 
 
 def _tune_minilm(folder: Path) -> None:
@@ -96,7 +101,7 @@ def _tune_minilm(folder: Path) -> None:
         return functional.normalize((hidden * mask).sum(1) / mask.sum(1))
 
     def loss(_step: int) -> torch.Tensor:
-        chosen = [passages[n] for n in torch.randint(len(passages), (12,)).tolist()]
+        chosen = [passages[n] for n in torch.randint(len(passages), (8,)).tolist()]
         first, second = (embed(list(side)) for side in zip(*chosen, strict=True))
         return functional.cross_entropy(20 * first @ second.T, torch.arange(len(chosen)))
 

@@ -21,7 +21,7 @@ from benchmarks.table import Bar, Table, Target
 
 _SIZES = (100, 300, 1000) if QUICK else (1000, 10_000, 100_000)
 _CALLS = 20 if QUICK else 200
-_PEER_CALLS = 3 if QUICK else 7  # some take a second
+_PEER_CALLS = 3 if QUICK else 5  # some take seconds
 _PUSHES = 5 if QUICK else 20
 _BOUND, _SEARCH, _FLAT = 10.0, 5.0, 2.0  # ms; times; times
 _ACTS = ("log", "find", "get", "ls", "tag")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
@@ -28,7 +26,7 @@ _OURS, _MLFLOW, _DVC, _S5CMD = "ckpt push", "MLflow log_model", "DVC add + push"
 _RAW = "ceiling: write + fsync of the change"
 _BYTES = GIB // 4
 _CHANGED = "layer.31.weight"
-_DVC_VENV = Path(__file__).parents[1] / ".venv-dvc"
+_DVC_PROGRAM = Path(__file__).parents[1] / ".venv-dvc/bin/dvc"  # `make bench` installs it
 
 Size = Callable[[], int]
 
@@ -220,10 +218,9 @@ def _mlflow(state: State, folder: Path, artifacts: str) -> Callable[[], object]:
 
 def _dvc(folder: Path, remote: str, endpoint: str | None) -> Callable[[], object]:
     """``dvc add`` and ``dvc push`` in a project of its own."""
-    program = _dvc_program()
 
     def dvc(*arguments: str) -> None:
-        run(program, "-q", *arguments, cwd=folder)
+        run(_DVC_PROGRAM, "-q", *arguments, cwd=folder)
 
     dvc("init", "--no-scm")
     dvc("config", "core.analytics", "false")
@@ -239,19 +236,8 @@ def _dvc(folder: Path, remote: str, endpoint: str | None) -> Callable[[], object
     return push
 
 
-def _dvc_program() -> Path:
-    """DVC in an environment of its own, made when it is not there: its pins and ours clash."""
-    program = _DVC_VENV / "bin" / "dvc"
-    if not program.exists():
-        shutil.rmtree(_DVC_VENV, ignore_errors=True)
-        run(sys.executable, "-m", "venv", _DVC_VENV)
-        run(_DVC_VENV / "bin" / "python", "-m", "pip", "install", "--quiet", "dvc[s3]")
-    return program
-
-
 def _dvc_version() -> str:
-    program = _DVC_VENV / "bin" / "dvc"
-    if not program.exists():
+    if not _DVC_PROGRAM.exists():
         return ""
-    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
+    said = subprocess.run([_DVC_PROGRAM, "--version"], capture_output=True, text=True, check=True)
     return f"DVC {said.stdout.strip()}."
