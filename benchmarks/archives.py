@@ -177,19 +177,24 @@ def xor_zstd(*, chained: bool) -> Codec:
     return Codec(encode, decode, chained=chained)
 
 
+def restic_version() -> str | None:
+    """The release of the program restic; None where it is not installed."""
+    program = shutil.which("restic")
+    if program is None:
+        return None
+    said = subprocess.run([program, "version"], capture_output=True, text=True, check=True)
+    return said.stdout.split()[1]
+
+
 class Restic:
     """restic's repository with its strongest compression, of ``.safetensors`` files."""
 
     def __init__(self, folder: Path) -> None:
-        program = shutil.which("restic")
-        if program is None:
-            raise FileNotFoundError("the program restic is not installed")
-        folder.mkdir()
         self._repository, self._file = folder / "repository", folder / "state.safetensors"
         self._back = folder / "back"
         password = folder / "password"
         password.write_text("benchmark")
-        self._command = [program, "-q", "-r", str(self._repository), "-p", str(password)]
+        self._command = ["restic", "-q", "-r", str(self._repository), "-p", str(password)]
         self._command += ["--no-cache", "--compression", "max"]
         self._run("init", "--repository-version", "2")
 

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from benchmarks.archives import Ckpt, Moonclip, Restic, xor_zstd, zipnn
+from benchmarks.archives import Ckpt, Moonclip, restic_version, xor_zstd, zipnn
 from benchmarks.components import SERIES
 from benchmarks.keeping import CHECKPOINTS, OURS, WEIGHTS, WHOLE, Makers, Outcome, keep
-from benchmarks.measure import QUICK
-from benchmarks.once import Z4AI, make_once, z4ai_of
+from benchmarks.once import RESTIC, Z4AI, kept_once, make_once
 from benchmarks.table import Bar, Table, Target
 
 _NAMES = {"gpt": "GPT", "minilm": "MiniLM"}
@@ -30,8 +29,7 @@ def measure(folder: Path) -> Table:
             place.mkdir(parents=True)
             is_whole = kind == WHOLE
             found = keep(series, kind, _whole(place) if is_whole else _weights(place))
-            if not QUICK:
-                found.kept[Z4AI] = z4ai_of(series, kind)
+            found.kept.update(kept_once(series, kind))
             peers = _WHOLE_PEERS if is_whole else _WEIGHT_PEERS
             bound = 0.93 if is_whole else 0.85
             rows += _rows(name, found)
@@ -42,9 +40,12 @@ def measure(folder: Path) -> Table:
             if is_whole:
                 targets += _speed_targets(name, found)
             absent |= found.absent
+    release = restic_version()
+    if release is None:
+        absent[RESTIC] = "the program restic is not installed"
     return Table(
         title="Ten checkpoints",
-        compared="A small GPT trained from scratch (10.9 M parameters) and a fine-tuned MiniLM (22.7 M), ten checkpoints each, ten steps apart: weights, `exp_avg` and `exp_avg_sq` in fp32; then the weights alone in bfloat16. ckpt and moonclip save durably to the disk; z4ai, ZipNN and XOR + zstd work in memory and write nothing. z4ai and XOR take the checkpoint before as base, so that reading the tenth needs the nine before it; a base of ckpt is never itself a difference, and two reads are the most. Bytes are of everything in the store. Speeds are medians of ten; the archives take turns at each checkpoint, but z4ai, which takes minutes, was measured once, on both models at the same time with a core for each.",
+        compared="A small GPT trained from scratch (10.9 M parameters) and a fine-tuned MiniLM (22.7 M), ten checkpoints each, ten steps apart: weights, `exp_avg` and `exp_avg_sq` in fp32; then the weights alone in bfloat16. ckpt, moonclip and restic save to the disk, the first two durably; z4ai, ZipNN and XOR + zstd work in memory and write nothing. z4ai and XOR take the checkpoint before as base, so that reading the tenth needs the nine before it; a base of ckpt is never itself a difference, and two reads are the most. Bytes are of everything in the store. Speeds are medians of ten; the archives take turns at each checkpoint, but z4ai and restic, which take minutes, were measured once, on both models at the same time with a core for each.",
         columns=(
             "",
             "bytes of ckpt over this one's",
@@ -59,10 +60,11 @@ def measure(folder: Path) -> Table:
         targets=tuple(targets),
         absent=absent,
         packages=("moonclip", "z4ai", "zipnn", "zstandard", "pcodec"),
+        remark="" if release is None else f"restic {release}.",
     )
 
 
-_WHOLE_PEERS = ("moonclip", Z4AI, "ZipNN", "restic")
+_WHOLE_PEERS = ("moonclip", Z4AI, "ZipNN", RESTIC)
 _WEIGHT_PEERS = ("XOR + zstd", "XOR + zstd, to the first", Z4AI)
 
 
@@ -72,7 +74,6 @@ def _whole(place: Path) -> Makers:
         "ckpt auto": lambda: Ckpt(place / "auto", "auto"),
         "moonclip": lambda: Moonclip(place / "moonclip"),
         "ZipNN": zipnn,
-        "restic": lambda: Restic(place / "restic"),
     }
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Self
@@ -19,6 +20,7 @@ from benchmarks.stall_loop import (
     OURS,
     PROCESS,
     RAW,
+    SAVE,
     SAVES,
     STEPS,
     THREAD,
@@ -32,19 +34,28 @@ def measure(folder: Path) -> Table:
     calls: dict[str, list[float]] = {name: [] for name in NAMES}
     with ExitStack() as stack:
         loops = {
-            name: _looping(stack.enter_context(_Loop(name, folder / str(place))), calls[name])
+            name: stack.enter_context(_Loop(name, folder / str(place)))
             for place, name in enumerate(NAMES)
         }
-        turns = take_turns(loops)
-    names = [name for name in NAMES if name in turns.timings and name != NONE]
-    call = {name: median(calls[name][len(SAVES) :]) for name in names}
-    added = {name: (turns[name] - turns[NONE]) / len(SAVES) for name in names}
+        alone = take_turns({name: partial(loop.train, "") for name, loop in loops.items()}, 3)
+        turns = take_turns({name: _saving(loops[name], calls[name]) for name in alone.timings})
+    names = [name for name in NAMES if name in turns.timings]
+    call = {name: median(calls[name][len(SAVES) :]) for name in names if name != NONE}
+    added = {name: (turns[name] - alone[name]) / len(SAVES) for name in names}
     nbytes = sum(one.nbytes for one in Trainer().tensors())
     return Table(
         title="Stall of background saving",
-        compared=f"A GPT of 10.9 M parameters with AdamW, {nbytes / 1e6:.0f} MB of state, {STEPS} steps on two threads, {len(SAVES)} saves, durable; each way in a process of its own, because threads of DCP slow torch's own for as long as their process lives, and all that is saved is kept. *Call* is how long a save keeps the loop; *added* is how much longer the loop takes than without saving, with the wait for the last save, per save. DCP has a stager that is used again (with shared memory for the process), cached plans, two threads and fsync; moonclip its own settings.",
-        columns=("", "call, over ckpt's", "added, over ckpt's", "call, ms", "added, ms", "loop, s"),
-        rows=tuple(_rows(turns, names, call, added)),
+        compared=f"A GPT of 10.9 M parameters with AdamW, {nbytes / 1e6:.0f} MB of state, {STEPS} steps on two threads, {len(SAVES)} saves, durable; each way in a process of its own, because threads of DCP slow torch's own for as long as their process lives, and all that is saved is kept. *Call* is how long a save keeps the loop; *added* is how much longer the loop takes than it did in the same process before anything there saved (processes differ by more than a save takes), with the wait for the last save, per save. What is added by no saving is how far these figures can be trusted. DCP has a stager that is used again (with shared memory for the process), cached plans, two threads and fsync; moonclip its own settings.",
+        columns=(
+            "",
+            "call, over ckpt's",
+            "added, over ckpt's",
+            "call, ms",
+            "added, ms",
+            "loop alone, s",
+            "loop, s",
+        ),
+        rows=tuple(_rows(alone, turns, call, added)),
         axis="over the peer's (call: dcp.async_save; added: the best)",
         bars=tuple(_bars(call, added)),
         targets=tuple(_targets(call, added)),
@@ -72,11 +83,11 @@ class _Loop:
     def __exit__(self, *error: object) -> None:
         self._process.communicate()
 
-    def train(self) -> list[float]:
-        """Have it train once; the seconds that each save kept it."""
+    def train(self, what: str) -> list[float]:
+        """Have it train once, and save if that is ``what``; the seconds that each save kept it."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write("\n")
+        self._process.stdin.write(f"{what}\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
@@ -85,23 +96,25 @@ class _Loop:
         return calls
 
 
-def _looping(loop: _Loop, calls: list[float]) -> Callable[[], object]:
-    return lambda: calls.extend(loop.train())
+def _saving(loop: _Loop, calls: list[float]) -> Callable[[], object]:
+    return lambda: calls.extend(loop.train(SAVE))
 
 
 def _rows(
-    turns: Turns, names: list[str], call: dict[str, float], added: dict[str, float]
+    alone: Turns, turns: Turns, call: dict[str, float], added: dict[str, float]
 ) -> Iterator[tuple[str, ...]]:
-    for name in names:
+    for name, kept in call.items():
         yield (
             name,
-            f"{call[name] / call[OURS]:.2f}",
+            f"{kept / call[OURS]:.2f}",
             f"{added[name] / added[OURS]:.2f}",
-            f"{call[name] * 1e3:.0f}",
+            f"{kept * 1e3:.0f}",
             f"{added[name] * 1e3:.0f}",
+            f"{alone[name]:.2f}",
             f"{turns[name]:.2f}",
         )
-    yield NONE, "", "", "", "", f"{turns[NONE]:.2f}"
+    drift = f"{added[NONE] / added[OURS]:.2f}", "", f"{added[NONE] * 1e3:.0f}"
+    yield NONE, "", *drift, f"{alone[NONE]:.2f}", f"{turns[NONE]:.2f}"
 
 
 def _best(values: dict[str, float], *names: str) -> float:

@@ -1,7 +1,7 @@
 """The ways to save in the background, each in a training loop in a process of its own.
 
-``python -m benchmarks.stall_loop NAME FOLDER`` trains once for each line that it reads, and answers
-with a line of JSON: for how many seconds each save kept the loop.
+``python -m benchmarks.stall_loop NAME FOLDER`` trains once for each line that it reads, saving if
+the line is ``save``, and answers with a line of JSON: for how many seconds each save kept the loop.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ import ckpt
 from benchmarks.codec_states import Gpt
 from benchmarks.measure import QUICK
 
+SAVE = "save"
 OURS, RAW, NONE = "ckpt.Run", 'ckpt.Run(compress="none")', "no saving"
 THREAD, PROCESS = "dcp.async_save, thread", "dcp.async_save, process"
 MOONCLIP = "moonclip"
 COPY = "ceiling: copying the state once"
-STEPS, SAVES = (6, (1, 3)) if QUICK else (14, (1, 7))
+STEPS, SAVES = (6, (1, 3)) if QUICK else (12, (1, 6))
 _BATCH, _LENGTH = (1, 16) if QUICK else (4, 128)
 
 
@@ -197,8 +198,10 @@ def main() -> None:
     os.dup2(2, 1)  # what a peer prints is no answer
     trainer = Trainer()
     with ExitStack() as stack:
-        saver = _SAVERS[sys.argv[1]](trainer, Path(sys.argv[2]), stack)
-        for _ in sys.stdin:
+        saver: Saver | None = None
+        for line in sys.stdin:
+            if line.strip() == SAVE and saver is None:  # until then none of its threads is there
+                saver = _SAVERS[sys.argv[1]](trainer, Path(sys.argv[2]), stack)
             answers.write(json.dumps(train(trainer, saver)) + "\n")
 
 
