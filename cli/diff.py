@@ -15,6 +15,7 @@ import click
 
 from ckpt.cli.command import Settings, command, complete_models
 from ckpt.cli.render import cells_of, count, print_json, progress, table, version_json
+from ckpt.core.json_numbers import json_number
 from ckpt.core.printable import escape
 from ckpt.core.sizes import size
 
@@ -269,9 +270,9 @@ def _tensor_json(one: TensorDifference) -> dict[str, Any]:
         "changed_bytes": one.changed_bytes,
         "statistics": found
         and {
-            "norms": list(map(_finite, found.norms)),
-            "difference": _finite(found.difference),
-            "largest": _finite(found.largest),
+            "norms": list(map(json_number, found.norms)),
+            "difference": found.difference and json_number(found.difference),
+            "largest": found.largest and json_number(found.largest),
             "cosine": found.cosine,
             "changed": found.changed,
             "elements": found.elements,
@@ -292,10 +293,6 @@ def _entry_json(entry: Tensor | None) -> dict[str, Any] | None:
         "kind": entry.kind,
         "layout": entry.layout,
     }
-
-
-def _finite(value: float | None) -> float | str | None:
-    return value if value is None or math.isfinite(value) else str(value)
 
 
 COMMANDS = {"diff": diff}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ from typing import Any
 import click
 
 from ckpt.cli.command import Settings
+from ckpt.core.json_numbers import json_number, json_numbers
 from ckpt.core.printable import escape
 from ckpt.core.records import Curve, Point, Version
 from ckpt.core.sizes import size
@@ -77,7 +77,7 @@ def version_json(version: Version) -> dict[str, Any]:
         "step": version.step,
         "run": version.run,
         "parent": version.parent,
-        "metrics": {name: _number_json(value) for name, value in version.metrics.items()},
+        "metrics": json_numbers(version.metrics),
         "labels": dict(version.labels),
         "aliases": list(version.aliases),
         "message": version.message,
@@ -96,12 +96,8 @@ def point_json(curve: Curve, point: Point) -> dict[str, Any]:
         "version": f"{curve.model}@{point.number}",
         "step": point.step,
         "run": point.run,
-        "value": _number_json(point.value),
+        "value": json_number(point.value),
     }
-
-
-def _number_json(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
 
 
 def print_json(value: Any, *, on_one_line: bool = False) -> None:

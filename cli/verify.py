@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import click
 
 from ckpt.cli.command import Settings, command, complete_models, paths_option
 from ckpt.cli.render import print_json, table
+from ckpt.core.json_numbers import json_number
 from ckpt.core.printable import escape
 
 if TYPE_CHECKING:
@@ -75,17 +75,13 @@ def _as_json(version: Version, report: Report) -> dict[str, Any]:
                 "shape": list(output.shape),
                 "equal": output.equal,
                 "close": output.close,
-                "largest": _number(output.largest),
-                "error": _number(output.error),
-                "allowed": _number(output.allowed),
+                "largest": json_number(output.largest),
+                "error": json_number(output.error),
+                "allowed": json_number(output.allowed),
             }
             for output in report.outputs
         ],
     }
-
-
-def _number(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
 
 
 COMMANDS = {"verify": verify}

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from ckpt.core.documents import ModelClass, Module, Tensor
 from ckpt.core.dtypes import ITEM_SIZES
+from ckpt.core.free_names import FreeNames
 from ckpt.core.printable import escape, few
 from ckpt.core.tensors import TensorBytes
 from ckpt.loader.geometry import SharedBytes, find_shared, stored_form
@@ -102,7 +103,7 @@ class TensorTable:
     _items: list[_Item] = field(default_factory=list)
     _known: dict[int, int] = field(default_factory=dict)
     _alive: list[Any] = field(default_factory=list)  # an id is only unique while its object lives
-    _names: set[str] = field(default_factory=set)
+    _names: FreeNames = field(default_factory=FreeNames)
     _quantized: list[tuple[Path, torch.Tensor]] = field(default_factory=list)
     _regions: dict[int, RegionTensor] = field(default_factory=dict)
 
@@ -212,12 +213,7 @@ class TensorTable:
         base = ".".join(path) or "tensor"
         if not base.isascii():
             base = base.encode("utf-8", "backslashreplace").decode()
-        name, count = base, 1
-        while name in self._names:
-            count += 1
-            name = f"{base}~{count}"
-        self._names.add(name)
-        return name
+        return self._names.take(base)
 
     def share(self) -> Iterator[tuple[Path, str]]:
         """Find the tensors that share bytes, and make views of them; yields refusals."""

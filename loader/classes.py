@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import importlib.metadata
 import io
 import linecache
 import os
@@ -21,6 +20,7 @@ from msgspec.structs import replace
 
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import ModelClass
+from ckpt.loader.environment import version_of
 from ckpt.loader.values import RefusedError
 
 _GIVEN = (sys.stdlib_module_names | {"torch"}) - {"__main__"}
@@ -101,7 +101,7 @@ def describe_class(reference: str) -> ModelClass:
     return ModelClass(
         reference=reference,
         package=package,
-        version=_version(package),
+        version=version_of(package),
         source_digest=_source_digest(module, name),
     )
 
@@ -208,14 +208,6 @@ def _digests_of(text: str) -> dict[str, str]:
 
     visit(ast.parse(text), "")
     return found
-
-
-@functools.cache
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def would_replace(kind: type, name: str, makes: bool) -> bool:

@@ -20,13 +20,13 @@ def describe_environment() -> dict[str, Any]:
     torch is described only where it is loaded already: pushing a file does not need it.
     """
     described: dict[str, Any] = {
-        "ckpt": _version("ckpt-registry"),
+        "ckpt": version_of("ckpt-registry"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cpu": {"name": cpu_name(), "count": os.cpu_count()},
         "host": socket.gethostname(),
-        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
+        "versions": {name: version for name in _PACKAGES if (version := version_of(name))},
     }
     torch = sys.modules.get("torch")
     if torch is not None:
@@ -35,7 +35,8 @@ def describe_environment() -> dict[str, Any]:
 
 
 @functools.cache
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The version of a package, or None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

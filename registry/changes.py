@@ -10,12 +10,12 @@ from sqlalchemy import Row, bindparam, delete, insert, select, update
 
 from ckpt.core.documents import canonical
 from ckpt.core.errors import ConflictError, NotFoundError
+from ckpt.core.json_numbers import json_numbers
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
 from ckpt.core.references import Reference
 from ckpt.registry.commit import (
     next_counter,
-    number_text,
     set_alias,
     set_labels,
     set_metrics,
@@ -130,7 +130,7 @@ class Changes:
             set_labels(transaction, row.id, label_values)
             said = {
                 "labels": dict(label_values),
-                "metrics": {name: number_text(value) for name, value in metric_values.items()},
+                "metrics": json_numbers(metric_values),
                 "removed": list(removed),
             }
             event = note_event(transaction, "label", author, model, push=row.push, **said)

@@ -12,6 +12,7 @@ from sqlalchemy import Select, Table, bindparam, delete, insert, select, update
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import Document, canonical, split_document
 from ckpt.core.errors import ConflictError, IntegrityError
+from ckpt.core.json_numbers import json_numbers
 from ckpt.core.printable import escape
 from ckpt.core.records import Environment, FinishedPack, PackState, PushFacts, PushState
 from ckpt.registry.bodies import compress
@@ -225,11 +226,6 @@ def _holding(table: Table, column: str) -> Select[Any]:
     return query.with_for_update(read=True, key_share=True)
 
 
-def number_text(value: float) -> float | str:
-    """A metric as JSON has it: a number, or ``nan``, ``inf``, ``-inf``."""
-    return value if math.isfinite(value) else str(value)
-
-
 def _check_packs(transaction: Transaction, needed: Collection[str]) -> None:
     found = lock_packs(transaction, needed)
     live = {pack.id for pack in found if pack.state is PackState.LIVE}
@@ -294,7 +290,7 @@ def _facts_body(
         "parent": parent,
         "run": facts.run,
         "step": facts.step,
-        "metrics": {name: number_text(value) for name, value in facts.metrics.items()},
+        "metrics": json_numbers(facts.metrics),
         "labels": dict(facts.labels),
         "aliases": list(facts.aliases),
         "message": facts.message,

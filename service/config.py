@@ -22,6 +22,7 @@ from ckpt.core.errors import (
 from ckpt.core.printable import escape
 from ckpt.service.approval import approve, is_approved
 from ckpt.service.places import Place, S3Options, as_place, shown
+from ckpt.storage.local import sync_folder
 
 FOLDER = ".ckpt"
 CONFIG = "config.toml"
@@ -204,7 +205,7 @@ def prepare(location: Location) -> None:
         perform("mkdir", location.root.mkdir, parents=True, exist_ok=True)
         # Also what was there: another process may have made it a moment ago.
         for folder in (location.root, *missing):
-            _sync(folder.parent)
+            sync_folder(folder.parent)
         ignore = location.root / ".gitignore"
         if not ignore.exists():
             perform("write_text", ignore.write_text, "*\n")
@@ -219,12 +220,13 @@ def complete(location: Location) -> None:
     try:
         try:
             perform("write_text", temporary.write_text, _config_text(location), encoding="utf-8")
-            _sync(temporary)
+            with temporary.open("rb") as file:
+                perform("fsync", os.fsync, file.fileno())
             perform("rename", temporary.replace, config)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync(location.root)
+        sync_folder(location.root)
         if len(location.local_places) < 2:
             approve(config)
     except OSError as error:
@@ -247,14 +249,6 @@ def _config_text(location: Location) -> str:
         if value is not None
     ]
     return "# A ckpt repository. Paths are relative to this folder.\n" + "\n".join(lines) + "\n"
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        perform("fsync", os.fsync, handle)
-    finally:
-        os.close(handle)
 
 
 def no_repository(location: Location) -> NotFoundError:

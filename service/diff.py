@@ -11,6 +11,7 @@ from ckpt.core.digests import digest_of
 from ckpt.core.documents import Document, Tensor, canonical
 from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.errors import IntegrityError, UsageError
+from ckpt.core.json_numbers import json_numbers
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
 from ckpt.core.tensors import CHUNK_BYTES, chunk_spans
@@ -303,7 +304,7 @@ def _facts(before: Version, after: Version) -> Iterator[Difference]:
     if before.step != after.step:
         yield Difference("step", "step", "changed", before.step, after.step)
     kinds: Iterable[tuple[str, dict[str, Any], dict[str, Any]]] = (
-        ("metric", _as_json(before.metrics), _as_json(after.metrics)),
+        ("metric", json_numbers(before.metrics), json_numbers(after.metrics)),
         ("label", dict(before.labels), dict(after.labels)),
     )
     for what, old, new in kinds:
@@ -312,10 +313,6 @@ def _facts(before: Version, after: Version) -> Iterator[Difference]:
                 continue
             change = "added" if name not in old else "changed" if name in new else "removed"
             yield Difference(name, what, change, old.get(name), new.get(name))
-
-
-def _as_json(metrics: Any) -> dict[str, Any]:
-    return {name: x if math.isfinite(x) else str(x) for name, x in metrics.items()}
 
 
 def _damaged(reason: str) -> IntegrityError:

@@ -6,10 +6,10 @@ import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ckpt.core.errors import CkptError
+from ckpt.loader.environment import version_of
 from ckpt.registry.epochs import check_not_closed
 from ckpt.registry.registry import Registry
 from ckpt.service.config import Location
@@ -82,12 +82,7 @@ def _guarded(name: str, look: Any) -> Iterator[Finding]:
 
 
 def _versions() -> Finding:
-    known = []
-    for package in _PACKAGES:
-        try:
-            known.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
+    known = [f"{name} {version}" for name in _PACKAGES if (version := version_of(name))]
     return Finding("versions", True, ", ".join(known))
 
 

@@ -27,7 +27,7 @@ from ckpt.core.errors import (
 from ckpt.core.printable import escape, is_printable
 from ckpt.service.fetch import Wanted, stored_size
 from ckpt.storage.header import parse_header
-from ckpt.storage.local import NO_LINKS
+from ckpt.storage.local import NO_LINKS, sync_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,12 +214,3 @@ def _check_room(folder: Path, nbytes: int) -> None:
     free = perform("statvfs", shutil.disk_usage, folder).free
     if nbytes > free:
         raise no_room(str(folder), nbytes, free)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        perform("fsync_folder", os.fsync, handle)
-    finally:
-        os.close(handle)

@@ -27,11 +27,12 @@ from ckpt.core.errors import (
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
 from ckpt.registry.registry import Registry
-from ckpt.service.export import new_file, sync_folder
+from ckpt.service.export import new_file
 from ckpt.service.pull import pull_file, pull_state
 from ckpt.service.safetensors_file import open_file
 from ckpt.service.unpickling import Unpickler
 from ckpt.service.upload import Progress
+from ckpt.storage.local import sync_folder
 from ckpt.storage.store import Store
 
 ExportFormat = Literal["pt", "safetensors", "dcp", "hf"]

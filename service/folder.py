@@ -18,15 +18,17 @@ from typing import Any
 from ckpt.core.documents import Document, File, Tensor, canonical
 from ckpt.core.effects import perform
 from ckpt.core.errors import ConflictError, UsageError, from_os_error
+from ckpt.core.free_names import FreeNames
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
 from ckpt.core.tensors import TensorBytes
 from ckpt.registry.registry import Registry
-from ckpt.service.export import file_damaged, file_header, file_with, sync_folder
+from ckpt.service.export import file_damaged, file_header, file_with
 from ckpt.service.fetch import Wanted, fetch
 from ckpt.service.safetensors_file import OpenFile, open_file, open_plain
 from ckpt.service.upload import Progress
 from ckpt.storage.chunks import Places
+from ckpt.storage.local import sync_folder
 from ckpt.storage.store import Store
 
 # Of a folder at once: a process may often have no more than 256 files open.
@@ -41,7 +43,7 @@ class OpenFolder:
     sources: list[TensorBytes] = field(default_factory=list)
     files: dict[str, File] = field(default_factory=dict)
     opened: list[OpenFile] = field(default_factory=list)
-    _taken: dict[str, int] = field(default_factory=dict)
+    _names: FreeNames = field(default_factory=FreeNames)
 
     @property
     def root(self) -> Any:
@@ -57,11 +59,7 @@ class OpenFolder:
         """Take one more file; tensors of one name get numbers, as in any captured state."""
         indices = []
         for tensor, source in zip(file.tensors, file.sources, strict=True):
-            unique = tensor.name
-            while unique in self._taken:
-                self._taken[tensor.name] += 1
-                unique = f"{tensor.name}~{self._taken[tensor.name]}"
-            self._taken[unique] = 1
+            unique = self._names.take(tensor.name)
             indices.append(len(self.tensors))
             self.tensors.append(
                 Tensor(name=unique, dtype=tensor.dtype, shape=tensor.shape, kind=tensor.kind)

@@ -57,7 +57,7 @@ class LocalStore(Store):
             if self.size(key) != len(body) or self.get(key) != body:
                 raise differs(self, key)
             # Also when the key was there: whoever wrote it may not have synced its name yet.
-            self.sync_folder(self.path(key).parent)
+            sync_folder(self.path(key).parent)
 
     def read_into(self, key: str, offset: int, view: memoryview) -> None:
         with _typed(f"reading {key} in {self.root}"):
@@ -131,7 +131,7 @@ class LocalStore(Store):
                 perform("unlink", os.unlink, path)
             except FileNotFoundError:
                 return
-            self.sync_folder(path.parent)
+            sync_folder(path.parent)
 
     def discard_unfinished(self, is_over: Callable[[str], bool | None]) -> None:
         folder = self.root / _TEMPORARY
@@ -170,20 +170,12 @@ class LocalStore(Store):
             missing = [path for path in (above, *above.parents) if not path.exists()]
             perform("mkdir", above.mkdir, parents=True, exist_ok=True)
             for path in missing:
-                self.sync_folder(path.parent)
+                sync_folder(path.parent)
         with contextlib.suppress(FileExistsError):
             perform("mkdir", os.mkdir, folder)
         # Even a folder that was there: another process may have made it a moment ago.
-        self.sync_folder(above)
+        sync_folder(above)
         self._durable.add(folder)
-
-    def sync_folder(self, folder: Path) -> None:
-        """Make the names in ``folder`` durable."""
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            perform("fsync_folder", os.fsync, handle)
-        finally:
-            os.close(handle)
 
 
 class _LocalUpload(Upload):
@@ -225,7 +217,7 @@ class _LocalUpload(Upload):
         with _typed(f"writing {self._key} in {self._store.root}"):
             if not self.link(size):
                 raise differs(self._store, self._key)
-            self._store.sync_folder(self._final.parent)
+            sync_folder(self._final.parent)
             if self._store.size(self._key) != size:
                 raise short(self._store, self._key, size)
 
@@ -268,6 +260,15 @@ class _LocalUpload(Upload):
                     self._direct.close()
                 finally:
                     perform("close", os.close, handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in ``folder`` durable."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        perform("fsync_folder", os.fsync, handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

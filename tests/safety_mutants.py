@@ -393,7 +393,7 @@ OTHERS = (
     Mutant(
         "no fsync of a folder",
         "a_push_survives_the_loss_of_power",
-        _LOCAL + "LocalStore.sync_folder",
+        _LOCAL + "sync_folder",
         'perform("fsync_folder", os.fsync, handle)',
         "pass",
     ),
@@ -401,14 +401,14 @@ OTHERS = (
         "a pack is told to be there before its name is",
         "a_push_survives_the_loss_of_power",
         _LOCAL + "_LocalUpload.publish",
-        "            self._store.sync_folder(self._final.parent)\n",
+        "            sync_folder(self._final.parent)\n",
         "",
     ),
     Mutant(
         "a document is told to be there before its name is",
         "a_push_survives_the_loss_of_power",
         _LOCAL + "LocalStore.put",
-        "            self.sync_folder(self.path(key).parent)\n",
+        "            sync_folder(self.path(key).parent)\n",
         "",
     ),
     Mutant(

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from ckpt.core.documents import FORMAT, Document, Part, Tensor
 from ckpt.core.errors import IntegrityError, UsageError
+from ckpt.core.free_names import FreeNames
 from ckpt.core.printable import escape
 from ckpt.loader.capture import Captured, TensorTable, capture
 from ckpt.loader.sources import MemoryTensor
@@ -220,7 +221,7 @@ class _RootEncoder(Encoder):
         super().__init__(tensors)
         self.entries: list[Tensor] = []
         self._first: dict[int, int] = {}
-        self._names: set[str] = set()
+        self._names = FreeNames()
 
     def _encode_other(self, value: Any, path: Path) -> Any:
         if isinstance(value, _Placed):
@@ -234,17 +235,10 @@ class _RootEncoder(Encoder):
         if key not in self._first:
             first = self._first[key] = len(self.entries)
             for entry in placed.entries:
-                self.entries.append(replace(_moved(entry, first), name=self._free(entry.name)))
+                self.entries.append(
+                    replace(_moved(entry, first), name=self._names.take(entry.name))
+                )
         return self._first[key] + placed.index
-
-    def _free(self, name: str) -> str:
-        """The name, made unique."""
-        free, count = name, 1
-        while free in self._names:
-            count += 1
-            free = f"{name}~{count}"
-        self._names.add(free)
-        return free
 
 
 def _moved(entry: Tensor, first: int) -> Tensor:
