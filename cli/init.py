@@ -52,7 +52,7 @@ def init(
         )
     elif registry or store or endpoint or region:
         raise UsageError(
-            "exists", f"{location.root} is a repository already", hint="edit its config.toml"
+            "usage", f"{location.root} is a repository already", hint="edit its config.toml"
         )
     with open_repository(chosen) if existed else make_repository(location) as repository:
         root = repository.location.root.resolve()

@@ -35,7 +35,7 @@ def rebuild(document: Document, restorer: Restorer, trust: Trust) -> nn.Module:
     Raises:
         TrustError: ``class-not-allowed``, ``class-type``, ``class-origin``.
         NotFoundError: ``class-missing``.
-        IntegrityError: ``document-damaged``, ``rebuild-failed``.
+        IntegrityError: ``document-damaged``, ``class-failed``.
     """
     trust.check(document)
     order = dict(document.order)
@@ -81,7 +81,7 @@ def _failed(path: str, error: Exception) -> IntegrityError:
     """The error for code of the module's own that raises."""
     what = f'the module "{escape(path, 80)}"' if path else "the module"
     return IntegrityError(
-        "rebuild-failed",
+        "class-failed",
         f"{what} cannot be rebuilt: {type(error).__name__}: {escape(str(error))}",
         hint="its code may have changed since; get the weights with pull",
     )

@@ -184,7 +184,7 @@ def _check_suffix(version: Version, destination: Path) -> None:
     """Refuse a name by which everybody would take the file for one of ``torch.save``."""
     if destination.suffix.lower() in PICKLE_SUFFIXES:
         raise UsageError(
-            "not-safetensors",
+            "pickle-name",
             f"what is pulled is a safetensors file, and {escape(str(destination))} the name of a "
             "pickle",
             hint=f"run `ckpt export {version.reference} {escape(str(destination))}`, or give "

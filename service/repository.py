@@ -303,7 +303,7 @@ class Repository(Lookup, Exchange, Upkeep):
 
         Raises:
             TrustError: ``class-not-allowed``, naming all classes; nothing was imported.
-            IntegrityError: ``structure-differs``, ``rebuild-failed``, ``outputs-differ``,
+            IntegrityError: ``structure-differs``, ``class-failed``, ``outputs-differ``,
                 ``verdict-too-low``.
             UsageError: ``no-module`` when the version is no module.
         """
@@ -357,7 +357,7 @@ class Repository(Lookup, Exchange, Upkeep):
                 read.
 
         Raises:
-            UsageError: ``not-safetensors`` for the name of a pickle.
+            UsageError: ``pickle-name`` for the name of a pickle.
             ConflictError: ``exists`` without ``force``; TrustError: ``symlink``.
         """
         from ckpt.service.pull import pull_file, pull_tensors_file

@@ -200,7 +200,7 @@ def parametrized() -> dict[str, Any]:
     coded: dict[str, Any] = {}
     listed = Module(path="", reference="torch.nn.modules.container:ModuleDict")
     for name, code in {
-        "forward": "rebuild-failed",
+        "forward": "class-failed",
         "__del__": "document-damaged",
         "__bool__": "document-damaged",
         "nothing": "structure-differs",
@@ -223,7 +223,7 @@ def trees() -> dict[str, Any]:
     last = first(path=".".join("0" * 40)).modules[0]
     forward = first(LINEAR, params=(("forward", 0), ("bias", 1)))
     return {
-        "chain": (replace(RELU, modules=(*chain, RELU.modules[0])), "rebuild-failed"),
+        "chain": (replace(RELU, modules=(*chain, RELU.modules[0])), "class-failed"),
         "doubling": (replace(RELU, modules=(*doubling, last)), "done"),
         "parameter twice": (first(LINEAR, params=(("a", 0), ("a", 1))), "structure-differs"),
         "parameter named forward": (forward, "structure-differs"),

@@ -198,7 +198,7 @@ class CkptCheckpoint(Checkpoint):
     def _check_monitor(self, metrics: Mapping[str, Any]) -> None:
         if self.monitor is not None and self.monitor not in metrics:
             raise UsageError(
-                "metric-missing",
+                "monitor-missing",
                 f'nothing is logged as "{escape(self.monitor, 80)}"; '
                 f"logged are: {escape(' '.join(sorted(metrics)), 200) or 'nothing'}",
                 hint="monitor one of these, or log it by self.log",
