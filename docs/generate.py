@@ -1,7 +1,7 @@
 """Writes the generated pages, or with --check says which are out of date.
 
-Generated are ``docs/cli.md``, from the commands' own help, and the table of tables in ``docs/registry.md``, from
-the models, and ``docs/torture.md``, from its record.
+Generated are ``docs/cli.md``, from the commands' own help, ``docs/errors.md``, from the code, the table of tables in
+``docs/registry.md``, from the models, and ``docs/torture.md``, from its record.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
+from error_page import error_page
 
 from ckpt.cli.main import COMMANDS, ckpt
 from ckpt.registry.tables import metadata
@@ -37,8 +38,9 @@ def command_line_page() -> str:
 
 _FAILURES = """\
 A command that fails says so in one line on stderr, `error[code]: what; what to do next`, and by its exit
-code (the [README](../README.md#errors) has them); with `--json` too, of a failure there is no JSON. What
-`fsck`, `doctor`, `import` and `registry rebuild` found or did is on stdout all the same before they fail.
+code (the [README](../README.md#errors) has them, [Errors](errors.md) the codes); with `--json` too, of a failure
+there is no JSON. What `fsck`, `doctor`, `import` and `registry rebuild` found or did is on stdout all the same
+before they fail.
 """
 
 
@@ -108,6 +110,7 @@ them up. Lines with violations are of bugs that were found so, in ckpt or in a t
 
 PAGES: dict[str, Callable[[], str]] = {
     "cli.md": command_line_page,
+    "errors.md": lambda: error_page(_NOTE),
     "registry.md": registry_page,
     "torture.md": torture_page,
 }
