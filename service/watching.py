@@ -52,7 +52,7 @@ def follow(
         if page:
             after = page[-1].number
             yield page
-        if len(page) < _PAGE:
+        else:
             wait()
 
 

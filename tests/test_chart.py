@@ -150,7 +150,7 @@ def test_steps_that_go_to_and_fro_all_the_time_are_thinned_too() -> None:
 
 
 def test_a_line_ends_where_the_step_goes_back_or_a_value_is_not_finite() -> None:
-    chart = lay_out(curve([5, 4, 3, math.nan, 2, 1], [0, 10, 5, 7, 8, 9]), 160, 8, 5)
+    chart = lay_out(curve([5, 4, 3, math.nan, 2, 1], [0, 10, 5, 7, 8, 8]), 160, 8, 5)
     strokes = [[point.number for point in stroke] for stroke in chart.lines[0].strokes]
     assert strokes == [[1, 2], [3], [5, 6]]
 
@@ -232,7 +232,7 @@ def test_of_very_many_runs_the_older_ones_are_told() -> None:
 def test_the_best_version_is_marked_as_the_saved_rule_has_it(
     rules: tuple[str, ...], marked: list[tuple[str, int]]
 ) -> None:
-    given = curve([2, 1, 3, 1], rules=rules)
+    given = curve([3, 1, 3, 1], rules=rules)
     chart = lay_out(given, 160, 8, 5)
     assert [(word, point.number) for point, word in chart.marked] == marked
     shown = draw_text(given, Screen(80, 24))

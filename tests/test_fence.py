@@ -118,6 +118,31 @@ def test_a_collector_from_before_deletes_no_document(two: Path, collector: ckpt.
     assert references(two) == ["a@2", "a@1"]
 
 
+def test_a_collector_that_begins_meanwhile_deletes_no_document(
+    two: Path, collector: ckpt.Repository
+) -> None:
+    def meanwhile() -> None:
+        epoch, _ = collector._registry.copies.position()
+        listed = gc._Listed(collector._store)
+        ended = gc._check(collector._registry, listed, ())
+        assert listed.documents.keys() & ended
+        gc._delete_documents(collector._store, collector._registry, listed, ended, epoch)
+
+    rebuilt(two, meanwhile)
+    collector.close()
+    rebuilt(two)
+    assert references(two) == ["a@2", "a@1"]
+
+
+def test_the_document_of_a_version_that_is_there_stays(two: Path) -> None:
+    """Such as one that was gone until an older copy of the registry was put back."""
+    with ckpt.open(two) as repo:
+        epoch, _ = repo._registry.copies.position()
+        listed, pushes = gc._Listed(repo._store), {version.push for version in repo.log("a")}
+        gc._delete_documents(repo._store, repo._registry, listed, pushes, epoch)
+        assert gc._Listed(repo._store).documents.keys() == pushes
+
+
 @pytest.mark.parametrize("how", ["documents", "events", "epochs"])
 def test_nothing_is_written_through_an_old_copy(two: Path, how: str) -> None:
     database = two / ".ckpt" / "registry.db"

@@ -113,12 +113,12 @@ class TestCurves:
         rounds = iter(range(4))
 
         def wait() -> None:
-            """What others do meanwhile: nothing, the first push, two and a removal, no more."""
+            """What others do meanwhile: nothing, the first push, four and a removal, no more."""
             match next(rounds, None):
                 case 1:
                     push(shared, 0, 0.0)
                 case 2:
-                    for step in (1, 2, 3):
+                    for step in (1, 2, 3, 4):
                         push(shared, step, 0.0)
                     shared.rm("gpt@3")
                 case 3:
@@ -128,7 +128,7 @@ class TestCurves:
         with contextlib.suppress(EOFError):
             for page in follow(shared, "gpt", 0, wait):
                 seen.append([version.number for version in page])
-        assert seen == [[1], [2, 4]]
+        assert seen == [[1], [2, 4], [5]]
 
 
 @pytest.fixture

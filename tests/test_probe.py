@@ -254,6 +254,7 @@ class TestInputs:
         assert second.number == 2
         assert repo.push(net, "m", inputs=(torch.ones(2, 3),)).number == 2
         assert repo.push(net, "m").number == 2
+        assert repo.push(net, "m", inputs={"input": torch.ones(2, 3)}).number == 3
 
     def test_its_tensors_lie_in_a_pack_of_their_own(self, repo: ckpt.Repository) -> None:
         version = repo.push(nn.Linear(3, 3), "m", inputs=(torch.ones(2, 3),))
