@@ -68,7 +68,10 @@ def _tell(settings: Settings, found: Checked) -> None:
         click.echo(f"repaired {reference}")
     for pack in found.healed:
         click.echo(f"whole again: {pack}")
-    settings.say(f"looked at {count(found.packs, 'pack')}, read {count(found.chunks, 'chunk')}")
+    well = ": all is well" if found.is_clean and not found.broken else ""
+    settings.say(
+        f"looked at {count(found.packs, 'pack')}, read {count(found.chunks, 'chunk')}{well}"
+    )
 
 
 def _damaged(found: Checked) -> IntegrityError:

@@ -21,7 +21,12 @@ _LISTED = 20
 @command("log", short_help="List versions, or draw a metric of them.")
 @click.argument("model", shell_complete=complete_models)
 @click.option(
-    "-n", "--number", "limit", type=int, help=f"How many.  [default: {_LISTED}; with --plot: all]"
+    "-n",
+    "--number",
+    "limit",
+    type=int,
+    metavar="N",
+    help=f"How many.  [default: {_LISTED}; with --plot: all]",
 )
 @click.option("--before", type=int, metavar="N", help="Only versions below number N.")
 @click.option("--where", metavar="TEXT", help="Only what matches: 'loss < 0.3 and step >= 100'.")

@@ -174,7 +174,8 @@ def _usage(error: click.ClickException) -> int:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "ckpt"
     said = escape(" ".join(error.format_message().split())).rstrip(".")
-    return _fail("usage", f"{said}; see `{path} --help`", 2)
+    see = " See" if said.endswith("?") else "; see"
+    return _fail("usage", f"{said}{see} `{path} --help`", 2)
 
 
 def _ckpt_error(error: CkptError, settings: Settings) -> int:

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 @command("prune")
 @click.argument("model", shell_complete=complete_models)
 @click.option("--keep-last", type=click.IntRange(1), metavar="N", help="The newest N.")
-@click.option("--keep-best", multiple=True, metavar="METRIC:min|max:N", help="Repeatable.")
+@click.option(
+    "--keep-best",
+    multiple=True,
+    metavar="METRIC:min|max:N",
+    help="The N best by a metric. Repeatable.",
+)
 @click.option(
     "--keep-every",
     type=click.IntRange(1),
@@ -91,6 +96,7 @@ def _tell(settings: Settings, pruned: Pruned) -> None:
     "--number",
     "limit",
     type=click.IntRange(1),
+    metavar="N",
     default=100,
     show_default=True,
     help="How many.",

@@ -65,7 +65,7 @@ def test_models_and_files_are_completed(terminal: Terminal) -> None:
 
 def test_a_command_that_is_nearly_one_is_suggested(terminal: Terminal) -> None:
     terminal("pus", status=2)
-    assert "Did you mean 'push'?" in terminal.err
+    assert "Did you mean 'push'? See `ckpt --help`\n" in terminal.err
     terminal("fly", status=2)
     assert terminal.err == "error[usage]: No such command 'fly'; see `ckpt --help`\n"
 
