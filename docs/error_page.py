@@ -31,33 +31,32 @@ except NotFoundError as error:
     print(error.code, error.hint)
 ```
 
-Each message goes on with what to do next; `…` stands for what is put into it. The command line says
+Below is what is said, with what to do next; `…` stands for what is put in. The command line says
 `usage` also of arguments that it cannot read, `interrupted` (130) after Ctrl-C, `terminated` (143)
 after SIGTERM, and `bug` (70) of what is none of these.
 """
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 class _Error(NamedTuple):
     kind: str
     code: str
-    message: str
+    said: str
 
 
 def error_page(note: str) -> str:
-    """Every code by kind, with its messages."""
+    """Every code by kind, with what is said."""
     messages: dict[str, dict[str, list[str]]] = {name: {} for name in _KINDS}
     for error in sorted(_errors(), key=lambda error: error.code):
         known = messages[error.kind].setdefault(error.code, [])
-        if error.message not in known and any(map(str.isalpha, error.message)):
-            known.append(error.message)
+        if error.said not in known and any(map(str.isalpha, error.said)):
+            known.append(error.said)
     parts = ["# Errors\n", note, _HEAD]
     for name, codes in messages.items():
         kind = _KINDS[name]
         about = (kind.__doc__ or "").partition("\n")[0]
         rows = [f"| `{code}` | {'<br>'.join(said) or '…'} |" for code, said in codes.items()]
-        head = (
-            f"## {name}\n\nExit code {kind.exit_code}. {about}\n\n| code | messages |\n|---|---|\n"
-        )
+        head = f"## {name}\n\nExit code {kind.exit_code}. {about}\n\n| code | says |\n|---|---|\n"
         parts.append(head + "\n".join(rows) + "\n")
     _check_kinds(messages)
     return "\n".join(parts)
@@ -77,7 +76,7 @@ def _errors() -> Iterator[_Error]:
     for tree in trees:
         for call in _calls(tree, _KINDS):
             if isinstance(call.args[0], ast.Constant):
-                yield _Error(_called(call), *map(_shape, call.args[:2]))
+                yield _error(call)
         for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
             private = function.name.startswith("_")
             yield from _by_callers(function, [tree] if private else trees)
@@ -93,7 +92,14 @@ def _by_callers(function: ast.FunctionDef, trees: list[ast.Module]) -> Iterator[
         for tree in trees:
             for call in _calls(tree, {function.name}):
                 given = {name: _shape(value) for name, value in zip(names, call.args, strict=False)}
-                yield _Error(_called(made), *(_shape(part, given) for part in made.args[:2]))
+                yield _error(made, given)
+
+
+def _error(call: ast.Call, given: Mapping[str, str] = _NOTHING) -> _Error:
+    code, message, *_ = (_shape(part, given) for part in call.args)
+    hints = [_shape(one.value, given) for one in call.keywords if one.arg == "hint"]
+    said = "; ".join([message, *(hint for hint in hints if any(map(str.isalpha, hint)))])
+    return _Error(_called(call), code, said)
 
 
 def _calls(tree: ast.AST, names: Container[str]) -> Iterator[ast.Call]:
@@ -106,7 +112,7 @@ def _called(call: ast.Call) -> str:
     return call.func.id if isinstance(call.func, ast.Name) else ""
 
 
-def _shape(node: ast.expr, given: Mapping[str, str] = MappingProxyType({})) -> str:
+def _shape(node: ast.expr, given: Mapping[str, str] = _NOTHING) -> str:
     """A text as it is written, with … for what is put into it and is not ``given``."""
     if isinstance(node, ast.Constant):
         return str(node.value)
@@ -114,6 +120,6 @@ def _shape(node: ast.expr, given: Mapping[str, str] = MappingProxyType({})) -> s
         return "".join(_shape(part, given) for part in node.values).replace("……", "…")
     if isinstance(node, ast.FormattedValue):
         return _shape(node.value, given)
-    if isinstance(node, ast.BinOp):
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return (_shape(node.left, given) + _shape(node.right, given)).replace("……", "…")
     return given.get(node.id, "…") if isinstance(node, ast.Name) else "…"
