@@ -68,7 +68,7 @@ def _tell(settings: Settings, found: Checked) -> None:
         click.echo(f"repaired {reference}")
     for pack in found.healed:
         click.echo(f"whole again: {pack}")
-    well = ": all is well" if found.is_clean and not found.broken else ""
+    well = ", found nothing wrong" if found.is_clean and not found.broken else ""
     settings.say(
         f"looked at {count(found.packs, 'pack')}, read {count(found.chunks, 'chunk')}{well}"
     )

@@ -234,13 +234,13 @@ def test_the_command_line_tells_and_ends_with_4(filled: ckpt.Repository) -> None
         assert found.returncode == status, found.stderr
         return found.stdout + found.stderr
 
-    assert run("--read-data") == "looked at 3 packs, read 7 chunks: all is well\n"
+    assert run("--read-data") == "looked at 3 packs, read 7 chunks, found nothing wrong\n"
     assert "looked at 3 packs" in run("--read-data=50%")
     flip(pack_of(filled, "b"))
     assert "read 0 chunks" in run()
     said = run("--read-data", status=4)
     assert "holds other bytes" in said
-    assert "all is well" not in said
+    assert "nothing wrong" not in said
     assert "error[damaged]: damaged: b@1" in said
     event, *_ = filled.location.store.glob("events/1/*")
     event.unlink()
