@@ -24,7 +24,7 @@ from ckpt.registry.rebuild import StoreContents, rebuild
 from ckpt.registry.repack import Repacks
 from ckpt.registry.repair import Repairs
 from ckpt.registry.runs import Runs
-from ckpt.registry.schema import check_made, check_schema, is_made, migrate
+from ckpt.registry.schema import check_made, check_schema, is_made, is_older, migrate
 from ckpt.registry.sqlite import open_sqlite
 from ckpt.registry.usage import Usages
 
@@ -207,8 +207,8 @@ class Registry:
         event, if it can be read.
 
         Raises:
-            IntegrityError: ``foreign-store``; StorageError: ``schema-newer``, and what says that
-                it may be readable another time.
+            IntegrityError: ``foreign-store``; StorageError: ``schema-newer``, ``schema-older``,
+                and what says that it may be readable another time.
         """
         try:
             database = _database(where, create=False)
@@ -218,7 +218,7 @@ class Registry:
             check_schema(database, store)
             return Copies(database).known()
         except (StorageError, IntegrityError) as error:
-            if not _is_beyond_use(error):
+            if not _is_beyond_use(error) or is_older(database):
                 raise
             return {}
         finally:
