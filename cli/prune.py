@@ -47,8 +47,8 @@ def prune(
 ) -> None:
     """Remove the versions of MODEL that no rule keeps.
 
-    Rules look at each run by itself. Its newest and every aliased version stay. Without rules, those that were saved are used. The
-    bytes go with the next gc.
+    Rules look at each run by itself. Its newest version, every aliased one, and what a live run
+    resumed from stay. Without rules, those that were saved are used. The bytes go with the next gc.
     """
     rules = [f"best:{rule}" for rule in keep_best]
     for word, value in (("last", keep_last), ("every", keep_every), ("within", keep_within)):

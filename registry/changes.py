@@ -22,6 +22,7 @@ from ckpt.registry.commit import (
 )
 from ckpt.registry.engine import Database, Transaction
 from ckpt.registry.resolving import model_missing, resolve
+from ckpt.registry.runs import spared_pushes
 from ckpt.registry.tables import (
     aliases,
     documents,
@@ -170,7 +171,8 @@ class Changes:
         """End the version that ``push`` made (T6); its bytes go with a later collection.
 
         Raises:
-            ConflictError: ``aliased`` while an alias names it.
+            ConflictError: ``aliased`` while an alias names it; ``run-live`` for a ``prune`` while
+                a live run goes on from it.
             NotFoundError: ``version-missing`` when it is gone already.
         """
 
@@ -184,6 +186,10 @@ class Changes:
             if row is None:
                 raise NotFoundError("version-missing", "the version was removed meanwhile")
             self._refuse_aliased(transaction, row, model)
+            if kind == "prune" and push in spared_pushes(transaction):
+                raise ConflictError(
+                    "run-live", f"a live run goes on from {model.name}@{row.number}"
+                )
             transaction.run(delete(refs).where(refs.c.version == row.id))
             transaction.run(delete(versions).where(versions.c.id == row.id))
             fewer = {"version_count": models.c.version_count - 1}

@@ -85,13 +85,16 @@ class Copies:
         }
 
     @repeated
-    def is_wanted(self, copy: StoreCopy) -> bool:
-        """Whether the version or the event is still there."""
+    def wanted(self, copies: Collection[StoreCopy]) -> set[str]:
+        """The ids of those whose version or event is still there."""
+        found: set[str] = set()
         with self._database.read() as transaction:
-            version = select(versions.c.push).where(versions.c.push == copy.id)
-            copied = events.c.counter.is_not(None)  # what a push is in the history has no copy
-            event = select(events.c.id).where(events.c.id == copy.id, copied)
-            return bool(transaction.row(version) or transaction.row(event))
+            for some in batches([copy.id for copy in copies]):
+                version = select(versions.c.push).where(versions.c.push.in_(some))
+                copied = events.c.counter.is_not(None)  # what a push is in the history has no copy
+                event = select(events.c.id).where(events.c.id.in_(some), copied)
+                found |= {row[0] for query in (version, event) for row in transaction.rows(query)}
+        return found
 
     def position_and_known(self, some: Collection[str]) -> tuple[int, int, set[str]]:
         """The same, and which of ``some`` pushes and events are in the history."""

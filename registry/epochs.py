@@ -15,6 +15,6 @@ def check_not_closed(epoch: int) -> None:
     if epoch == CLOSED:
         raise ConflictError(
             "registry-closed",
-            "the registry is being rebuilt, or a rebuild of it was stopped",
-            hint="wait for it, or run `ckpt registry rebuild` again",
+            "the registry is being rebuilt, or a rebuild of it failed or was stopped on its way",
+            hint="wait for it; if none is at work, run `ckpt registry rebuild` again, which ends this",
         )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from sqlalchemy import inspect, select, text, update
 
 from ckpt.core.errors import ConflictError
 from ckpt.registry.engine import Database, Transaction
-from ckpt.registry.schema import lock_schema
 from ckpt.registry.tables import CLOSED, meta
 
 _POSITION = select(meta.c.epoch, meta.c.next_counter)
@@ -46,21 +44,6 @@ def reopen(database: Database, closed: Fence) -> None:
         if closed.before is not None and closed.left is not None:
             mine = (meta.c.epoch == CLOSED) & (meta.c.next_counter == closed.left[1])
             transaction.run(update(meta).where(mine).values(epoch=closed.before[0]))
-
-    database.write(act)
-
-
-def open_epoch(database: Database, closed: Fence, write: Callable[[], None]) -> None:
-    """Have the new epoch written to the store, while no other rebuild can end.
-
-    Raises:
-        ConflictError: ``rebuilt-meanwhile``.
-    """
-
-    def act(transaction: Transaction) -> None:
-        lock_schema(transaction)
-        check_left(closed, locked_position(transaction))
-        write()
 
     database.write(act)
 

@@ -93,21 +93,22 @@ def rebuild(
     store: str,
     contents: StoreContents,
     closed: Fence,
-    confirm: Callable[[], None],
+    open_epoch: Callable[[], None],
 ) -> tuple[list[str], str | None]:
     """Make the registry of the store with this id anew, in one transaction; returns the versions
     whose bytes are not all there, which are kept, and the schema of an old one on a server.
-    ``confirm`` refuses when another rebuild has written a newer epoch."""
+    ``open_epoch`` writes the new epoch to the store, when all that can fail before is done."""
 
     def act(transaction: Transaction) -> tuple[list[str], str | None]:
         lock_schema(transaction)
         check_left(closed, locked_position(transaction))
-        confirm()
         kept = set_aside(transaction, contents.epoch)
         make_tables(transaction, store)
         if kept is not None:
             grant_again(transaction, kept)
-        return _Rebuild(transaction, contents).run(), kept
+        damaged = _Rebuild(transaction, contents).run()
+        open_epoch()
+        return damaged, kept
 
     return database.write(act)
 

@@ -17,14 +17,14 @@ from ckpt.registry.commit import commit_push
 from ckpt.registry.copies import Copies
 from ckpt.registry.curves import Curves
 from ckpt.registry.engine import Database
-from ckpt.registry.fence import Fence, Position, check_left, fence, open_epoch, reopen
+from ckpt.registry.fence import Fence, Position, check_left, fence, reopen
 from ckpt.registry.postgres import open_postgres
 from ckpt.registry.queries import Queries
 from ckpt.registry.rebuild import StoreContents, rebuild
 from ckpt.registry.repack import Repacks
 from ckpt.registry.repair import Repairs
 from ckpt.registry.runs import Runs
-from ckpt.registry.schema import check_made, check_schema, is_made, migrate
+from ckpt.registry.schema import check_made, check_schema, is_made, is_older, migrate
 from ckpt.registry.sqlite import open_sqlite
 from ckpt.registry.usage import Usages
 
@@ -171,25 +171,18 @@ class Registry:
             database.close()
 
     @classmethod
-    def open_epoch(cls, where: Path | str, closed: Fence, write: Callable[[], None]) -> None:
-        """Have the new epoch written by ``write``, unless another rebuild went on with this
-        registry; on a server no other one ends meanwhile.
+    def check_left(cls, where: Path, closed: Fence) -> None:
+        """Refuse when another rebuild went on with the registry in this file.
 
         Raises:
             ConflictError: ``rebuilt-meanwhile``.
         """
-        if not cls.is_at(where) and isinstance(where, Path):
-            write()
-            return
-        database = _database(where, create=False)
-        try:
-            if isinstance(where, Path):
+        if where.exists():
+            database = _database(where, create=False)
+            try:
                 check_left(closed, _position(database))
-                write()
-            else:
-                open_epoch(database, closed, write)
-        finally:
-            database.close()
+            finally:
+                database.close()
 
     @classmethod
     def reopen(cls, where: Path | str, closed: Fence) -> None:
@@ -207,8 +200,8 @@ class Registry:
         event, if it can be read.
 
         Raises:
-            IntegrityError: ``foreign-store``; StorageError: ``schema-newer``, and what says that
-                it may be readable another time.
+            IntegrityError: ``foreign-store``; StorageError: ``schema-newer``, ``schema-older``,
+                and what says that it may be readable another time.
         """
         try:
             database = _database(where, create=False)
@@ -218,7 +211,7 @@ class Registry:
             check_schema(database, store)
             return Copies(database).known()
         except (StorageError, IntegrityError) as error:
-            if not _is_beyond_use(error):
+            if not _is_beyond_use(error) or is_older(database):
                 raise
             return {}
         finally:
@@ -231,14 +224,15 @@ class Registry:
         store: str,
         contents: StoreContents,
         closed: Fence,
-        confirm: Callable[[], None],
+        open_epoch: Callable[[], None],
     ) -> tuple[list[str], str | None]:
         """Make the registry anew from what a store holds, unless another one went on with what
-        ``closed`` left, or ``confirm`` refuses; returns the versions whose bytes are not all there, and on a server the
-        schema that the old tables are in now. In a file they are gone, so copy it first."""
+        ``closed`` left, or ``open_epoch`` refuses, which writes the epoch to the store; returns the
+        versions whose bytes are not all there, and on a server the schema that the old tables are
+        in now. In a file they are gone, so copy it first."""
         database = _database(where, create=True)
         try:
-            return rebuild(database, store, contents, closed, confirm)
+            return rebuild(database, store, contents, closed, open_epoch)
         finally:
             database.close()
 

@@ -52,32 +52,35 @@ class Repairs:
             named = chunks_of_version(transaction, push)
             return bool(unreadable(named, places_of_version(transaction, push)))
 
-    def mark(self, pack: str, *, broken: bool) -> None:
-        """Make a pack broken, or live again when it was found whole; under its exclusive lock."""
+    def mark(self, wanted: Collection[str], *, broken: bool) -> None:
+        """Make packs broken, or live again when they were found whole; under their exclusive
+        locks."""
 
         def act(transaction: Transaction) -> None:
-            (found,) = lock_packs(transaction, [pack], exclusive=True) or (None,)
-            if found is None or (found.state is PackState.BROKEN) == broken:
-                return
+            locked = lock_packs(transaction, wanted, exclusive=True)
+            others = [pack.id for pack in locked if (pack.state is PackState.BROKEN) != broken]
             state = PackState.BROKEN if broken else PackState.LIVE
-            mine = update(packs).where(packs.c.id == pack)
-            transaction.run(mine.values(state=state.value))
+            for some in batches(others):
+                mine = update(packs).where(packs.c.id.in_(some))
+                transaction.run(mine.values(state=state.value))
 
         self._database.write(act)
 
     @repeated
-    def users(self, pack: str) -> list[tuple[str, str]]:
-        """``(push, reference)`` of every version that refers to a pack."""
+    def users(self, wanted: Collection[str]) -> dict[str, list[tuple[str, str]]]:
+        """By each of these packs ``(push, reference)`` of every version that refers to it."""
         query = (
-            select(versions.c.push, models.c.name, versions.c.number)
-            .join(refs, refs.c.version == versions.c.id)
+            select(refs.c.pack, versions.c.push, models.c.name, versions.c.number)
+            .join(versions, versions.c.id == refs.c.version)
             .join(models, models.c.id == versions.c.model)
-            .where(refs.c.pack == pack)
             .order_by(models.c.name, versions.c.number)
         )
+        found: dict[str, list[tuple[str, str]]] = {pack: [] for pack in wanted}
         with self._database.read() as transaction:
-            rows = transaction.rows(query)
-        return [(row.push, f"{row.name}@{row.number}") for row in rows]
+            for some in batches([*found]):
+                for row in transaction.rows(query.where(refs.c.pack.in_(some))):
+                    found[row.pack].append((row.push, f"{row.name}@{row.number}"))
+        return found
 
     @repeated
     def substitutes(self, push: str, lost: str | None) -> list[Pack] | None:

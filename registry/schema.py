@@ -12,7 +12,7 @@ from ckpt.core.printable import escape
 from ckpt.registry.engine import Database, Transaction, repeated
 from ckpt.registry.tables import meta
 
-SCHEMA = "0001"
+SCHEMA = "0002"
 _OURS = re.compile(r"[0-9]{4}")
 _APART = (
     "check its address; give ckpt a database of its own, or a schema: ?options=-csearch_path=NAME"
@@ -78,6 +78,16 @@ def is_made(database: Database) -> bool:
     """Whether there are tables."""
     with database.asking() as transaction:
         return has_tables(transaction)
+
+
+def is_older(database: Database) -> bool:
+    """Whether the tables are of an older ckpt, which may be at work in them."""
+    try:
+        with database.asking() as transaction:
+            number = schema_number(transaction)
+    except StorageError:
+        return False
+    return number is not None and bool(_OURS.fullmatch(number)) and number < SCHEMA
 
 
 def migrate(database: Database, store: str) -> None:

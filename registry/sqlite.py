@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import sqlite3
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -90,6 +91,18 @@ def open_sqlite(path: Path, *, create: bool) -> Database:
     return SqliteDatabase(engine, str(path))
 
 
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep out whoever else would replace the database in a file, for which it is waited. The lock
+    is the folder's: a file that is no database has none, and to close one loses SQLite's."""
+    folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        perform("flock", fcntl.flock, folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
 def copy_database(path: Path, destination: Path) -> None:
     """Copy the database in a file, as it is at one moment, durably.
 
@@ -103,8 +116,10 @@ def copy_database(path: Path, destination: Path) -> None:
             closing(sqlite3.connect(destination)) as other,
         ):
             perform("sql.backup", one.backup, other)
-    except sqlite3.DatabaseError as error:
+    except BaseException as error:
         destination.unlink(missing_ok=True)
+        if not isinstance(error, sqlite3.DatabaseError):
+            raise
         # A disk that fails or is full, or a lock, says nothing of what is in the file.
         passing = isinstance(error, sqlite3.OperationalError)
         raise StorageError(

@@ -62,7 +62,8 @@ models = Table(
     Column("version_count", BigInteger, nullable=False, server_default=text("0")),
 )
 
-# ``holder`` is the job that saves under this name now, until its lease ends.
+# ``holder`` is the job that saves under this name now, until its lease ends; ``spared`` are the
+# pushes, as JSON, of the versions that it goes on from, which no rule removes until then.
 runs = Table(
     "runs",
     metadata,
@@ -71,7 +72,9 @@ runs = Table(
     Column("name", String(128), nullable=False),
     Column("holder", String(32)),
     Column("held_until", BigInteger),
+    Column("spared", Text),
     UniqueConstraint("model", "name"),
+    Index(None, "held_until"),
 )
 
 environments = Table(

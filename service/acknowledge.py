@@ -19,7 +19,7 @@ def copy_pending(store: Store, registry: Registry) -> None:
         try:
             store.put(copy.key, copy.body)
         except CkptError:
-            if registry.copies.is_wanted(copy):
+            if registry.copies.wanted([copy]):
                 raise
             continue  # its version was removed, and a collection took what was just written
         registry.copies.note(copy)

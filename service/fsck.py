@@ -20,6 +20,8 @@ from ckpt.storage.store import Store
 
 _log = logging.getLogger(__name__)
 
+_MARKED_AT_ONCE = 100
+
 
 @dataclass(slots=True)
 class Checked:
@@ -98,6 +100,7 @@ def _check_packs(
 ) -> None:
     """Look at every pack, and mark those of which something else was known."""
     places = Places.of(known)
+    wrong: list[str] = []
     for finished in known:
         found.packs += 1
         hashed = read_data >= 1 or random.random() < read_data
@@ -106,25 +109,36 @@ def _check_packs(
         was = finished.pack.state is PackState.BROKEN
         if reason is not None:
             found.broken[finished.pack.id] = reason
-            with found.guarded():
-                registry.repairs.mark(finished.pack.id, broken=True)
+            wrong.append(finished.pack.id)
         elif was and hashed:
             with found.guarded():
-                registry.repairs.mark(finished.pack.id, broken=False)
+                registry.repairs.mark([finished.pack.id], broken=False)
                 found.healed.append(finished.pack.id)
         elif was:
             found.broken[finished.pack.id] = "it was found wrong before; --read-data looks again"
+        # A transaction takes longer than to see that a pack is missing, and less than to read one.
+        if hashed or len(wrong) == _MARKED_AT_ONCE:
+            _mark_broken(registry, wrong, found)
+    _mark_broken(registry, wrong, found)
+
+
+def _mark_broken(registry: Registry, wrong: list[str], found: Checked) -> None:
+    """Write down what was found wrong since the last time."""
+    if wrong:
+        with found.guarded():
+            registry.repairs.mark(wrong, broken=True)
+    wrong.clear()
 
 
 def _name_damaged(
     registry: Registry, found: Checked, incomplete: Sequence[tuple[str, str]]
 ) -> None:
-    found.damaged += [reference for _, reference in incomplete]
-    for pack in found.broken:
-        needing = [reference for _, reference in registry.repairs.users(pack)]
-        found.damaged += [one for one in needing if one not in found.damaged]
+    damaged = dict.fromkeys(reference for _, reference in incomplete)
+    for pack, needing in registry.repairs.users(found.broken).items():
+        damaged |= dict.fromkeys(reference for _, reference in needing)
         if not needing:
             found.broken[pack] += "; no version needs it, gc removes it"
+    found.damaged = [*damaged]
 
 
 def mark_damaged(store: Store, registry: Registry, version: Version) -> None:
@@ -137,7 +151,7 @@ def mark_damaged(store: Store, registry: Registry, version: Version) -> None:
         if finished.pack.id not in needed:
             continue
         if _fault(store, places, finished, Checked(), hashed=True) is not None:
-            registry.repairs.mark(finished.pack.id, broken=True)
+            registry.repairs.mark([finished.pack.id], broken=True)
 
 
 def _fault(
@@ -204,8 +218,8 @@ def _repair(
 ) -> None:
     """Move every version that needs a broken pack, or refers to too few, to others that have the
     same chunks."""
-    for lost in found.broken:
-        for push, reference in registry.repairs.users(lost):
+    for lost, needing in registry.repairs.users(found.broken).items():
+        for push, reference in needing:
             if _moved(store, registry, push, lost):
                 found.repaired.append(reference)
     for push, reference in incomplete:
@@ -231,9 +245,7 @@ def _check_copies(store: Store, registry: Registry, found: Checked, *, repair: b
     """Every document and event that should be in the store is, with exactly its bytes."""
     with found.guarded():
         copy_pending(store, registry)
-    for copy in registry.copies.all():
-        if _is_whole(store, copy) or not _is_due(store, registry, copy):
-            continue
+    for copy in _due(store, registry):
         found.copies.append(copy.key)
         if repair:
             with found.guarded():
@@ -242,13 +254,19 @@ def _check_copies(store: Store, registry: Registry, found: Checked, *, repair: b
                 found.rewritten.append(found.copies.pop())
 
 
-def _is_due(store: Store, registry: Registry, copy: StoreCopy) -> bool:
-    """Whether a copy that is not whole should be: its version was not removed meanwhile, so that a
+def _due(store: Store, registry: Registry) -> list[StoreCopy]:
+    """Every copy that is not whole and should be: its version was not removed meanwhile, so that a
     collection took it, and it is not on its way, of a push that committed meanwhile."""
-    if not registry.copies.is_wanted(copy):
-        return False
-    is_pending = any(one.id == copy.id for one in registry.copies.pending())
-    return not (is_pending and store.size(copy.key) is None)
+    wrong = [copy for copy in registry.copies.all() if not _is_whole(store, copy)]
+    pending = {copy.id for copy in registry.copies.pending()} if wrong else set()
+    wanted = registry.copies.wanted(wrong)
+    return [
+        copy
+        for copy in wrong
+        if copy.id in wanted
+        and not (copy.id in pending and store.size(copy.key) is None)
+        and not _is_whole(store, copy)  # it was on its way when it was looked at
+    ]
 
 
 def _is_whole(store: Store, copy: StoreCopy) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from ckpt.core.effects import perform
 from ckpt.core.errors import (
     AccessError,
     CkptError,
+    ConflictError,
     IntegrityError,
     SpaceError,
     StorageError,
@@ -28,7 +30,7 @@ from ckpt.core.records import FinishedPack, KnownCopy, Pack, PackState
 from ckpt.registry.fence import Fence, rebuilt_meanwhile
 from ckpt.registry.rebuild import StoreContents, StoredVersion, check_numbers
 from ckpt.registry.registry import Registry
-from ckpt.registry.sqlite import copy_database
+from ckpt.registry.sqlite import alone, copy_database
 from ckpt.service.config import (
     Location,
     complete,
@@ -81,8 +83,8 @@ def rebuild_registry(location: Location, store: Store, *, lost: bool = False) ->
             ``foreign-store``, ``number-twice``, ``epoch-damaged``.
         StorageError, AccessError, SpaceError: it is safe to run this again.
 
-    Until the new epoch is in the store, the old registry is as it was after an error; later it
-    takes no more writes.
+    Until the new epoch is in the store, which is the last act but the commit, the old registry is
+    as it was after an error; later it takes no more writes.
     """
     identity = read_identity(store)
     if identity is None:
@@ -99,8 +101,7 @@ def rebuild_registry(location: Location, store: Store, *, lost: bool = False) ->
     check_numbers(contents)
     # First the old registry is cut off, then the store is listed: nothing is acknowledged between.
     closed = Registry.fence(place, identity)
-    contents = _open_epoch(place, store, reader, closed)
-    damaged, kept = _make(place, identity, contents, closed, partial(_check_epoch, store, contents))
+    contents, damaged, kept = _replace(place, identity, store, reader, closed)
     if not location.exists:
         prepare(location)
         complete(location)
@@ -110,32 +111,51 @@ def rebuild_registry(location: Location, store: Store, *, lost: bool = False) ->
     return Rebuilt(contents.epoch, count, tuple(damaged), unreadable, kept)
 
 
-def _open_epoch(place: Path | str, store: Store, reader: _Reader, closed: Fence) -> StoreContents:
-    """What the store holds now, and counts from now on. Where that fails and surely nothing was
-    written, the old registry is given back."""
-    began: list[StoreContents] = []
+@dataclass(slots=True)
+class _Epoch:
+    """The new epoch, which is written at the very end: only the commit of the new registry comes
+    later, so that what fails before leaves the old one in use."""
+
+    store: Store
+    contents: StoreContents
+    is_begun: bool = False
+
+    def open(self) -> None:
+        """Write it, unless another rebuild has written one."""
+        expected = self.contents.epoch - (not self.is_begun)  # a transaction may run again
+        if read_counting(self.store).epoch != expected:
+            raise rebuilt_meanwhile()
+        self.is_begun = True
+        _write_epoch(self.store, self.contents)
+
+    def is_surely_unwritten(self, error: BaseException) -> bool:
+        """Whether after this error no write may be carried out yet, as one without an answer may."""
+        if not self.is_begun:
+            return True
+        if isinstance(error, AccessError | SpaceError):
+            with suppress(CkptError):
+                return self.store.size(_epoch_key(self.contents)) is None
+        return False
+
+
+def _replace(
+    place: Path | str, identity: str, store: Store, reader: _Reader, closed: Fence
+) -> tuple[StoreContents, list[str], str | None]:
+    """What the store holds now, and what :func:`_make` made of it. Where that fails and surely no
+    epoch was written, the old registry is given back; else nothing that it acknowledged from now
+    on would count, and it stays closed."""
+    epoch = None
     try:
-        contents = reader.contents()
-
-        def write() -> None:
-            began.append(contents)
-            _write_epoch(store, contents)
-
-        Registry.open_epoch(place, closed, write)
+        epoch = _Epoch(store, reader.contents())
+        return epoch.contents, *_make(place, identity, epoch, closed)
     except BaseException as error:
-        if not began or _was_refused(store, began[0], error):
+        if epoch is None or epoch.is_surely_unwritten(error):
             with suppress(CkptError):
                 Registry.reopen(place, closed)
+        elif isinstance(error, CkptError) and not isinstance(error, ConflictError):
+            said = "nobody can write until `ckpt registry rebuild` has ended well: run it again"
+            error.hint = f"{error.hint}; {said}" if error.hint else said
         raise
-    return contents
-
-
-def _was_refused(store: Store, contents: StoreContents, error: BaseException) -> bool:
-    """Whether a write was surely not done: one without an answer may be carried out yet."""
-    if isinstance(error, AccessError | SpaceError):
-        with suppress(CkptError):
-            return store.size(_epoch_key(contents)) is None
-    return False
 
 
 def _copied(store: Store, known: Mapping[str, KnownCopy]) -> dict[str, KnownCopy]:
@@ -171,25 +191,27 @@ def _check_complete(store: Store, contents: StoreContents, copied: Mapping[str, 
 
 
 def _make(
-    place: Path | str,
-    identity: str,
-    contents: StoreContents,
-    closed: Fence,
-    confirm: Callable[[], None],
+    place: Path | str, identity: str, epoch: _Epoch, closed: Fence
 ) -> tuple[list[str], str | None]:
     """The new registry in the place of the old one; returns the damaged versions, and where the
     old one is."""
+    make = partial(Registry.rebuild, place, identity, epoch.contents, closed, epoch.open)
     if isinstance(place, str):
-        damaged, schema = Registry.rebuild(place, identity, contents, closed, confirm)
+        damaged, schema = make()
         return damaged, schema and f"in the schema {schema} of the same database"
-    kept = place.with_name(f"{place.name}.before-epoch-{contents.epoch}")
     try:
-        existed = place.exists()
-        if existed:
-            _keep(place, kept)
-        # In the same file, so that whoever has it open goes on with the new one.
-        damaged, _ = Registry.rebuild(place, identity, contents, closed, confirm)
-        return damaged, str(kept) if existed else None
+        with alone(place):
+            Registry.check_left(place, closed)
+            kept = _free_name(place, epoch.contents.epoch) if place.exists() else None
+            copy = kept and _keep(place, kept)
+            try:
+                # In the same file, so that whoever has it open goes on with the new one.
+                damaged, _ = make()
+            except BaseException as error:
+                if copy is not None and epoch.is_surely_unwritten(error):
+                    copy.unlink()  # the old one is in use again
+                raise
+        return damaged, None if kept is None else str(kept)
     except OSError as error:
         raise from_os_error(error, f"rebuilding {place}") from error
 
@@ -303,22 +325,23 @@ def _write_epoch(store: Store, contents: StoreContents) -> None:
     store.put(_epoch_key(contents), canonical(body))
 
 
-def _check_epoch(store: Store, contents: StoreContents) -> None:
-    """Refuse when another rebuild has written a newer epoch."""
-    if read_counting(store).epoch != contents.epoch:
-        raise rebuilt_meanwhile()
-
-
 def _epoch_key(contents: StoreContents) -> str:
     return f"epochs/{contents.epoch}.json"
 
 
-def _keep(place: Path, kept: Path) -> None:
-    """Copy the old registry; one that is no database any more is moved, with what SQLite left
-    beside it."""
+def _free_name(place: Path, epoch: int) -> Path:
+    """Where nothing of an old registry lies yet."""
+    name = f"{place.name}.before-epoch-{epoch}"
+    ends = chain([""], (f"_{number}" for number in count(2)))
+    return next(kept for end in ends if not (kept := place.with_name(f"{name}{end}")).exists())
+
+
+def _keep(place: Path, kept: Path) -> Path | None:
+    """Copy the old registry, and return the copy; one that is no database any more is moved, with
+    what SQLite left beside it."""
     try:
         copy_database(place, kept)
-        return
+        return kept
     except StorageError as error:
         if error.code != "registry-corrupt":
             raise
@@ -326,3 +349,4 @@ def _keep(place: Path, kept: Path) -> None:
         old = place.with_name(place.name + end)
         if old.exists():
             perform("rename", os.rename, old, kept.with_name(kept.name + end))
+    return None

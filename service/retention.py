@@ -52,14 +52,14 @@ def prune_model(
     spared: Collection[str] = (),
 ) -> Pruned:
     """Remove the versions of a model that no rule keeps. Rules look at each run by itself; its
-    newest version and every aliased one stay.
+    newest version, every aliased one and what a live run resumed from stay.
 
     Args:
         rules: ``last:N``, ``best:METRIC:min|max:N``, ``every:STEPS``, ``within:7d``; none means
             those that were saved.
         save: keep these rules for the next time.
         run: look at this run alone.
-        spared: pushes of versions that stay whatever the rules say.
+        spared: pushes of versions that whoever asks resumed from.
 
     Raises:
         UsageError: ``rule-invalid``, or ``no-rules`` when there are none.
@@ -85,10 +85,11 @@ def prune_model(
         acknowledge_event(store, registry, event)
     kept: dict[str, tuple[str, ...]] = {}
     now = registry.collector.now()
+    resumed = {*spared, *registry.runs.spared()}
     for name in {version.run for version in versions}:
-        kept |= _kept([version for version in versions if version.run == name], keepers, now)
-    staying = {*kept, *spared}
-    victims = [version for version in reversed(versions) if version.push not in staying]
+        mine = [version for version in versions if version.run == name]
+        kept |= _kept(mine, keepers, now, resumed)
+    victims = [version for version in reversed(versions) if version.push not in kept]
     freed = registry.usages.freed_by({version.push for version in victims})
     if not dry_run:
         victims = [version for version in victims if _remove(store, registry, version)]
@@ -113,12 +114,15 @@ def _kept(
     versions: Sequence[Version],
     keepers: dict[str, Keep],
     now: int,
+    resumed: Collection[str],
 ) -> dict[str, tuple[str, ...]]:
     """Pushes of the versions that stay, with the reasons."""
     reasons: dict[str, list[str]] = {}
     for version in versions:
         if version.aliases:
             reasons[version.push] = [f"alias {' '.join(version.aliases)}"]
+        if version.push in resumed:
+            reasons.setdefault(version.push, []).append("resumed from")
     if versions:
         reasons.setdefault(versions[0].push, []).append("newest")
     for rule, keep in keepers.items():
@@ -128,7 +132,7 @@ def _kept(
 
 
 def _remove(store: Store, registry: Registry, version: Version) -> bool:
-    """End one version; one that somebody removed or named meanwhile is left alone."""
+    """End one version; one that somebody removed, named or resumed from meanwhile is left alone."""
     try:
         event = registry.changes.remove(version.push, author(), kind="prune")
     except (ConflictError, NotFoundError):

@@ -307,7 +307,7 @@ def rebuild(world: World, _: object) -> None:
     rebuild_registry(location, LocalStore(location.store))
 
 
-LATER = "0002"
+LATER = "0003"
 YEAR = 365 * 86400
 _LATER_MIGRATION = f"""
 import sqlalchemy as sa

@@ -201,7 +201,7 @@ def a_rescue_holds_the_exclusive_lock(folder: Path) -> None:
 def a_broken_pack_is_not_claimed(folder: Path) -> None:
     with repository(folder) as repo:
         pack = pack_of(repo)
-        repo._registry.repairs.mark(pack, broken=True)
+        repo._registry.repairs.mark([pack], broken=True)
         assert repo._registry.books.open_push(PUSH, "push", {pack}) == []
 
 

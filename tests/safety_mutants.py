@@ -435,8 +435,8 @@ OTHERS = (
     Mutant(
         "fsck that does not mark what is broken",
         "what_fsck_found_broken_is_written_again",
-        "ckpt.service.fsck:_check_packs",
-        "registry.repairs.mark(finished.pack.id, broken=True)",
+        "ckpt.service.fsck:_mark_broken",
+        "registry.repairs.mark(wrong, broken=True)",
         "pass",
     ),
     Mutant(

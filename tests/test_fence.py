@@ -15,7 +15,7 @@ from postgres_server import PostgresServer, repository_over
 
 import ckpt
 from ckpt.core.effects import observed
-from ckpt.core.errors import AccessError, ConflictError
+from ckpt.core.errors import AccessError, ConflictError, SpaceError
 from ckpt.registry.registry import Registry
 from ckpt.service import gc, rebuild
 from ckpt.service.acknowledge import copy_pending
@@ -33,14 +33,14 @@ def state(value: float) -> dict[str, torch.Tensor]:
 def rebuilt(folder: Path, meanwhile: Callable[[], None] = lambda: None) -> None:
     """A rebuild; ``meanwhile`` runs when the store was listed and nothing is replaced yet."""
     location = locate(folder)
-    write = rebuild._write_epoch
+    make = rebuild._make
 
-    def write_and(*given: Any) -> None:
-        write(*given)
+    def make_after(*given: Any) -> Any:
         meanwhile()
+        return make(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rebuild, "_write_epoch", write_and)
+        patch.setattr(rebuild, "_make", make_after)
         rebuild.rebuild_registry(location, LocalStore(location.store))
 
 
@@ -167,15 +167,22 @@ def test_nothing_is_written_through_an_old_copy(two: Path, how: str) -> None:
     assert references(two) == expected
 
 
-def test_a_rebuild_that_was_stopped_is_run_again(two: Path) -> None:
+def test_a_rebuild_that_was_stopped_is_run_again(
+    two: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class StoppedError(Exception):
         pass
 
-    def stop() -> None:
+    write = rebuild._write_epoch
+
+    def write_and_stop(*given: Any) -> None:
+        write(*given)
         raise StoppedError
 
-    with pytest.raises(StoppedError):
-        rebuilt(two, stop)
+    with monkeypatch.context() as patch:
+        patch.setattr(rebuild, "_write_epoch", write_and_stop)
+        with pytest.raises(StoppedError):
+            rebuilt(two)
     with ckpt.open(two) as repo:
         assert torch.equal(repo.pull("a@1")["w"], state(1)["w"])
         with pytest.raises(ConflictError, match="registry rebuild"):
@@ -183,6 +190,66 @@ def test_a_rebuild_that_was_stopped_is_run_again(two: Path) -> None:
     rebuilt(two)
     with ckpt.open(two) as repo:
         assert repo.push(state(3), "a", step=3).number == 3
+
+
+class TestFailedRebuilds:
+    """What a rebuild that fails leaves, over either database."""
+
+    @pytest.fixture
+    def team(self, where: Path | str, tmp_path: Path) -> Location:
+        with repository_over(where, tmp_path) as repo:
+            repo.push(state(1), "a", step=1)
+            return replace(repo.location, registry_place=where)
+
+    @staticmethod
+    def acts(team: Location, fails: int = -1) -> list[str]:
+        """The acts of a rebuild; instead of that with the number ``fails`` the disk is full."""
+        seen: list[str] = []
+
+        def hook(kind: str, act: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+            seen.append(kind)
+            if len(seen) - 1 == fails:
+                raise SpaceError("no-space", "there is no room")
+            return act(*args)
+
+        with observed(hook):
+            rebuild.rebuild_registry(team, LocalStore(team.store))
+        return seen
+
+    def test_whatever_fails_before_its_epoch_is_in_the_store_leaves_all_as_it_was(
+        self, team: Location, where: Path | str
+    ) -> None:
+        """Of each kind of act the first and the last one fails."""
+        _, acts = self.acts(team), self.acts(team)
+        epoch = len(acts) - 1 - acts[::-1].index("link")
+        assert "sql" not in acts[epoch:]  # only the commit is left
+        there = sorted(team.root.iterdir())
+        reversed_acts = acts[:epoch][::-1]
+        first = {acts.index(kind) for kind in reversed_acts}
+        last = {epoch - 1 - reversed_acts.index(kind) for kind in reversed_acts}
+        for place in sorted(first | last):
+            with pytest.raises(SpaceError):
+                self.acts(team, place)
+            with repository_over(where, team.root) as repo:
+                assert repo._registry.copies.position()[0] == 3, acts[place]
+        assert sorted(team.root.iterdir()) == there
+        with repository_over(where, team.root) as repo:
+            assert repo.push(state(2), "a", step=2).number == 2
+
+    def test_a_commit_that_fails_leaves_it_closed_and_says_what_ends_that(
+        self, team: Location, where: Path | str
+    ) -> None:
+        _, acts = self.acts(team), self.acts(team)
+        last = len(acts) - 1 - acts[::-1].index("sql.commit")
+        with pytest.raises(SpaceError, match="nobody can write until `ckpt registry rebuild`"):
+            self.acts(team, last)
+        with repository_over(where, team.root) as repo:
+            with pytest.raises(ConflictError, match="failed or was stopped") as caught:
+                repo.push(state(2), "a", step=2)
+            assert "run `ckpt registry rebuild` again" in str(caught.value)
+        self.acts(team)
+        with repository_over(where, team.root) as repo:
+            assert repo.push(state(2), "a", step=2).number == 2
 
 
 class TestTwoRebuilds:
@@ -209,7 +276,7 @@ class TestTwoRebuilds:
             rebuild.rebuild_registry(team, LocalStore(team.store), lost=True)
 
     @pytest.mark.parametrize("lost", [True, False], ids=["lost", "there"])
-    @pytest.mark.parametrize("place", ["_open_epoch", "_make"])
+    @pytest.mark.parametrize("place", ["_replace", "_make"])
     def test_the_later_one_replaces_no_registry_that_is_in_use(
         self, team: Location, where: Path | str, place: str, lost: bool, request: Any
     ) -> None:
@@ -231,6 +298,50 @@ class TestTwoRebuilds:
         with repository_over(where, team.root) as repo:
             assert repo.push(state(3), "a", step=3).number == 3
             assert repo.fsck(read_data=1).is_clean
+
+    @pytest.mark.parametrize("what", ["whole", "missing", "damaged"])
+    @pytest.mark.parametrize("where", ["sqlite"], indirect=True)
+    def test_of_two_in_one_file_the_later_one_waits_and_is_refused(
+        self, team: Location, where: Path, what: str
+    ) -> None:
+        old = where.read_bytes() if what == "whole" else b"no database" * 1000
+        where.unlink() if what == "missing" else where.write_bytes(old)
+        store, caught = LocalStore(team.store), []
+        listed, goes, acts = threading.Event(), threading.Event(), threading.Event()
+
+        def later() -> None:
+            def wait() -> None:
+                listed.set()
+                assert goes.wait(30)
+
+            with pytest.raises(ConflictError) as error:
+                self.rebuilt(team, "_make", wait)
+            caught.append(error.value.code)
+
+        other = threading.Thread(target=later)
+
+        def hook(kind: str, act: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+            if threading.current_thread() is other:
+                if goes.is_set():
+                    acts.set()
+            elif kind == "sql.migrate":  # the old registry is set aside, nothing is committed
+                goes.set()
+                assert acts.wait(30)
+            return act(*args)
+
+        other.start()
+        assert listed.wait(30)
+        with observed(hook):
+            kept = rebuild.rebuild_registry(team, store).kept
+            other.join(30)
+        assert caught == ["rebuilt-meanwhile"]
+        assert (None if kept is None else Path(kept).name) == (
+            None if what == "missing" else "registry.db.before-epoch-2"
+        )
+        assert what != "damaged" or Path(str(kept)).read_bytes() == old
+        assert [info.key for info in store.list("epochs/")] == ["epochs/2.json"]
+        with repository_over(where, team.root) as repo:
+            assert repo.push(state(2), "a", step=2).number == 2
 
     @pytest.mark.parametrize("where", ["postgresql"], indirect=True)
     def test_no_epoch_is_written_while_another_one_ends(
@@ -279,7 +390,7 @@ class TestTwoRebuilds:
     ) -> None:
         identity = str(read_identity(LocalStore(team.store)))
         with pytest.raises(ConflictError, match="after this rebuild had begun"):
-            self.rebuilt(team, "_open_epoch", lambda: Registry.fence(where, identity))
+            self.rebuilt(team, "_replace", lambda: Registry.fence(where, identity))
         rebuild.rebuild_registry(team, LocalStore(team.store))
         with repository_over(where, team.root) as repo:
             assert repo.push(state(2), "a", step=2).number == 2

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from promise_scene import flip
 from sqlalchemy import delete, update
 
 import ckpt
+from ckpt.core.effects import observed
 from ckpt.core.errors import AccessError, CkptError, IntegrityError
 from ckpt.core.records import StoreCopy
 from ckpt.registry.tables import chunks, refs
@@ -310,3 +312,27 @@ def test_a_document_that_is_on_its_way_is_no_damage(
     assert filled.fsck().is_clean
     next(filled.location.store.glob(f"documents/1/*-{filled.get('a').push}.json")).unlink()
     assert len(filled.fsck().copies) == 1
+
+
+def test_a_store_that_lost_most_is_looked_at_with_few_questions(repo: ckpt.Repository) -> None:
+    def asked(versions: int) -> int:
+        for step in range(versions):
+            repo.push({"w": torch.rand(8)}, "a", step=step)
+        for place in ("packs", "documents"):
+            for path in (repo.location.root / "store" / place).rglob("*.*"):
+                path.unlink()
+        seen: list[str] = []
+
+        def hook(kind: str, act: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+            seen.append(kind)
+            return act(*args)
+
+        with observed(hook):
+            found = repo.fsck()
+        assert len(found.damaged) == len(found.broken) == len(found.copies) == len(repo.log("a"))
+        return seen.count("sql")
+
+    few = asked(2)
+    for pack in repo._registry.repairs.packs():
+        repo._registry.repairs.mark([pack.pack.id], broken=False)
+    assert asked(10) == few

@@ -8,6 +8,7 @@ import math
 import random
 import sqlite3
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from typing import Any
 import psycopg
 import pytest
 import torch
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from postgres_server import repository_over
-from sqlalchemy import String, func, insert, select, text, update
+from sqlalchemy import Connection, String, func, insert, select, text, update
 
 import ckpt
 from ckpt.core.effects import observed
@@ -29,13 +32,17 @@ from ckpt.core.errors import (
     StorageError,
     UsageError,
 )
+from ckpt.core.records import Version
 from ckpt.registry.engine import Database, Transaction
 from ckpt.registry.postgres import open_postgres
 from ckpt.registry.registry import Registry
 from ckpt.registry.schema import SCHEMA
 from ckpt.registry.sqlite import journal_mode, open_sqlite
 from ckpt.registry.tables import chunks, metadata, models, pushes, versions
+from ckpt.service.rebuild import rebuild_registry
 from ckpt.storage.codecs import NAMES
+from ckpt.storage.identity import read_identity
+from ckpt.storage.local import LocalStore
 
 pytest_plugins = ("postgres_server",)
 
@@ -112,6 +119,50 @@ class TestRuns:
         held.release("net", "main", "a")
         held.hold("net", "main", "b", 60)
 
+    @pytest.fixture
+    def first(self, repo: ckpt.Repository) -> Version:
+        """A version that no rule keeps: two newer ones are of the same run."""
+        versions = [repo.push({"w": torch.tensor(step)}, "net", step=step) for step in range(3)]
+        return versions[0]
+
+    @pytest.mark.parametrize("model", ["net", "other"])
+    def test_what_a_live_run_resumed_from_is_pruned_by_nobody(
+        self, repo: ckpt.Repository, first: Version, model: str
+    ) -> None:
+        repo._registry.runs.hold(model, "main", "a", 60, [first.push])
+        foreseen = repo.prune("net", keep=["last:1"], dry_run=True)
+        assert [version.number for version in foreseen.victims] == [2]
+        assert {version.number: why for version, why in foreseen.kept}[1] == ("resumed from",)
+        assert repo.prune("net", keep=["last:1"]).victims == foreseen.victims
+        repo.rm(first)  # whoever names it may
+
+    @pytest.mark.parametrize("end", ["released", "ended", "of another job"])
+    def test_what_a_run_resumed_from_is_free_when_it_is_live_no_more(
+        self, repo: ckpt.Repository, first: Version, end: str
+    ) -> None:
+        held = repo._registry.runs
+        held.hold("net", "main", "a", -1 if end == "ended" else 60, [first.push])
+        if end != "ended":
+            held.release("net", "main", "a")
+        if end == "of another job":
+            held.hold("net", "main", "b", 60)
+        pruned = repo.prune("net", keep=["last:1"])
+        assert [version.number for version in pruned.victims] == [1, 2]
+
+    def test_what_is_resumed_from_while_a_prune_is_under_way_stays(
+        self, repo: ckpt.Repository, first: Version, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        freed = repo._registry.usages.freed_by
+
+        def freed_by(pushes: set[str]) -> int:
+            repo._registry.runs.hold("net", "main", "a", 60, [first.push])
+            return freed(pushes)
+
+        monkeypatch.setattr(repo._registry.usages, "freed_by", freed_by)
+        pruned = repo.prune("net", keep=["last:1"])
+        assert [version.number for version in pruned.victims] == [2]
+        assert repo.get("net@1") == first
+
 
 def test_a_closed_repository_refuses_every_call(repo: ckpt.Repository) -> None:
     repo.push({"w": torch.ones(2)}, "net")
@@ -184,6 +235,47 @@ def test_another_schema_is_refused_with_the_command_that_helps(
     if number > SCHEMA:
         with pytest.raises(StorageError, match="schema"):
             Registry.upgrade(where, STORE)
+
+
+def test_a_registry_of_the_first_release_is_upgraded_with_all_that_it_has(
+    where: Path | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as first, repository_of(first, "0001", where, tmp_path) as repo:
+        version = repo.push({"w": torch.ones(3)}, "net", run="a", alias="best")
+        location = replace(repo.location, registry_place=where)
+    store = LocalStore(location.store)
+    identity = str(read_identity(store))
+    for act in (
+        lambda: Registry.open(where, identity),
+        lambda: rebuild_registry(location, store),  # an older ckpt may be at work in it
+    ):
+        with pytest.raises(StorageError, match="ckpt db upgrade") as caught:
+            act()
+        assert caught.value.code == "schema-older"
+    assert list(store.list("epochs/")) == []
+    Registry.upgrade(where, identity)
+    with repository_over(where, tmp_path) as repo:
+        assert repo.get("net:best") == version
+        with repo._registry._database.engine.connect() as connection:
+            context = MigrationContext.configure(connection, opts={"compare_server_default": True})
+            assert compare_metadata(context, metadata) == []
+    assert rebuild_registry(location, store).versions == 1
+
+
+def repository_of(
+    patch: pytest.MonkeyPatch, schema: str, where: Path | str, root: Path
+) -> ckpt.Repository:
+    """A repository whose registry has an older schema, by a ckpt that knows no other."""
+
+    def upgrade(connection: Connection) -> None:
+        config = Config()
+        config.set_main_option("script_location", "ckpt:migrations")
+        config.attributes["connection"] = connection
+        command.upgrade(config, schema)
+
+    patch.setattr("ckpt.registry.schema.SCHEMA", schema)
+    patch.setattr("ckpt.registry.schema._upgrade", upgrade)
+    return repository_over(where, root)
 
 
 def test_a_registry_of_another_store_is_refused(where: Path | str, database: Database) -> None:

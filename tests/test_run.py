@@ -200,6 +200,50 @@ def test_the_rules_keep_what_they_say_and_what_was_resumed_from(repo: ckpt.Repos
     assert [version.step for version in repo.log("gpt")] == [12, 8]
 
 
+def test_a_prune_by_an_operator_spares_what_a_live_run_resumed_from(
+    repo: ckpt.Repository,
+) -> None:
+    def left() -> list[int | None]:
+        repo.prune("gpt", keep=["last:1"])
+        return [version.step for version in repo.log("gpt")]
+
+    with run(repo) as saving:
+        saving.track(model=nn.Linear(2, 2)).save(0)
+    with run(repo) as saving:
+        assert saving.track(model=nn.Linear(2, 2)).resume() == 1
+        for step in (1, 2):
+            saving.save(step)
+        saving.wait()
+        assert left() == [2, 0]
+        assert saving._held.writer is not None
+        saving._held.writer._process.kill()  # as a machine that ends: its lease is left
+        saving._held.writer._process.wait()
+        saving.save(3)
+        saving.wait()
+        assert left() == [3, 0]
+    assert left() == [3]
+
+
+def test_what_is_being_resumed_from_is_not_pruned_meanwhile(
+    repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with run(repo) as saving:
+        saving.track(model=nn.Linear(2, 2))
+        for step in range(2):
+            saving.save(step)
+    newest = repo.get("gpt")
+
+    def pull(version: Any, **options: Any) -> Any:
+        if version == newest:
+            raise IntegrityError("object-corrupt", "the newest is damaged")
+        repo.prune("gpt", keep=["last:1"])
+        return ckpt.Repository.pull(repo, version, **options)
+
+    monkeypatch.setattr(repo, "pull", pull)
+    with run(repo) as saving, pytest.warns(CkptWarning, match="not whole"):
+        assert saving.track(model=nn.Linear(2, 2)).resume() == 1
+
+
 def test_versions_of_other_runs_are_left_alone(repo: ckpt.Repository) -> None:
     net = nn.Linear(2, 2)
     for name in ("a", "b"):

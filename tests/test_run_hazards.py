@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ckpt
 from ckpt.core.errors import CkptWarning, IntegrityError, StorageError, UsageError
+from ckpt.service.rebuild import rebuild_registry
 from ckpt.training import writer as writing
 from ckpt.training.arena import Arena
 from ckpt.training.background import Background, location_of
@@ -228,7 +229,8 @@ def test_a_run_is_kept_while_a_save_takes_longer_than_its_lease(
     monkeypatch.setattr(writing, "LEASE_SECONDS", 0.03)
     arena = Arena()
     setup = {"location": location_of(repo.location), "arena": arena.handle, "compress": "auto"}
-    writer = writing.Writer({**setup, "model": "m", "run": "main", "holder": "h", "keep": []})
+    named = {"model": "m", "run": "main", "holder": "h", "keep": [], "spared": []}
+    writer = writing.Writer({**setup, **named})
     held = threading.Event()
     monkeypatch.setattr(writer, "_hold", held.set)
     keeper = threading.Thread(target=writing._hold_on, args=(writer,))
@@ -237,6 +239,22 @@ def test_a_run_is_kept_while_a_save_takes_longer_than_its_lease(
     writer.close()
     keeper.join(SECONDS)
     assert not keeper.is_alive()
+    arena.close()
+
+
+def test_what_a_run_resumed_from_is_spared_again_after_a_registry_rebuild(
+    repo: ckpt.Repository,
+) -> None:
+    pushes = [repo.push({"w": torch.tensor(step)}, "m", step=step).push for step in range(2)]
+    arena = Arena()
+    setup = {"location": location_of(repo.location), "arena": arena.handle, "compress": "auto"}
+    named = {"model": "m", "run": "main", "holder": "h", "keep": [], "spared": pushes[:1]}
+    writer = writing.Writer({**setup, **named})
+    rebuild_registry(repo.location, repo._store)
+    writer.keep()
+    assert repo.prune("m", keep=["last:1"]).victims == ()
+    writer.close()
+    assert [version.number for version in repo.prune("m", keep=["last:1"]).victims] == [1]
     arena.close()
 
 

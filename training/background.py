@@ -81,7 +81,7 @@ class Background:
         return self._ask(head, encode_document(document), copied)
 
     def spare(self, pushes: Sequence[str]) -> None:
-        """Let no rule remove the versions of these pushes."""
+        """Let no rule remove the versions of these pushes while the run is live."""
         self._ask({"act": "spare", "pushes": list(pushes)}).result()
 
     def _ask(

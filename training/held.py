@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckpt.core.errors import CkptError, CkptWarning
@@ -37,6 +37,11 @@ class Held:
         """Have a writer, and by it the name."""
         self.writer = writer
         _LIVE.add(self._key)
+
+    def spare(self, pushes: Sequence[str]) -> None:
+        """Let no rule remove the versions of these pushes, if this is the process that saves."""
+        if self.writer is not None:
+            self.writer.spare(pushes)
 
     def end(self, timeout: float | None = None) -> None:
         """End the writer, and give the name up."""

@@ -173,17 +173,22 @@ class Run:
         return int(state["step"]) + 1
 
     def spare(self, version: Version) -> None:
-        """Let no rule remove a version that the job goes on from."""
+        """Let no rule, of whomever, remove a version that the job goes on from."""
         self._spare([version.push])
 
     def _spare(self, pushes: list[str]) -> None:
         self._spared = pushes
-        if pushes and self._held.writer is not None:
-            self._held.writer.spare(pushes)
+        if pushes:
+            self._held.spare(pushes)
 
     def _newest_whole(self) -> tuple[Version, Any] | None:
         self._settle(None)  # the save under way may be the newest
-        return newest_whole(self._repo, self._model, self._name, self._pull)
+        return newest_whole(self._repo, self._model, self._name, self._spare_and_pull)
+
+    def _spare_and_pull(self, version: Version) -> Any:
+        """A version that nobody prunes before it is known to be whole."""
+        self._held.spare([*(self._spared or ()), version.push])
+        return self._pull(version)
 
     def _pull(self, version: Version) -> Any:
         return self._repo.pull(version, device="cpu")
@@ -343,11 +348,9 @@ class Run:
             "holder": self._holder,
             "keep": self._keep,
             "compress": self._compress,
+            "spared": self._spared or [],
         }
-        writer = Background(setup)
-        self._held.begin(writer)
-        if self._spared:
-            writer.spare(self._spared)
+        self._held.begin(Background(setup))
 
     def _settled(self) -> CkptError | None:
         """Why the save before failed, when that is to be raised."""

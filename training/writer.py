@@ -47,7 +47,7 @@ class Writer:
         self._model, self._run = setup["model"], setup["run"]
         self._holder, self._rules = setup["holder"], setup["keep"]
         self._compress = check_compress(setup["compress"])
-        self._spared: list[str] = []
+        self._spared: list[str] = setup["spared"]
         self._saved_rules = False
         self._kept: dict[str, memoryview] = {}
         self._holding = threading.Lock()
@@ -57,16 +57,17 @@ class Writer:
         self._hold()
 
     def _hold(self) -> None:
-        self._repository._registry.runs.hold(self._model, self._run, self._holder, LEASE_SECONDS)
+        self._repository._registry.runs.hold(
+            self._model, self._run, self._holder, LEASE_SECONDS, self._spared
+        )
 
     def answer(self, frame: _Frame) -> dict[str, Any]:
         """Do what a frame asks."""
         head, body = frame
-        self._hold()
-        if head["act"] == "spare":
-            self._spared = head["pushes"]
-            return {}
-        return self._save(head, decode_document(body))
+        with self._holding:  # or what keeps the lease could write down what was spared before
+            self._spared = head.get("pushes", self._spared)
+            self._hold()
+        return {} if head["act"] == "spare" else self._save(head, decode_document(body))
 
     def _save(self, head: Mapping[str, Any], document: Document) -> dict[str, Any]:
         repository = self._repository
