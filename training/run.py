@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import signal
 import sys
-import threading
 import time
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from types import FrameType, TracebackType
-from typing import Any, Literal, NoReturn, Self
+from types import TracebackType
+from typing import Any, Literal, Self
 
 from ckpt.core.documents import FORMAT, Document
 from ckpt.core.durations import check_duration
@@ -38,6 +36,7 @@ from ckpt.training.held import Held, given_up, line_of
 from ckpt.training.newest import begun_over, newest_whole
 from ckpt.training.ranks import Ranks
 from ckpt.training.saved import Saved, nothing
+from ckpt.training.termination import Termination
 from ckpt.training.tracking import check_part, own_parts, restore, state_of
 
 
@@ -92,17 +91,13 @@ class Run:
         place = str(location_of(repo.location)["places"])
         self._held = Held(place, self._model, self._name, self._drain_seconds)
         self._spared: list[str] | None = None  # not known, until it is resumed or begins anew
-        self._before: Any = None
+        self._termination = Termination()
         self._ended = False
         self._left = weakref.finalize(self, self._held.leave, quiet)
         self._ranks.together(self._begin)
 
     def __enter__(self) -> Self:
-        if (
-            threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        ):
-            self._before = signal.signal(signal.SIGTERM, _terminate)
+        self._termination.begin()
         return self
 
     def __exit__(
@@ -111,16 +106,8 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        again: list[int] = []
-        if self._before is not None:  # another SIGTERM does not cut the wait
-            signal.signal(signal.SIGTERM, lambda number, frame: again.append(number))
-        try:
+        with self._termination.put_off(is_leaving=kind is not None):
             self._leave_block(kind, error)
-        finally:
-            if self._before is not None:
-                signal.signal(signal.SIGTERM, self._before)
-        if again and kind is None:
-            raise SystemExit(128 + again[0])
 
     def _leave_block(self, kind: type[BaseException] | None, error: BaseException | None) -> None:
         if kind is None:
@@ -281,8 +268,13 @@ class Run:
         self._held.pending = Saved(self._repo, step, answer, time.monotonic() - began)
         return self._held.pending
 
+    @property
+    def _is_open(self) -> bool:
+        """Whether it goes on here: a child that was forked has no part in it."""
+        return not self._ended and os.getpid() == self._held.process
+
     def _check_open(self) -> None:
-        if self._ended or os.getpid() != self._held.process:
+        if not self._is_open:
             raise UsageError(
                 "run-closed",
                 f"the run {self._name} of {self._model} is closed, or of another process",
@@ -295,7 +287,7 @@ class Run:
         Raises:
             CkptError: what went wrong; TimeoutError.
         """
-        self._settle(timeout)
+        self._ranks.last(lambda: self._settle(timeout))
 
     def close(self) -> None:
         """Wait for the save that is under way, and give the run up.
@@ -303,11 +295,11 @@ class Run:
         Raises:
             CkptError: what went wrong in the background since the last call.
         """
-        self._end(None)
+        if self._is_open:
+            self._ranks.last(lambda: self._end(None))
 
     def _end(self, timeout: float | None) -> None:
-        # A child that was forked has no part in it.
-        if self._ended or os.getpid() != self._held.process:
+        if not self._is_open:
             return
         self._ended = True
         patience = None
@@ -390,8 +382,3 @@ def warns(on_error: str) -> bool:
     if on_error not in ("raise", "warn"):
         raise UsageError("usage", f"on_error is {on_error!r}", hint="write raise or warn")
     return on_error == "warn"
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM leaves the ``with`` block, which drains."""
-    raise SystemExit(128 + number)
