@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import wait
+from contextlib import suppress
 from typing import Any, Literal
 
 from lightning.fabric.plugins import CheckpointIO
@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.distributed.checkpoint.stateful import Stateful
 
-from ckpt.core.errors import IntegrityError, UsageError
+from ckpt.core.errors import CkptError, IntegrityError, UsageError
 from ckpt.core.names import check_model, check_run, named_metrics
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
@@ -226,8 +226,9 @@ class CkptCheckpoint(Checkpoint):
     def _is_best(self, metrics: Mapping[str, Any]) -> bool:
         if self.monitor is None or self.monitor not in metrics:
             return False
-        if self._last is not None:
-            wait([self._last.answer])  # as the save does; the alias is where it left it
+        if self._last is not None and self._run is not None:
+            with suppress(CkptError):  # the save waits too, and tells it; now the alias has moved
+                self._last.awaited(None, self._run._say)
         greater, value = self._mode == "max", float(metrics[self.monitor])
         alias = self._alias
         return is_best(self._repo, self._model, alias, self.monitor, value, greater=greater)

@@ -355,7 +355,7 @@ class Run:
         if pending is None:
             return
         try:
-            said = pending.answer.result(timeout)
+            said = pending.awaited(timeout, self._say)
         except CkptError as error:
             self._held.pending = None
             if pending.is_told:
