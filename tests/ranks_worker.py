@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,8 @@ from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import ckpt
-from ckpt.core.errors import CkptWarning
+from ckpt.core.errors import CkptWarning, StorageError
+from ckpt.training.background import Background
 from ckpt.training.saved import Saved
 
 SEEN: dict[str, Any] = {}
@@ -149,6 +151,9 @@ def fail_on_one_rank(repo: ckpt.Repository) -> None:
         job.track(odd=Odd())
         SEEN["not stored"] = raised(lambda: job.save(0))
         job.track(odd=nn.Linear(1, 1)).save(1)
+        away = StorageError("registry-busy", "the registry is busy")
+        with mock.patch.object(Background, "spare", side_effect=away):
+            SEEN["not spared"] = raised(job.resume)
         job.track(odd=Odd())
         SEEN["not restored"] = raised(job.resume)
         SEEN["steps"] = [version.step for version in repo.log("fails")] if alone else [1]

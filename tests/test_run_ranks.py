@@ -59,6 +59,7 @@ def test_an_optimizer_whose_state_is_on_rank_0_alone_is_saved_and_resumed(
         ("run-live", ["run-live", "run-live"]),
         ("bad metric", ["metric-invalid", "metric-invalid"]),
         ("not stored", ["cannot-store", "cannot-store"]),
+        ("not spared", ["registry-busy", "registry-busy"]),
         ("not restored", ["rank-failed", "RuntimeError"]),
     ],
 )

@@ -10,12 +10,13 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from ckpt.core.documents import FORMAT, Document
 from ckpt.core.durations import check_duration
-from ckpt.core.errors import CkptError, CkptWarning, ConflictError, UsageError
+from ckpt.core.errors import CkptError, CkptWarning, ConflictError, StorageError, UsageError
 from ckpt.core.names import (
     check_aliases,
     check_labels,
@@ -89,7 +90,9 @@ class Run:
         self._holder = secrets.token_hex(16)
         self._environment = describe_environment()
         place = str(location_of(repo.location)["places"])
-        self._held = Held(place, self._model, self._name, self._drain_seconds)
+        named = self._model, self._name
+        release = partial(repo._registry.runs.release, *named, self._holder)
+        self._held = Held(place, *named, self._drain_seconds, release)
         self._spared: list[str] | None = None  # not known, until it is resumed or begins anew
         self._termination = Termination()
         self._ended = False
@@ -153,9 +156,9 @@ class Run:
             saved = pulled if self._ranks.is_first else self._pull(version)
             state.update(self._ranks.nearest(saved))
             restore(self._parts, state)
+            self.spare(version)
 
         self._ranks.together(bring_back)
-        self.spare(version)
         self._say(f"resumed from {version.reference}")
         return int(state["step"]) + 1
 
@@ -165,8 +168,14 @@ class Run:
 
     def _spare(self, pushes: list[str]) -> None:
         self._spared = pushes
-        if pushes and self._held.writer is not None:
-            self._held.writer.spare(pushes)
+        writer = self._held.writer
+        if not pushes or writer is None:
+            return
+        try:
+            writer.spare(pushes)
+        except StorageError:
+            if writer.is_alive:  # else the next one is told
+                raise
 
     def _newest_whole(self) -> tuple[Version, Any] | None:
         self._settle(None)  # the save under way may be the newest
@@ -310,7 +319,7 @@ class Run:
             self._say(given_up(timeout))
         finally:
             self._left.detach()
-            self._held.end(patience)
+            self._held.give_up(patience)
 
     def _begin(self) -> None:
         if not self._ranks.is_first:
