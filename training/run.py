@@ -38,7 +38,7 @@ from ckpt.training.newest import begun_over, newest_whole
 from ckpt.training.ranks import Ranks
 from ckpt.training.saved import Saved, nothing
 from ckpt.training.termination import Termination
-from ckpt.training.tracking import check_part, own_parts, restore, state_of
+from ckpt.training.tracking import bare, check_part, own_parts, restore, state_of
 
 
 class Run:
@@ -132,7 +132,7 @@ class Run:
         """
         for name, part in parts.items():
             check_part(name, part)
-        self._parts.update(parts)
+        self._parts.update((name, bare(part)) for name, part in parts.items())
         return self
 
     def resume(self) -> int:
