@@ -240,4 +240,4 @@ if __name__ == "__main__":
         late, rank = run(opened, "late"), dist.get_rank()
         dist.destroy_process_group()
         late.close()
-    print(rank, json.dumps(SEEN))
+    sys.stdout.write(f"{rank} {json.dumps(SEEN)}\n")  # at once: both come here at the same time

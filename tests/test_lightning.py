@@ -321,6 +321,18 @@ def test_a_callback_that_joins_a_resumed_training_does_not_begin_anew(
     assert not [one for one in recwarn if one.category is CkptWarning]
 
 
+def test_a_training_that_goes_on_in_the_same_trainer_does_not_begin_anew(
+    repo: ckpt.Repository,
+) -> None:
+    checkpoint = CkptCheckpoint(repo, "gpt", every_n_train_steps=2, quiet=True)
+    trainer = trained(checkpoint, seeded(), max_epochs=1)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(trainer.lightning_module, DataLoader(rows(20, 1), batch_size=4))
+    assert steps(repo) == [2, 4, 6, 8, 10]
+    with pytest.warns(CkptWarning, match="begins anew"):
+        trained(checkpoint, seeded(), max_epochs=1)
+
+
 def test_a_plateau_is_stepped_once_whatever_the_number_of_callbacks(repo: ckpt.Repository) -> None:
     def both() -> list[CkptCheckpoint]:
         often = CkptCheckpoint(repo, "gpt", name="often", every_n_train_steps=4, quiet=True)
@@ -473,6 +485,7 @@ def ddp(*arguments: object) -> dict[str, str]:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     lines = [line.partition(" ") for line in done.stdout.splitlines() if line[:2] in ("0 ", "1 ")]
+    assert len(lines) == 2, done.stdout + done.stderr
     return {rank: said for rank, _, said in lines}
 
 

@@ -135,6 +135,8 @@ class CkptCheckpoint(Checkpoint):
         if stage == "fit" and not getattr(trainer, "fast_dev_run", False):
             self._due, self._validated, self._loaded = False, False, {}
             self._run = Run(self._repo, self._model, **self._options)
+            if self._last is not None and trainer.global_step >= self._last.step:
+                self._run._spare([])  # what this trainer trained before goes on
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         run = self._left(trainer)
