@@ -11,10 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ckpt.core.errors import AccessError, StorageError
+from ckpt.core.errors import AccessError, CkptError, StorageError
 from ckpt.storage.s3_failures import RefusedError, UnfaithfulError, repeat
 from ckpt.storage.store import Upload, differs
 
@@ -102,7 +103,8 @@ class S3Upload(Upload):
         if not self._written == self._end == size:
             raise StorageError("io", f"{self._key} was not written completely")
         if self._begins:
-            published = self._finish(size)
+            with self._noting():
+                published = self._finish(size)
         else:
             body = b"".join(part.body for _, part in sorted(self._parts.items()))[:size]
             published = self._store.write_whole(self._key, body, self._mark)
@@ -117,10 +119,14 @@ class S3Upload(Upload):
         if self._over:
             return
         self._over = True
-        self._failure = self._failure or StorageError("aborted", f"{self._key} was given up")
+        failure = self._failure = self._failure or StorageError(
+            "aborted", f"{self._key} was given up"
+        )
         wait(self._sending)
         self._parts.clear()
-        if self._begins:
+        # A server that was asked in vain for minutes is not asked for as long once more: what is
+        # left goes with a collection, as what a process leaves that dies.
+        if self._begins and not (isinstance(failure, StorageError) and failure.code == "network"):
             self._sweep()
 
     def _send_whole(self, part: _Part, count: int, end: int) -> None:
@@ -132,7 +138,8 @@ class S3Upload(Upload):
             if self._end < SINGLE_BYTES:
                 return
             if not self._id:
-                self._id = repeat(self._doing, self._begin)
+                with self._noting():
+                    self._id = repeat(self._doing, self._begin)
             whole = [
                 self._parts.pop(number)
                 for number, part in sorted(self._parts.items())
@@ -140,6 +147,15 @@ class S3Upload(Upload):
             ]
         for ready in whole:
             self._send(ready.place.number, ready.body)
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Keep what goes wrong first."""
+        try:
+            yield
+        except CkptError as failure:
+            self._failure = self._failure or failure
+            raise
 
     def _begin(self) -> str:
         self._begins += 1

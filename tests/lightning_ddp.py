@@ -52,7 +52,8 @@ def main(folder: str, run: str, seed: str, start: str = "") -> None:
         loader = DataLoader(data, batch_size=2, shuffle=True)
         trainer.fit(net, loader, ckpt_path=start or None)
     weights = [value.double().sum().item() for value in net.state_dict().values()]
-    print(trainer.global_rank, weights, torch.rand(2).tolist())
+    # At once: both come here at the same time.
+    sys.stdout.write(f"{trainer.global_rank} {weights} {torch.rand(2).tolist()}\n")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,11 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -21,7 +24,9 @@ from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import ckpt
-from ckpt.core.errors import CkptWarning
+from ckpt.core.errors import CkptWarning, StorageError
+from ckpt.training.background import Background
+from ckpt.training.saved import Saved
 
 SEEN: dict[str, Any] = {}
 
@@ -146,9 +151,79 @@ def fail_on_one_rank(repo: ckpt.Repository) -> None:
         job.track(odd=Odd())
         SEEN["not stored"] = raised(lambda: job.save(0))
         job.track(odd=nn.Linear(1, 1)).save(1)
+        away = StorageError("registry-busy", "the registry is busy")
+        with mock.patch.object(Background, "spare", side_effect=away):
+            SEEN["not spared"] = raised(job.resume)
         job.track(odd=Odd())
         SEEN["not restored"] = raised(job.resume)
         SEEN["steps"] = [version.step for version in repo.log("fails")] if alone else [1]
+
+
+@contextmanager
+def away(repo: ckpt.Repository) -> Iterator[None]:
+    """While it is entered, the store is away from every rank."""
+    packs = repo.location.store / "packs"
+    if dist.get_rank() == 0:
+        packs.rename(packs.with_name("away"))
+        packs.write_text("in the way")
+    dist.barrier()
+    yield
+    dist.barrier()
+    if dist.get_rank() == 0:
+        packs.unlink()
+        packs.with_name("away").rename(packs)
+
+
+def fail_in_the_background(repo: ckpt.Repository) -> None:
+    def save(job: ckpt.Run, step: int) -> None:
+        job.track(model=nn.Linear(1, 1)).save(step)
+
+    job = run(repo, "lost")
+    with away(repo):
+        save(job, 0)
+        SEEN["not durable"] = raised(job.wait)
+        SEEN["told once"] = raised(job.wait)
+        save(job, 1)
+        SEEN["not durable at the end"] = raised(job.close)
+
+    def leave() -> None:
+        with run(repo, "lost") as job:
+            save(job, 2)
+
+    with away(repo):
+        SEEN["not durable at the end of a block"] = raised(leave)
+
+
+def wait_too_shortly(repo: ckpt.Repository) -> None:
+    with run(repo, "slow") as job:
+        job.track(model=nn.Linear(1, 1)).save(0)
+        job.wait()
+        if dist.get_rank() == 0:
+            pending = Saved(repo, 0, Future(), 0.0)
+            job._held.pending = pending
+        try:
+            job.wait(0.01)
+        except TimeoutError:
+            SEEN["not yet durable"] = "TimeoutError"
+        job._held.pending = None
+
+
+def fail_alone(repo: ckpt.Repository) -> None:
+    """Leave a run in which the others still are, then in which nobody is any more."""
+    job = run(repo, "alone")
+    job.track(model=nn.Linear(1, 1)).save(0)
+    if dist.get_rank() == 1:
+        with suppress(ZeroDivisionError), job:
+            _ = 1 / 0
+    numbers = torch.ones(1)
+    dist.all_reduce(numbers)
+    if dist.get_rank() == 0:
+        with suppress(ZeroDivisionError):
+            try:
+                _ = 1 / 0
+            finally:
+                job.close()
+    SEEN["together afterwards"] = int(numbers)
 
 
 if __name__ == "__main__":
@@ -158,6 +233,11 @@ if __name__ == "__main__":
         go_on_with_own_data(opened)
         shard_the_optimizer(opened)
         fail_on_one_rank(opened)
+        fail_in_the_background(opened)
+        wait_too_shortly(opened)
+        fail_alone(opened)
         grow(opened)
-    print(dist.get_rank(), json.dumps(SEEN))
-    dist.destroy_process_group()
+        late, rank = run(opened, "late"), dist.get_rank()
+        dist.destroy_process_group()
+        late.close()
+    sys.stdout.write(f"{rank} {json.dumps(SEEN)}\n")  # at once: both come here at the same time

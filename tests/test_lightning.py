@@ -283,6 +283,70 @@ def test_two_callbacks_of_one_trainer_save_each_as_it_was_told(repo: ckpt.Reposi
     assert again.seen == whole.seen[10:]
 
 
+def test_two_callbacks_of_equal_settings_save_to_two_runs_and_two_repositories(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    with ckpt.open(tmp_path / "other") as other:
+
+        def all_three() -> list[CkptCheckpoint]:
+            spare = CkptCheckpoint(repo, "gpt", name="spare", quiet=True)
+            return [CkptCheckpoint(repo, "gpt", quiet=True), spare, CkptCheckpoint(other, "gpt")]
+
+        whole = seeded("plateau")
+        expected = result(trained(None, whole, others=(*all_three(),)))
+        assert steps(other) == [5, 10, 15]
+        assert sorted(map(str, steps(repo))) == ["10", "10", "15", "15", "5", "5"]
+        again = all_three()
+        # Of the repository of this one, though another comes last, whose gpt@3 is the end.
+        start = again[0].resume("gpt@3")
+        assert start is not None
+        assert repo.get(start).step == 10
+        net = seeded("plateau", seed=7)
+        assert result(trained(None, net, start, others=(*again,))) == expected
+        assert net.seen == whole.seen[10:]
+
+
+def test_a_callback_that_joins_a_resumed_training_does_not_begin_anew(
+    repo: ckpt.Repository, recwarn: pytest.WarningsRecorder
+) -> None:
+    def both() -> list[CkptCheckpoint]:
+        often = CkptCheckpoint(repo, "gpt", name="often", every_n_train_steps=4, quiet=True)
+        return [often, CkptCheckpoint(repo, "gpt", quiet=True)]
+
+    trained(None, seeded(), others=(*both(),), max_epochs=1)
+    for first in (0, 1):
+        callbacks = both()
+        start = callbacks[first].resume()
+        trained(None, seeded(), start, others=(*callbacks,), max_epochs=2 + first)
+    assert not [one for one in recwarn if one.category is CkptWarning]
+
+
+def test_a_training_that_goes_on_in_the_same_trainer_does_not_begin_anew(
+    repo: ckpt.Repository,
+) -> None:
+    checkpoint = CkptCheckpoint(repo, "gpt", every_n_train_steps=2, quiet=True)
+    trainer = trained(checkpoint, seeded(), max_epochs=1)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(trainer.lightning_module, DataLoader(rows(20, 1), batch_size=4))
+    assert steps(repo) == [2, 4, 6, 8, 10]
+    with pytest.warns(CkptWarning, match="begins anew"):
+        trained(checkpoint, seeded(), max_epochs=1)
+
+
+def test_a_plateau_is_stepped_once_whatever_the_number_of_callbacks(repo: ckpt.Repository) -> None:
+    def both() -> list[CkptCheckpoint]:
+        often = CkptCheckpoint(repo, "gpt", name="often", every_n_train_steps=4, quiet=True)
+        return [often, CkptCheckpoint(repo, "gpt", every_n_epochs=9, quiet=True)]
+
+    options: dict[str, Any] = {"loader": StatefulDataLoader}
+    expected = result(trained(None, seeded("plateau"), others=(*both(),), **options))
+    again = both()
+    start = again[0].resume("gpt@2")
+    assert result(trained(None, seeded("plateau", seed=7), start, others=(*again,), **options)) == (
+        expected
+    )
+
+
 class Told(Net):
     """Logs the values that it was told, one at each validation."""
 
@@ -421,6 +485,7 @@ def ddp(*arguments: object) -> dict[str, str]:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     lines = [line.partition(" ") for line in done.stdout.splitlines() if line[:2] in ("0 ", "1 ")]
+    assert len(lines) == 2, done.stdout + done.stderr
     return {rank: said for rank, _, said in lines}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -127,6 +128,40 @@ def test_a_run_that_nobody_closed_is_drained_when_it_is_let_go_of(
     gc.collect()
     assert steps(repo) == [0]
     run(repo).close()
+
+
+@pytest.mark.parametrize("how", ["closed", "let go of"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_run_frees_its_name_although_the_saving_process_was_killed_or_stands_still(
+    repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch, how: str, number: signal.Signals
+) -> None:
+    monkeypatch.setattr("ckpt.training.background._END_SECONDS", 0.2)
+    job = run(repo).track(net=filled(0))
+    job.save(0)
+    job.wait()
+    assert job._held.writer is not None
+    job._held.writer._process.send_signal(number)
+    if how == "closed":
+        job.close()
+    else:
+        del job
+        gc.collect()
+    run(repo).close()
+
+
+def test_a_run_is_resumed_although_the_saving_process_was_killed(repo: ckpt.Repository) -> None:
+    net = filled(5)
+    with run(repo, keep=[ckpt.Latest(1)]) as job:
+        job.track(net=net).save(5)
+        job.wait()
+        assert job._held.writer is not None
+        job._held.writer._process.kill()
+        job._held.writer._process.wait()
+        fill(net, 0)
+        assert job.resume() == 6
+        job.save(6)
+    assert torch.all(net.weight == 5)
+    assert steps(repo) == [5, 6]  # the new process knows what it was resumed from
 
 
 NOT_CLOSED = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -47,6 +48,46 @@ def save(
         return told, repo.get("gpt")
 
     return act
+
+
+class Late(Future[dict[str, Any]]):
+    """An answer that is there when it was waited for so many times."""
+
+    def __init__(self, answer: dict[str, Any], times: int) -> None:
+        super().__init__()
+        self.set_result(answer)
+        self.times = times
+        self.waits: list[float | None] = []
+
+    def result(self, timeout: float | None = None) -> dict[str, Any]:
+        self.waits.append(timeout)
+        if len(self.waits) <= self.times:
+            raise TimeoutError
+        return super().result(timeout)
+
+
+def test_a_save_that_waits_for_the_one_before_says_so_every_half_minute(
+    repo: ckpt.Repository, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ckpt.Run(repo, "gpt") as job:
+        pending = job.track(weights=Weights()).save(100)
+        late = pending.answer = Late(pending.answer.result(), times=2)
+        job.save(200)
+        job.wait()
+    assert late.waits == [30.0] * 3
+    first, second, durable, _ = capsys.readouterr().err.splitlines()
+    assert first == "ckpt: waiting for step 100 to be stored, 30 s so far"
+    assert second == "ckpt: waiting for step 100 to be stored, 60 s so far"
+    assert durable.startswith("ckpt: gpt@1 step 100: ")
+
+
+def test_a_wait_that_says_so_is_as_long_as_it_was_told(repo: ckpt.Repository) -> None:
+    with ckpt.Run(repo, "gpt", quiet=True) as job:
+        pending = job.track(weights=Weights()).save(100)
+        late = pending.answer = Late(pending.answer.result(), times=3)
+        with pytest.raises(TimeoutError):
+            job.wait(75)
+    assert late.waits[:3] == [30.0, 30.0, 15.0]
 
 
 @pytest.mark.filterwarnings("ignore:.* begins anew")

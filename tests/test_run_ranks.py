@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 import ckpt
-from ckpt.core.errors import CkptWarning
+from ckpt.core.errors import CkptWarning, StorageError
+from ckpt.training.ranks import Ranks
 
 PROGRAM = str(Path(__file__).with_name("ranks_worker.py"))
 
@@ -58,6 +59,7 @@ def test_an_optimizer_whose_state_is_on_rank_0_alone_is_saved_and_resumed(
         ("run-live", ["run-live", "run-live"]),
         ("bad metric", ["metric-invalid", "metric-invalid"]),
         ("not stored", ["cannot-store", "cannot-store"]),
+        ("not spared", ["registry-busy", "registry-busy"]),
         ("not restored", ["rank-failed", "RuntimeError"]),
     ],
 )
@@ -65,6 +67,45 @@ def test_what_fails_on_one_rank_is_raised_on_all(
     seen: list[dict[str, Any]], what: str, codes: list[str]
 ) -> None:
     assert [one[what] for one in seen] == codes
+
+
+@pytest.mark.parametrize(
+    "when", ["not durable", "not durable at the end", "not durable at the end of a block"]
+)
+def test_a_save_that_failed_in_the_background_is_raised_on_all(
+    seen: list[dict[str, Any]], when: str
+) -> None:
+    assert [one[when] for one in seen] == ["io", "io"]
+
+
+def test_what_was_raised_on_all_is_not_raised_again(seen: list[dict[str, Any]]) -> None:
+    assert [one["told once"] for one in seen] == ["", ""]
+
+
+def test_a_wait_that_is_too_short_is_so_on_all(seen: list[dict[str, Any]]) -> None:
+    assert [one["not yet durable"] for one in seen] == ["TimeoutError"] * 2
+
+
+def test_a_rank_that_leaves_by_an_exception_waits_for_no_other(seen: list[dict[str, Any]]) -> None:
+    assert [one["together afterwards"] for one in seen] == [2, 2]
+
+
+def test_what_failed_here_is_told_also_when_another_rank_has_died(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    def fail() -> None:
+        raise StorageError("io", "the disk is away")
+
+    monkeypatch.setattr("torch.distributed.gather_object", broken)
+    ranks = Ranks()
+    ranks.count = 2
+    with pytest.raises(StorageError, match="the disk is away"):
+        ranks.together(fail)
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        ranks.together(lambda: None)
 
 
 def test_after_a_failure_that_all_raised_the_next_save_works(seen: list[dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -127,6 +128,33 @@ def test_another_scheduler_is_refused(repo: ckpt.Repository) -> None:
     with run(repo) as job, pytest.raises(IntegrityError, match="state of StepLR, the") as caught:
         job.track(net=net, opt=opt, sched=kinds.CosineAnnealingLR(opt, 7)).resume()
     assert caught.value.code == "scheduler-differs"
+
+
+def prepared(*given: Any) -> dict[str, Any]:
+    """What Accelerate makes of an optimizer and a scheduler."""
+    opt, sched = Accelerator(cpu=True).prepare(*given)
+    return {"opt": opt, "sched": sched}
+
+
+def test_another_optimizer_or_scheduler_is_refused_also_below_the_wrappers_of_accelerate(
+    repo: ckpt.Repository,
+) -> None:
+    net, kinds = nn.Linear(3, 3), torch.optim.lr_scheduler
+    net(torch.ones(3)).sum().backward()
+    opt = torch.optim.AdamW(net.parameters())
+    parts = prepared(opt, kinds.StepLR(opt, 2))
+    parts["opt"].step()
+    with run(repo) as job:
+        job.track(net=net, **parts).save(0)
+    plain = torch.optim.AdamW(net.parameters())
+    with run(repo) as job:
+        assert job.track(net=net, opt=plain, sched=kinds.StepLR(plain, 2)).resume() == 1
+    assert str(plain.state_dict()) == str(opt.state_dict())
+    other = torch.optim.Adam(net.parameters())
+    with run(repo) as job, pytest.raises(IntegrityError, match="there is Adam"):
+        job.track(net=net, **prepared(other, kinds.StepLR(other, 2))).resume()
+    with run(repo) as job, pytest.raises(IntegrityError, match="there is ExponentialLR"):
+        job.track(net=net, **prepared(plain, kinds.ExponentialLR(plain, 0.9))).resume()
 
 
 @pytest.mark.parametrize("step", [numpy.int64(3), torch.tensor(3)])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pytest
+from botocore.exceptions import ReadTimeoutError
 from servers import ACCESS_KEY, BUCKET, SECRET_KEY, Liar, Reply, Server, Watch, publish
 
 from ckpt.core.effects import observed
@@ -29,6 +31,32 @@ pytest_plugins = ("servers",)
 
 def error(code: str, status: int = 200, **headers: str) -> Reply:
     return Reply(status, f"<Error><Code>{code}</Code></Error>".encode(), headers)
+
+
+class Hanging:
+    """A server that answers until it is asked for ``from_on``, and a clock that its client's
+    patience moves."""
+
+    def __init__(self, from_on: str, answers: Mapping[str, Any]) -> None:
+        self.now = 0.0
+        self._from_on, self._answers = from_on, answers
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def ask(self, kind: str, act: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        asked = kind.removeprefix("s3.")
+        if asked == "wait":
+            return act(*args)
+        if asked == self._from_on:
+            self._answers = {}
+        if asked in self._answers:
+            return self._answers[asked]
+        self.now += 60
+        raise ReadTimeoutError(endpoint_url="http://hangs")
 
 
 class TestAnswers:
@@ -68,6 +96,18 @@ class TestAnswers:
             assert len(liar.asked) == 10
             assert all(wait <= min(10, 0.1 * 2**n) for n, wait in enumerate(watch.waits))
             assert len(set(watch.waits)) == 9
+
+    @pytest.mark.parametrize("from_on", ["begin", "upload_part", "complete"])
+    def test_a_server_that_never_answers_is_given_up_once(
+        self, store: S3Store, monkeypatch: pytest.MonkeyPatch, from_on: str
+    ) -> None:
+        monkeypatch.setattr(s3_upload, "SINGLE_BYTES", 1)
+        clock = Hanging(from_on, {"begin": {"UploadId": "u"}, "upload_part": {"ETag": "e"}})
+        monkeypatch.setattr("ckpt.storage.s3_failures.time", clock)
+        with observed(clock.ask), pytest.raises(StorageError) as caught:
+            publish(store, "k", b"12")
+        assert caught.value.code == "network"
+        assert 300 < clock.now < 420
 
     def test_ranges_of_one_read_fail_together(self, store: S3Store, liar: Liar) -> None:
         liar.replies = [Reply(206, b"1", {"Content-Range": "bytes 0-0/1"})]

@@ -27,6 +27,7 @@ from ckpt.training.arena import Arena
 from ckpt.training.gpu_copies import Wait
 from ckpt.training.staging import Stage
 
+_END_SECONDS = 10.0  # in which the writer ends itself, unless it is frozen
 _PIPE_BYTES = 1 << 20  # a save's description fits, so that the loop does not wait for its reader
 _SET_PIPE_SIZE = getattr(fcntl, "F_SETPIPE_SZ", 1031)
 
@@ -188,6 +189,11 @@ class Background:
         """Whether the writer can be asked."""
         return not self._is_over and self._process.poll() is None
 
+    @property
+    def was_killed(self) -> bool:
+        """Whether the writer, which is closed, could not give the run up."""
+        return self._process.returncode != 0
+
     def close(self, timeout: float | None = None) -> None:
         """End the writer; what it has not begun to save is not saved, nor what GPUs have not
         copied after ``timeout`` seconds."""
@@ -199,7 +205,11 @@ class Background:
             self._process.stdin.flush()
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-        self._process.wait()
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         self._reader.join()
         assert self._process.stdout is not None
         self._process.stdout.close()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ckpt.core.errors import CkptError, CkptWarning
+from ckpt.core.errors import CkptError, CkptWarning, StorageError
 from ckpt.training.background import Background
 from ckpt.training.saved import Saved, told
 
@@ -21,12 +22,21 @@ class Held:
     """The writer of a run, and the save under way. It does not know the run, which goes when
     nobody needs it any more."""
 
-    def __init__(self, repository: str, model: str, run: str, drain_seconds: float) -> None:
+    def __init__(
+        self,
+        repository: str,
+        model: str,
+        run: str,
+        drain_seconds: float,
+        release: Callable[[], None],
+    ) -> None:
         self.writer: Background | None = None
         self.pending: Saved | None = None
         self.process = os.getpid()
         self._key = (repository, model, run)
         self._drain_seconds = drain_seconds
+        self._release = release
+        self._is_left = False  # the name, by a writer that was killed
 
     @property
     def is_here(self) -> bool:
@@ -36,19 +46,33 @@ class Held:
     def begin(self, writer: Background) -> None:
         """Have a writer, and by it the name."""
         self.writer = writer
+        self._is_left = False
         _LIVE.add(self._key)
 
     def spare(self, pushes: Sequence[str]) -> None:
         """Let no rule remove the versions of these pushes, if this is the process that saves."""
-        if self.writer is not None:
+        if self.writer is None:
+            return
+        try:
             self.writer.spare(pushes)
+        except StorageError:
+            if self.writer.is_alive:  # else the next one is told
+                raise
 
     def end(self, timeout: float | None = None) -> None:
-        """End the writer, and give the name up."""
+        """End the writer, which gives the name up, unless it was killed."""
         writer, self.writer = self.writer, None
         if writer is not None:
             _LIVE.discard(self._key)
             writer.close(timeout)
+            self._is_left = writer.was_killed
+
+    def give_up(self, timeout: float | None) -> None:
+        """End the writer, and give the name up in any case."""
+        self.end(timeout)
+        if self._is_left:
+            with contextlib.suppress(CkptError):  # then its lease ends it
+                self._release()
 
     def leave(self, quiet: bool) -> None:
         """End what nobody closed: called when the run is let go of, or the interpreter ends."""
@@ -71,7 +95,7 @@ class Held:
             assert pending is not None
             if not pending.is_told:
                 print(f"ckpt: step {pending.step} was not saved: {error}", file=sys.stderr)
-        self.end(patience)
+        self.give_up(patience)
 
 
 def line_of(pending: Saved, said: Mapping[str, Any]) -> str:

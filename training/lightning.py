@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
-from concurrent.futures import wait
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 from lightning.fabric.plugins import CheckpointIO
@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.distributed.checkpoint.stateful import Stateful
 
-from ckpt.core.errors import IntegrityError, UsageError
+from ckpt.core.errors import CkptError, IntegrityError, UsageError
 from ckpt.core.names import check_model, check_run, named_metrics
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
@@ -34,6 +34,7 @@ from ckpt.training.tracking import (
     parameter_names,
 )
 
+_KEY = "CkptCheckpoint"  # among the states of callbacks
 _SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
 
@@ -90,18 +91,10 @@ class CkptCheckpoint(Checkpoint):
         self._run: Run | None = None
         self._ready: tuple[Version, Any] | None = None  # read by resume, for load_checkpoint
         self._loaded: dict[str, Any] = {}  # of a version, what Lightning does not restore
-        self._state: dict[str, Any] = {}  # what is saved with the callbacks
+        self._noted: dict[str, Any] = {}  # what is saved beside what Lightning saves
         self._last: Saved | None = None
         self._seen = 0
         self._due = self._validated = False
-
-    @property
-    def state_key(self) -> str:
-        """Whose state it is among the callbacks of a trainer, of which several may save, each when
-        it was told to. The run has no part in it: what is saved is the same in each."""
-        return self._generate_state_key(
-            every_n_train_steps=self._steps, every_n_epochs=self._epochs, monitor=self.monitor
-        )
 
     def resume(self, ref: VersionLike | None = None) -> str | None:
         """What to give to ``trainer.fit(ckpt_path=…)``: the version that ``ref`` means, by default
@@ -138,10 +131,12 @@ class CkptCheckpoint(Checkpoint):
                 f"{type(strategy).__name__} saves shard by shard, which no callback can take over",
                 hint="use another strategy, or a loop of your own with ckpt.dcp_writer",
             )
-        strategy.checkpoint_io = _References(strategy.checkpoint_io, self)
+        strategy.checkpoint_io = _References(strategy.checkpoint_io, trainer)
         if stage == "fit" and not getattr(trainer, "fast_dev_run", False):
             self._due, self._validated, self._loaded = False, False, {}
             self._run = Run(self._repo, self._model, **self._options)
+            if self._last is not None and trainer.global_step >= self._last.step:
+                self._run._spare([])  # what this trainer trained before goes on
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         run = self._left(trainer)
@@ -192,7 +187,8 @@ class CkptCheckpoint(Checkpoint):
         self._due |= self._epochs is not None and (trainer.current_epoch + 1) % self._epochs == 0
         if self._due:
             self._save(trainer)
-        if trainer.fit_loop.restarting:
+        # By the last of several, when all have saved.
+        if trainer.fit_loop.restarting and _callbacks_of(trainer)[-1] is self:
             _step_plateaus(trainer, trainer.current_epoch + 1)
 
     def _check_monitor(self, metrics: Mapping[str, Any]) -> None:
@@ -210,13 +206,16 @@ class CkptCheckpoint(Checkpoint):
             return
         metrics = dict(trainer.callback_metrics)
         names = parameter_names({"model": trainer.lightning_module})
-        self._state = {
+        self._noted = {
             "metrics": metrics,
             "parameters": [described_parameters(one, names) for one in trainer.optimizers],
             "classes": [type(one).__qualname__ for one in trainer.optimizers],
         }
         taken: dict[str, Any] = {}
-        trainer.save_checkpoint(self._model, storage_options=_Taken(taken))
+        try:
+            trainer.save_checkpoint(self._model, storage_options=_Taken(taken))
+        finally:
+            self._noted = {}
         self._run._parts.clear()  # one that an earlier checkpoint had may be absent from this one
         self._run.track(**{key: _Value(value) for key, value in taken.items()})
         self._last = self._run.save(
@@ -229,20 +228,29 @@ class CkptCheckpoint(Checkpoint):
     def _is_best(self, metrics: Mapping[str, Any]) -> bool:
         if self.monitor is None or self.monitor not in metrics:
             return False
-        if self._last is not None:
-            wait([self._last.answer])  # as the save does; the alias is where it left it
+        if self._last is not None and self._run is not None:
+            with suppress(CkptError):  # the save waits too, and tells it; now the alias has moved
+                self._last.awaited(None, self._run._say)
         greater, value = self._mode == "max", float(metrics[self.monitor])
         alias = self._alias
         return is_best(self._repo, self._model, alias, self.monitor, value, greater=greater)
 
-    def state_dict(self) -> dict[str, Any]:
-        return self._state
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._noted:  # not by ``state_dict``: of several callbacks, each would add its own
+            checkpoint["callbacks"][_KEY] = self._noted
 
     # --- resuming ------------------------------------------------------------------------------
 
-    def load(self, ref: str) -> dict[str, Any]:
-        """What Lightning restores of a version; the rest waits until it has."""
-        if self._ready is not None and self._ready[0].reference == ref:
+    def has_read(self, ref: str) -> bool:
+        """Whether :meth:`resume` gave this reference."""
+        return self._ready is not None and self._ready[0].reference == ref
+
+    def load(self, ref: str, callbacks: Sequence[CkptCheckpoint]) -> dict[str, Any]:
+        """What Lightning restores of a version; the rest waits until it has. All ``callbacks`` of
+        the trainer go on from it."""
+        if self._ready is not None and self.has_read(ref):
             version, state = self._ready
         else:
             version = self._repo.get(ref)
@@ -254,34 +262,24 @@ class CkptCheckpoint(Checkpoint):
                 f"{version.reference} is no checkpoint of Lightning",
                 hint="resume one that CkptCheckpoint saved; `ckpt show` says what a version is",
             )
-        self._claim_state(state["callbacks"])
-        if self._run is not None:
-            self._run.spare(version)
-            if "random" in state:
-                state = Ranks().own(state)
-                loaders = state["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
-                self._loaded = {"random": state["random"], "loaders": loaders}
+        for one in callbacks:
+            if one._run is not None:
+                one._run.spare(version)
+        noted = state.get("callbacks", {}).pop(_KEY, None)
+        if self._run is not None and noted is not None and "random" in state:
+            state = Ranks().own(state)
+            loaders = state["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+            self._loaded = {**noted, "random": state["random"], "loaders": loaders}
         return {key: value for key, value in state.items() if key not in RESERVED}
-
-    def _claim_state(self, callbacks: dict[str, Any]) -> None:
-        """Have Lightning find what a callback left that was told to save at other times."""
-        there = [key for key in callbacks if key.startswith(type(self).__qualname__)]
-        if there and self.state_key not in there:
-            callbacks[self.state_key] = callbacks.pop(there[0])
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._state = state_dict
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Between the restoring of the module and that of the optimizers."""
         if not self._loaded:
             return
-        for kind, optimizer in zip(
-            self._state.get("classes", ()), trainer.optimizers, strict=False
-        ):
+        for kind, optimizer in zip(self._loaded["classes"], trainer.optimizers, strict=False):
             check_class("optimizer", optimizer, kind)
         names = parameter_names({"model": pl_module})
-        for saved, optimizer in zip(self._state["parameters"], trainer.optimizers, strict=False):
+        for saved, optimizer in zip(self._loaded["parameters"], trainer.optimizers, strict=False):
             check_parameters(saved, described_parameters(optimizer, names))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -290,7 +288,7 @@ class CkptCheckpoint(Checkpoint):
         loaded, self._loaded = self._loaded, {}
         if not loaded:
             return
-        trainer.callback_metrics.update(self._state["metrics"])
+        trainer.callback_metrics.update(loaded["metrics"])
         if trainer.fit_loop.restarting:
             restore_random_states(loaded["random"])
         else:
@@ -340,11 +338,11 @@ class _Value:
 
 
 class _References(CheckpointIO):
-    """Takes what the callback saves, loads what a reference means, leaves files to others."""
+    """Takes what a callback saves, loads what a reference means, leaves files to others."""
 
-    def __init__(self, others: CheckpointIO, callback: CkptCheckpoint) -> None:
+    def __init__(self, others: CheckpointIO, trainer: Trainer) -> None:
         self.others = others
-        self._callback = callback
+        self._trainer = trainer
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
@@ -357,13 +355,20 @@ class _References(CheckpointIO):
     def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
         if os.path.exists(path):
             return self.others.load_checkpoint(path, *args, **options)
-        return self._callback.load(str(path))
+        ref, callbacks = str(path), _callbacks_of(self._trainer)
+        reader = next((one for one in callbacks if one.has_read(ref)), callbacks[-1])
+        return reader.load(ref, callbacks)
 
     def remove_checkpoint(self, path: Any) -> None:
         self.others.remove_checkpoint(path)
 
     def teardown(self) -> None:
         self.others.teardown()
+
+
+def _callbacks_of(trainer: Trainer) -> list[CkptCheckpoint]:
+    """All that save here, in the order in which they are called."""
+    return [one for one in trainer.callbacks if isinstance(one, CkptCheckpoint)]  # type: ignore[attr-defined]
 
 
 def _validates(trainer: Trainer, batch: int) -> bool:

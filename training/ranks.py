@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -43,13 +44,18 @@ class Ranks:
         prepared, failure = _tried(prepare)
         mine = (None if prepared is None else prepared[1], self._told(failure))
         heard: list[Any] | None = [None] * self.count if self.is_first else None
-        distributed.gather_object(mine, heard)
         made = None
-        said = [next((told for _, told in heard or () if told is not None), None)]
-        if heard is not None and prepared is not None and said[0] is None:
-            made, failure = _tried(lambda: act(prepared[0], [sent for sent, _ in heard]))
-            said = [self._told(failure)]
-        distributed.broadcast_object_list(said)
+        try:
+            distributed.gather_object(mine, heard)
+            said = [next((told for _, told in heard or () if told is not None), None)]
+            if heard is not None and prepared is not None and said[0] is None:
+                made, failure = _tried(lambda: act(prepared[0], [sent for sent, _ in heard]))
+                said = [self._told(failure)]
+            distributed.broadcast_object_list(said)
+        except Exception as lost:  # a rank has died: what went wrong here is still to be told
+            if failure is not None:
+                raise failure from lost
+            raise
         if failure is not None:
             raise failure
         if said[0] is not None:
@@ -65,10 +71,20 @@ class Ranks:
 
         self.led(prepare, lambda kept, sent: None)
 
-    def _told(self, failure: BaseException | None) -> CkptError | None:
+    def last(self, act: Callable[[], None]) -> None:
+        """As :meth:`together`; alone where the others may never come: while an exception is under
+        way here, or when the process group is gone."""
+        if self.count > 1 and sys.exception() is None and distributed.is_initialized():
+            self.together(act)
+        else:
+            act()
+
+    def _told(self, failure: BaseException | None) -> Exception | None:
         """What the others raise for a failure here."""
         if failure is None:
             return None
+        if isinstance(failure, TimeoutError):
+            return TimeoutError(*failure.args)
         if isinstance(failure, CkptError):
             said = f"rank {self.number}: {failure.message}"
             return type(failure)(failure.code, said, hint=failure.hint)

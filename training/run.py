@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import signal
 import sys
-import threading
 import time
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from types import FrameType, TracebackType
-from typing import Any, Literal, NoReturn, Self
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal, Self
 
 from ckpt.core.documents import FORMAT, Document
 from ckpt.core.durations import check_duration
@@ -38,7 +37,8 @@ from ckpt.training.held import Held, given_up, line_of
 from ckpt.training.newest import begun_over, newest_whole
 from ckpt.training.ranks import Ranks
 from ckpt.training.saved import Saved, nothing
-from ckpt.training.tracking import check_part, own_parts, restore, state_of
+from ckpt.training.termination import Termination
+from ckpt.training.tracking import bare, check_part, own_parts, restore, state_of
 
 
 class Run:
@@ -90,19 +90,17 @@ class Run:
         self._holder = secrets.token_hex(16)
         self._environment = describe_environment()
         place = str(location_of(repo.location)["places"])
-        self._held = Held(place, self._model, self._name, self._drain_seconds)
+        named = self._model, self._name
+        release = partial(repo._registry.runs.release, *named, self._holder)
+        self._held = Held(place, *named, self._drain_seconds, release)
         self._spared: list[str] | None = None  # not known, until it is resumed or begins anew
-        self._before: Any = None
+        self._termination = Termination()
         self._ended = False
         self._left = weakref.finalize(self, self._held.leave, quiet)
         self._ranks.together(self._begin)
 
     def __enter__(self) -> Self:
-        if (
-            threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        ):
-            self._before = signal.signal(signal.SIGTERM, _terminate)
+        self._termination.begin()
         return self
 
     def __exit__(
@@ -111,16 +109,8 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        again: list[int] = []
-        if self._before is not None:  # another SIGTERM does not cut the wait
-            signal.signal(signal.SIGTERM, lambda number, frame: again.append(number))
-        try:
+        with self._termination.put_off(is_leaving=kind is not None):
             self._leave_block(kind, error)
-        finally:
-            if self._before is not None:
-                signal.signal(signal.SIGTERM, self._before)
-        if again and kind is None:
-            raise SystemExit(128 + again[0])
 
     def _leave_block(self, kind: type[BaseException] | None, error: BaseException | None) -> None:
         if kind is None:
@@ -142,7 +132,7 @@ class Run:
         """
         for name, part in parts.items():
             check_part(name, part)
-        self._parts.update(parts)
+        self._parts.update((name, bare(part)) for name, part in parts.items())
         return self
 
     def resume(self) -> int:
@@ -166,9 +156,9 @@ class Run:
             saved = pulled if self._ranks.is_first else self._pull(version)
             state.update(self._ranks.nearest(saved))
             restore(self._parts, state)
+            self.spare(version)
 
         self._ranks.together(bring_back)
-        self.spare(version)
         self._say(f"resumed from {version.reference}")
         return int(state["step"]) + 1
 
@@ -286,8 +276,13 @@ class Run:
         self._held.pending = Saved(self._repo, step, answer, time.monotonic() - began)
         return self._held.pending
 
+    @property
+    def _is_open(self) -> bool:
+        """Whether it goes on here: a child that was forked has no part in it."""
+        return not self._ended and os.getpid() == self._held.process
+
     def _check_open(self) -> None:
-        if self._ended or os.getpid() != self._held.process:
+        if not self._is_open:
             raise UsageError(
                 "run-closed",
                 f"the run {self._name} of {self._model} is closed, or of another process",
@@ -300,7 +295,7 @@ class Run:
         Raises:
             CkptError: what went wrong; TimeoutError.
         """
-        self._settle(timeout)
+        self._ranks.last(lambda: self._settle(timeout))
 
     def close(self) -> None:
         """Wait for the save that is under way, and give the run up.
@@ -308,11 +303,11 @@ class Run:
         Raises:
             CkptError: what went wrong in the background since the last call.
         """
-        self._end(None)
+        if self._is_open:
+            self._ranks.last(lambda: self._end(None))
 
     def _end(self, timeout: float | None) -> None:
-        # A child that was forked has no part in it.
-        if self._ended or os.getpid() != self._held.process:
+        if not self._is_open:
             return
         self._ended = True
         patience = None
@@ -323,7 +318,7 @@ class Run:
             self._say(given_up(timeout))
         finally:
             self._left.detach()
-            self._held.end(patience)
+            self._held.give_up(patience)
 
     def _begin(self) -> None:
         if not self._ranks.is_first:
@@ -366,7 +361,7 @@ class Run:
         if pending is None:
             return
         try:
-            said = pending.answer.result(timeout)
+            said = pending.awaited(timeout, self._say)
         except CkptError as error:
             self._held.pending = None
             if pending.is_told:
@@ -393,8 +388,3 @@ def warns(on_error: str) -> bool:
     if on_error not in ("raise", "warn"):
         raise UsageError("usage", f"on_error is {on_error!r}", hint="write raise or warn")
     return on_error == "warn"
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM leaves the ``with`` block, which drains."""
-    raise SystemExit(128 + number)

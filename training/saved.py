@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -10,6 +11,8 @@ from ckpt.core.errors import CkptError, NotFoundError
 from ckpt.core.records import Added, Version
 from ckpt.core.sizes import size
 from ckpt.service.repository import Repository
+
+_TELL_SECONDS = 30.0  # of a wait, between two lines
 
 
 class Saved:
@@ -31,6 +34,21 @@ class Saved:
     def done(self) -> bool:
         """Whether it has ended, well or not."""
         return self.answer.done()
+
+    def awaited(self, timeout: float | None, say: Callable[[str], None]) -> dict[str, Any]:
+        """What the process that saves answers; one who waits long is told so. Raises what went
+        wrong, and TimeoutError."""
+        waited = 0.0
+        while True:
+            left = math.inf if timeout is None else timeout - waited
+            patience = min(_TELL_SECONDS, left)
+            try:
+                return self.answer.result(patience)
+            except TimeoutError:
+                if patience == left:
+                    raise
+            waited += patience
+            say(f"waiting for step {self.step} to be stored, {waited:.0f} s so far")
 
     def version(self, timeout: float | None = None) -> Version | None:
         """The version, when it is durable; None on the ranks that save nothing. Raises what went

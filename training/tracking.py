@@ -28,6 +28,8 @@ _STATE_METHODS = (
     "_load_from_state_dict",
 )  # all have "state_dict" in their names, as the hooks have; those that take it have "load"
 _OF_A_RANK = (torch.Generator, DataLoader, Dataset, Sampler)
+# Of which module the wrappers have no state of their own, and where is what they wrap.
+_WRAPPERS = {"accelerate.optimizer": "optimizer", "accelerate.scheduler": "scheduler"}
 RESERVED = ("step", "random", "ranks")
 
 
@@ -49,6 +51,13 @@ def check_part(name: str, part: Any) -> None:
             f"{name}, a {type(part).__name__}, has no state_dict and load_state_dict",
             hint="give it both, or keep it out of track()",
         )
+
+
+def bare(part: Any) -> Any:
+    """An optimizer or scheduler without the wrapper of Accelerate, under which the classes of all
+    would look the same."""
+    inner = _WRAPPERS.get(type(part).__module__)
+    return part if inner is None else getattr(part, inner)
 
 
 def _is_sharded(module: nn.Module) -> bool:
