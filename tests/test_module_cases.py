@@ -274,6 +274,17 @@ def test_an_object_that_several_modules_share_is_one_again(repo: ckpt.Repository
     assert repo.push(net, "m").number == 2
 
 
+def test_a_generator_that_several_modules_hold_is_one_again(repo: ckpt.Repository) -> None:
+    net: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    net[0].draws = net[1].draws = net.draws = torch.Generator().manual_seed(3)
+    net[0].own = torch.Generator().manual_seed(3)
+    repo.push(net, "m")
+    loaded: Any = repo.load("m")
+    assert loaded[0].draws is loaded[1].draws is loaded.draws
+    assert loaded[0].own is not loaded.draws
+    assert repo.push(loaded, "m").number == 1
+
+
 def test_objects_that_live_only_while_they_are_described_are_not_taken_for_one(
     repo: ckpt.Repository,
 ) -> None:
