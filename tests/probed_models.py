@@ -151,3 +151,28 @@ class Hiding(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Any]:
         return {"y": x, "hidden": (x for _ in ()), "some": {x}, "who": self, "name": "y"}
+
+
+class Naming(nn.Module):
+    """Gives words and other plain values beside a tensor; some of them may be lost, or change."""
+
+    extra: Any = None
+
+    def __init__(self, label: str) -> None:
+        super().__init__()
+        self.label = label
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "label": "cat"}
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        words = numpy.array(["a", "b"])
+        plain = {"label": self.label, "raw": b"\0", "none": None, "large": 1 << 70}
+        return {"y": x, "words": words, "back": words[::-1], **plain, "extra": Naming.extra}
+
+
+class Timing(nn.Module):
+    """Gives another text each time."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, str]:
+        return x, os.urandom(1 + os.urandom(1)[0] % 8).hex()
