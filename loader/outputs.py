@@ -98,8 +98,11 @@ class Results:
         if isinstance(value, (numpy.ndarray, numpy.generic)) and value.dtype.hasobject:
             value = value.tolist()
         if isinstance(value, torch.Tensor):
-            plain = value.detach() if value.layout == torch.strided else value.detach().to_dense()
-            self._add(plain.clone(memory_format=torch.contiguous_format), name)
+            plain = _strided(value)
+            if plain is None:
+                self._skip(value, name)
+            else:
+                self._add(plain.clone(memory_format=torch.contiguous_format), name)
         elif isinstance(value, (numpy.ndarray, numpy.generic)):
             if value.dtype.char in "gG":  # with bytes that mean nothing
                 self._skip(value, name)
@@ -121,6 +124,19 @@ class Results:
 
     def _skip(self, value: Any, name: str) -> None:
         self.skipped.append(f"{name} (a {type(value).__qualname__})")
+
+
+def _strided(value: torch.Tensor) -> torch.Tensor | None:
+    """All values of a tensor in a plain one; None where it has none, or its class alone knows
+    them."""
+    kind: Any = type(value)
+    own = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    if own or value.is_nested or value.is_meta:
+        return None
+    plain = value.detach().as_subclass(torch.Tensor)
+    if plain.is_quantized:
+        return plain.dequantize()
+    return plain if plain.layout == torch.strided else plain.to_dense()
 
 
 def _is_large(value: Any) -> bool:

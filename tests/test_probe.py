@@ -19,6 +19,7 @@ from probed_models import (
     Caching,
     Counting,
     Forgetting,
+    Giving,
     Hiding,
     Hookless,
     LargestOf,
@@ -31,6 +32,11 @@ from probed_models import (
     Timing,
     Unsteady,
     Writing,
+    as_dispatched,
+    as_marked,
+    as_nested,
+    as_quantised,
+    as_shape,
 )
 from torch import Tensor, nn
 
@@ -658,6 +664,32 @@ class TestComparison:
         assert (report.verdict, report.reason) == (
             "outputs-exact",
             f"not compared: {', '.join(hidden)}",
+        )
+
+    @pytest.mark.usefixtures("proven_here")
+    @pytest.mark.parametrize("made", [as_quantised, as_marked])
+    def test_tensors_of_other_kinds_are_compared_by_their_values(
+        self, repo: ckpt.Repository, made: Any
+    ) -> None:
+        repo.push(Giving(made), "m", inputs=(torch.rand(2, 3),))
+        report = repo.verify("m", trust=TRUST)
+        assert [output.name for output in report.outputs] == ["output.0", "output.1"]
+        assert (report.verdict, report.reason) == ("outputs-exact", "")
+
+    @pytest.mark.usefixtures("proven_here")
+    @pytest.mark.parametrize(
+        ("made", "kind"),
+        [(as_nested, "NestedTensor"), (as_shape, "Tensor"), (as_dispatched, "Dispatched")],
+    )
+    def test_a_tensor_whose_values_nobody_can_read_is_named_and_the_others_compared(
+        self, repo: ckpt.Repository, made: Any, kind: str
+    ) -> None:
+        with pytest.warns(ckpt.CkptWarning, match=rf"output\.1 \(a {kind}\) cannot be looked into"):
+            repo.push(Giving(made), "m", inputs=(torch.rand(2, 3),))
+        report = repo.verify("m", trust=TRUST)
+        assert (report.verdict, report.reason) == (
+            "outputs-exact",
+            f"not compared: output.1 (a {kind})",
         )
 
     def test_results_whose_keys_read_alike_all_have_names(self) -> None:
