@@ -227,6 +227,12 @@ def would_replace(kind: type, name: str, makes: bool) -> bool:
     return callable(found) and not default
 
 
+def is_method(function: Any, owner: Any) -> bool:
+    """Whether a function is what the class of ``owner`` has under its name."""
+    name = getattr(function, "__name__", "")
+    return isinstance(function, types.FunctionType) and getattr(type(owner), name, 0) is function
+
+
 def is_plain_class(kind: Any) -> bool:
     """Whether objects of the class are nothing but their ``__dict__``: made by ``object.__new__``
     and copied or pickled in no way of their own."""
