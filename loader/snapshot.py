@@ -18,6 +18,7 @@ from ckpt.core.errors import UsageError
 from ckpt.core.printable import escape
 from ckpt.loader.capture import Captured, TensorTable, capture
 from ckpt.loader.classes import (
+    container_of,
     describe_classes,
     has_slots,
     is_method,
@@ -220,6 +221,11 @@ class _ModuleEncoder(Encoder):
         if has_slots(kind):
             raise RefusedError(
                 f"{kind.__qualname__} has __slots__, whose values are not in its dict; remove them"
+            )
+        if container := container_of(kind):
+            raise RefusedError(
+                f"{kind.__qualname__} is a {container} too, whose items are not in its dict; "
+                "keep them in an attribute"
             )
         state = _state_of(module)
         parametrized = _parametrized(module)

@@ -234,3 +234,7 @@ class Calling(nn.Module):
         for step in self.steps:
             y = step(y)
         return y
+
+
+class Listing(nn.Module, list[int]):
+    """A module that is a list too."""

@@ -21,6 +21,7 @@ from kept_models import (
     Delegating,
     Fresh,
     Keeping,
+    Listing,
     Locking,
     LockingAgain,
     NeedsArguments,
@@ -244,6 +245,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "method by a class": (forward_by_class, 'forward: attribute "forward" would replace a method'),
     "own partial": (lambda: with_attribute(OwnPartial(double)), "extra: a partial with a class"),
     "marked partial": (lambda: with_attribute(marked()), "extra: a partial with .*attributes"),
+    "list": (Listing, "<root>: Listing is a list too, whose items are not in its dict; keep them"),
+    "compiled function": (
+        lambda: with_attribute(torch.compile(double)),
+        "extra: a wrapped kept_models.double, .* wrap it where it is defined",
+    ),
     "slots": (Slotted, "<root>: Slotted has __slots__"),
     "flags": (
         lambda: with_attribute([re.IGNORECASE | re.MULTILINE]),
