@@ -37,6 +37,7 @@ from probed_models import (
     as_nested,
     as_quantised,
     as_shape,
+    double,
 )
 from torch import Tensor, nn
 
@@ -172,6 +173,18 @@ class TestBehaviour:
         inner.gain = 1.0  # what its __setstate__ makes
         repo.push(net, "m", inputs=(torch.ones(4, 3),))
         assert (inner.calls, inner.seen) == (0, {})
+
+    def test_a_buffer_that_repeats_itself_without_end_takes_no_memory(
+        self, repo: ckpt.Repository
+    ) -> None:
+        net: Any = Giving(double)
+        net.register_buffer("mask", torch.ones(1, 3).expand(1 << 38, 3))
+        repo.push(net, "m", inputs=(torch.rand(2, 3),))
+        report = repo.verify("m", trust=TRUST)
+        assert report.verdict == "outputs-exact"
+        probe = repo.document("m").probe
+        assert probe is not None
+        assert {tensor.dtype for tensor in probe.tensors} == {"float32", "float64"}
 
     def test_a_text_that_the_copy_gives_otherwise_is_refused(self, repo: ckpt.Repository) -> None:
         with pytest.raises(UsageError, match=r"output\.label: 'cat' and not 'dog'") as caught:
