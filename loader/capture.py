@@ -105,6 +105,7 @@ class TensorTable:
     _alive: list[Any] = field(default_factory=list)  # an id is only unique while its object lives
     _names: FreeNames = field(default_factory=FreeNames)
     _quantized: list[tuple[Path, torch.Tensor]] = field(default_factory=list)
+    _resolved: dict[int, torch.Tensor] = field(default_factory=dict)  # as they were, by entry
     _regions: dict[int, RegionTensor] = field(default_factory=dict)
 
     def take(self, value: Any, path: Path) -> int:
@@ -156,7 +157,10 @@ class TensorTable:
         if value.is_quantized:
             self._quantized.append((path, value))
             return self._add_parts(path, _quantized_entry(value, entry), _quantized_parts(value))
-        return self._append(_Item(path, entry, _plain(value)))
+        index = self._append(_Item(path, entry, _plain(value)))
+        if value.is_conj() or value.is_neg():
+            self._resolved[index] = value
+        return index
 
     def _add_uninitialized(self, value: torch.Tensor, path: Path) -> int:
         entry = Tensor(
@@ -230,6 +234,7 @@ class TensorTable:
                     path,
                     f"shares quantized memory with {shared}, and would not again; clone() it",
                 )
+        self._note_resolved()
         for group in find_shared([item.tensor for item in self._items]):
             align = 0 if group.host is not None else group.low % _ALIGNMENT
             for index in group.members:
@@ -240,6 +245,20 @@ class TensorTable:
                     break
             else:
                 self._make_views(group, align)
+
+    def _note_resolved(self) -> None:
+        """A conjugation or negation that was put off is carried out in a copy, which shares memory
+        with nothing: where the view did, it is named."""
+        if not self._resolved:
+            return
+        entries = enumerate(self._items)
+        for group in find_shared([self._resolved.get(i, item.tensor) for i, item in entries]):
+            for index in sorted(self._resolved.keys() & set(group.members)):
+                where = escape(".".join(self._items[index].path), 80)
+                self.notes.append(
+                    f"{where}: a conjugate or negative view of memory that it shares; "
+                    "it comes back with memory of its own"
+                )
 
     def _make_views(self, group: SharedBytes, align: int) -> None:
         members = [(index, self._items[index]) for index in group.members]

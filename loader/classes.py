@@ -17,6 +17,7 @@ from importlib.machinery import PathFinder
 from typing import Any
 
 from msgspec.structs import replace
+from torch import nn
 
 from ckpt.core.digests import digest_of
 from ckpt.core.documents import ModelClass
@@ -54,6 +55,11 @@ def reference_of(value: Any) -> str:
     for part in name.split("."):
         found = getattr(found, part, None)
     if found is not value and not _is_same_cell(module, name, found, value):
+        if hasattr(value, "__wrapped__"):  # torch.compile and decorators say so
+            raise RefusedError(
+                f"a wrapped {module}.{name}, whose name means another object; "
+                "wrap it where it is defined, or where it is called"
+            )
         raise RefusedError(f"{module}.{name} now names a different object; define it once")
     if not is_reference(f"{module}:{name}"):
         raise RefusedError(f"{module}.{name} is no name that a load imports; give it another")
@@ -219,6 +225,12 @@ def would_replace(kind: type, name: str, makes: bool) -> bool:
     return callable(found) and not default
 
 
+def is_method(function: Any, owner: Any) -> bool:
+    """Whether a function is what the class of ``owner`` has under its name."""
+    name = getattr(function, "__name__", "")
+    return isinstance(function, types.FunctionType) and getattr(type(owner), name, 0) is function
+
+
 def is_plain_class(kind: Any) -> bool:
     """Whether objects of the class are nothing but their ``__dict__``: made by ``object.__new__``
     and copied or pickled in no way of their own."""
@@ -229,6 +241,17 @@ def is_plain_class(kind: Any) -> bool:
         and getattr(kind, "__getstate__", None) is vars(object).get("__getstate__")
         and not hasattr(kind, "__setstate__")
     )
+
+
+def container_of(kind: type[nn.Module]) -> str:
+    """The name of a built-in type that a module's class derives from too, such as dict, whose items
+    no dict of the module has; empty where there is none."""
+    if kind.__basicsize__ == nn.Module.__basicsize__ and not kind.__itemsize__:
+        return ""
+    names = [
+        base.__name__ for base in kind.__mro__ if base.__module__ in ("builtins", "collections")
+    ]
+    return next((name for name in names if name != "object"), "")
 
 
 def has_slots(kind: type) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,13 @@ from torch import nn
 from ckpt.core.digests import digest_of
 from ckpt.core.errors import UsageError
 from ckpt.loader.conditions import isolated, random_states
-from ckpt.loader.outputs import Results, named_tensors, root_mean_square
+from ckpt.loader.outputs import (
+    Results,
+    all_equal,
+    named_tensors,
+    plain_difference,
+    root_mean_square,
+)
 from ckpt.loader.sources import MemoryTensor
 
 Inputs = tuple[Any, ...] | dict[str, Any]
@@ -23,12 +29,19 @@ Children = tuple[tuple[str, str, float], ...]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a forward gave, whether it asked a global generator for numbers, and what of its result
-    nobody can look into."""
+    """What a forward gave, tensors and plain values, whether it asked a global generator for
+    numbers, and what of its result nobody can look into."""
 
     outputs: Outputs
     random: bool
+    plain: Mapping[str, Any] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
+
+    def gave_same(self, other: Run) -> bool:
+        """Whether another forward gave the same, to the last bit."""
+        if not all_equal(self.outputs, other.outputs):
+            return False
+        return not plain_difference(self.plain, other.plain)
 
 
 def check_inputs(inputs: Any) -> Inputs:
@@ -52,7 +65,7 @@ def run_forward(module: nn.Module, inputs: Inputs, seed: int, devices: Sequence[
         asked = random_states() != before
     results = Results()
     results.collect(result)
-    return Run(results.tensors, asked, tuple(results.skipped))
+    return Run(results.tensors, asked, results.plain, tuple(results.skipped))
 
 
 def run_children(module: nn.Module, inputs: Inputs, seed: int, devices: Sequence[str]) -> Children:

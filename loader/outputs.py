@@ -1,4 +1,4 @@
-"""What a forward gave, as named tensors, and how two such results compare."""
+"""What a forward gave, as named tensors and plain values, and how two such results compare."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from typing import Any
 import numpy
 import torch
 
-from ckpt.loader.sources import as_bits
+from ckpt.core.printable import escape
+from ckpt.loader.sources import as_bits, from_array
 
 _DEPTH_LIMIT = 20
 _NUMBERS = (bool, int, float, complex)
-# Values without numbers in them, which are not compared.
+_LARGE = 1 << 63  # a whole number from here on is no tensor
+# What says how a result was made rather than what it is; not compared.
 _EMPTY: tuple[type, ...] = (
-    type(None),
-    str,
-    bytes,
     type,
     torch.dtype,
     torch.device,
@@ -84,30 +83,71 @@ class Comparison:
 
 @dataclass(slots=True)
 class Results:
-    """A forward's result: every tensor, array and number by where it stands, copied; and where
-    something stands that nobody can look into, with what it is."""
+    """A forward's result: every tensor, array and number by where it stands, copied; every text,
+    bytes and None, as they are; and where something stands that nobody can look into, with what
+    it is."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    plain: dict[str, Any] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
 
     def collect(
         self, value: Any, name: str = "output", above: frozenset[int] = frozenset()
     ) -> None:
         """Add all that is in ``value``."""
+        if isinstance(value, (numpy.ndarray, numpy.generic)) and value.dtype.hasobject:
+            value = value.tolist()
         if isinstance(value, torch.Tensor):
-            plain = value.detach() if value.layout == torch.strided else value.detach().to_dense()
-            copy = plain.clone(memory_format=torch.contiguous_format)
-            self.tensors[_free_name(name, self.tensors)] = copy
-        elif isinstance(value, (numpy.ndarray, numpy.generic, *_NUMBERS)):
-            self.tensors[_free_name(name, self.tensors)] = torch.tensor(value, device="cpu")
-        elif isinstance(value, _EMPTY) or id(value) in above:
-            return
-        else:
+            plain = _strided(value)
+            if plain is None:
+                self._skip(value, name)
+            else:
+                self._add(plain.clone(memory_format=torch.contiguous_format), name)
+        elif isinstance(value, (numpy.ndarray, numpy.generic)):
+            if value.dtype.char in "gG":  # with bytes that mean nothing
+                self._skip(value, name)
+            else:
+                self._add(from_array(numpy.array(value)), name)
+        elif isinstance(value, _NUMBERS) and not _is_large(value):
+            self._add(torch.tensor(value, device="cpu"), name)
+        elif isinstance(value, (type(None), str, bytes, int)):
+            self.plain[_free_name(name, self.plain)] = _bare(value)
+        elif not isinstance(value, _EMPTY) and id(value) not in above:
             items = None if len(above) > _DEPTH_LIMIT else _items(value)
             if items is None:
-                self.skipped.append(f"{name} (a {type(value).__qualname__})")
+                self._skip(value, name)
             for key, item in items or ():
                 self.collect(item, f"{name}.{key}", above | {id(value)})
+
+    def _add(self, tensor: torch.Tensor, name: str) -> None:
+        self.tensors[_free_name(name, self.tensors)] = tensor
+
+    def _skip(self, value: Any, name: str) -> None:
+        self.skipped.append(f"{name} (a {type(value).__qualname__})")
+
+
+def _strided(value: torch.Tensor) -> torch.Tensor | None:
+    """All values of a tensor in a plain one; None where it has none, or its class alone knows
+    them."""
+    kind: Any = type(value)
+    own = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    if own or value.is_nested or value.is_meta:
+        return None
+    plain = value.detach().as_subclass(torch.Tensor)
+    if plain.is_quantized:
+        return plain.dequantize()
+    return plain if plain.layout == torch.strided else plain.to_dense()
+
+
+def _is_large(value: Any) -> bool:
+    return isinstance(value, int) and not -_LARGE <= value < _LARGE
+
+
+def _bare(value: Any) -> Any:
+    """A plain value without the class that somebody derived from its type."""
+    if isinstance(value, str):
+        return str.__str__(value)
+    return bytes(value) if isinstance(value, bytes) else value if value is None else int(value)
 
 
 def named_tensors(value: Any) -> dict[str, torch.Tensor]:
@@ -117,7 +157,7 @@ def named_tensors(value: Any) -> dict[str, torch.Tensor]:
     return results.tensors
 
 
-def _free_name(name: str, found: Mapping[str, torch.Tensor]) -> str:
+def _free_name(name: str, found: Mapping[str, Any]) -> str:
     """``name``, or another where keys read alike, such as 1 and "1"."""
     names = itertools.chain([name], (f"{name}#{count}" for count in itertools.count(2)))
     return next(one for one in names if one not in found)
@@ -157,6 +197,17 @@ def is_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 def all_equal(some: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> bool:
     """Whether two results have the same names and bytes."""
     return some.keys() == others.keys() and all(is_equal(some[key], others[key]) for key in some)
+
+
+def plain_difference(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """The first plain value that is of another type or value, in words; empty where none is."""
+    for name in sorted(recorded.keys() | found.keys()):
+        if name not in recorded or name not in found:
+            return f"{name} is on one side only"
+        was, now = recorded[name], found[name]
+        if type(was) is not type(now) or was != now:
+            return f"{name}: {escape(repr(now), 80)} and not {escape(repr(was), 80)}"
+    return ""
 
 
 def compare(

@@ -14,8 +14,8 @@ from ckpt.core.documents import Behaviour
 from ckpt.core.errors import UsageError
 from ckpt.core.printable import escape
 from ckpt.loader.capture import Captured
-from ckpt.loader.forward import Children, Outputs
-from ckpt.loader.outputs import all_equal, compare
+from ckpt.loader.forward import Children, Outputs, Run
+from ckpt.loader.outputs import compare, plain_difference
 from ckpt.loader.replica import Spaces
 from ckpt.loader.sources import MemoryTensor, as_bits
 from ckpt.loader.wrappers import unwrap
@@ -33,9 +33,7 @@ def runnable(module: nn.Module, captured: Captured, behaviour: Behaviour) -> nn.
     return inner
 
 
-def check_equal(
-    recorded: Outputs, found: Outputs, reference: Outputs, child: Callable[[], str]
-) -> None:
+def check_equal(recorded: Run, found: Run, reference: Outputs, child: Callable[[], str]) -> None:
     """Refuse what the copy computes otherwise.
 
     Last bits may differ: the user's tensors may lie at other addresses and with other gaps than
@@ -44,14 +42,16 @@ def check_equal(
     Raises:
         UsageError: ``rebuild-failed``; ``child`` names the first submodule that differs.
     """
-    if all_equal(recorded, found):
+    if recorded.gave_same(found):
         return
-    names = sorted(found.keys() ^ recorded.keys())
+    now = found.outputs
+    names = sorted(now.keys() ^ recorded.outputs.keys())
     what = [f"{name} is on one side only" for name in names] or [
         str(one)
-        for name, tensor in recorded.items()
-        if not (one := compare(name, tensor, found[name], reference.get(name), across=False)).close
+        for name, tensor in recorded.outputs.items()
+        if not (one := compare(name, tensor, now[name], reference.get(name), across=False)).close
     ]
+    what = what or list(filter(None, [plain_difference(found.plain, recorded.plain)]))
     if not what:
         return
     where = child()

@@ -25,7 +25,7 @@ from ckpt.loader.forward import (
     run_forward,
     used_devices,
 )
-from ckpt.loader.outputs import all_equal, is_plausible
+from ckpt.loader.outputs import is_plausible
 from ckpt.loader.own_run import check_equal, first_difference, kept, runnable
 from ckpt.loader.rebuild import rebuild
 from ckpt.loader.replica import (
@@ -79,14 +79,15 @@ def record_probe(
     with replaying(conditions), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the user's forward, which runs several times
         if captured.nbytes <= FULL_BYTES:
-            outputs, behaviour, children = _run_fully(trial, known)
-            reference = trial.reference(outputs)
+            run, behaviour, children = _run_fully(trial, known)
+            reference = trial.reference(run.outputs)
         else:
-            outputs, behaviour = _run_once(trial)
+            run, behaviour = _run_once(trial)
             children, reference = (), {}
         if module is not None and known is None:
-            _check_own(trial, module, (outputs, behaviour, children), reference)
-    described = capture({"inputs": inputs, "outputs": outputs, "reference": reference})
+            _check_own(trial, module, (run, behaviour, children), reference)
+    results = {"outputs": run.outputs, "reference": reference}
+    described = capture({"inputs": inputs, **results} | ({"plain": run.plain} if run.plain else {}))
     probe = Probe(
         root=described.root,
         tensors=described.tensors,
@@ -99,7 +100,7 @@ def record_probe(
     return RecordedProbe(probe, described, trial.skipped)
 
 
-def _run_fully(trial: _Trial, known: Behaviour | None) -> tuple[Outputs, Behaviour, Children]:
+def _run_fully(trial: _Trial, known: Behaviour | None) -> tuple[Run, Behaviour, Children]:
     module = trial.copy()
     before = _fingerprint(trial, module)
     first = trial.run(module, _SEED)
@@ -110,9 +111,9 @@ def _run_fully(trial: _Trial, known: Behaviour | None) -> tuple[Outputs, Behavio
 
     children = trial.run_children(fresh())
     if known is not None and not known.once:
-        return first.outputs, replace(known, changes_state=changed), children
-    repeats = all_equal(first.outputs, trial.run(fresh(), _SEED).outputs)
-    same = all_equal(first.outputs, trial.run(fresh(), _SEED + 1).outputs)
+        return first, replace(known, changes_state=changed), children
+    repeats = first.gave_same(trial.run(fresh(), _SEED))
+    same = first.gave_same(trial.run(fresh(), _SEED + 1))
     behaviour = Behaviour(
         repeats=repeats,
         stochastic=repeats and not same,
@@ -120,10 +121,10 @@ def _run_fully(trial: _Trial, known: Behaviour | None) -> tuple[Outputs, Behavio
         changes_state=changed,
         changes_inputs=trial.inputs_changed,
     )
-    return first.outputs, behaviour, children
+    return first, behaviour, children
 
 
-def _run_once(trial: _Trial) -> tuple[Outputs, Behaviour]:
+def _run_once(trial: _Trial) -> tuple[Run, Behaviour]:
     module = trial.sharing_copy()
     written = trial.parameter_writes()
     before = _fingerprint(trial, module)
@@ -137,28 +138,28 @@ def _run_once(trial: _Trial) -> tuple[Outputs, Behaviour]:
         changes_inputs=trial.inputs_changed,
         once=True,
     )
-    return run.outputs, behaviour
+    return run, behaviour
 
 
 def _check_own(
     trial: _Trial,
     module: nn.Module,
-    recorded: tuple[Outputs, Behaviour, Children],
+    recorded: tuple[Run, Behaviour, Children],
     reference: Outputs,
 ) -> None:
     """Compare what the user's module gives with what its copy gave."""
-    outputs, behaviour, children = recorded
+    run, behaviour, children = recorded
     own = runnable(module, trial.captured, behaviour)
     if own is None:
         return
     with kept(own, trial.captured, trial.spaces):
-        found = trial.run(own, _SEED).outputs
-        if behaviour.once and not all_equal(outputs, found):
-            again = trial.run(trial.sharing_copy(), _SEED).outputs
-            if not all_equal(outputs, again):  # it does not repeat itself
+        found = trial.run(own, _SEED)
+        if behaviour.once and not run.gave_same(found):
+            again = trial.run(trial.sharing_copy(), _SEED)
+            if not run.gave_same(again):  # it does not repeat itself
                 return
         check_equal(
-            outputs,
+            run,
             found,
             reference,
             lambda: first_difference(children, trial.run_children(own)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +13,10 @@ from torch import nn
 from ckpt.core.documents import Document, Module
 from ckpt.core.errors import CkptError, IntegrityError, NotFoundError
 from ckpt.core.printable import escape
-from ckpt.loader.classes import would_replace
+from ckpt.loader.classes import is_method, would_replace
+from ckpt.loader.cycles import find_cycle
 from ckpt.loader.restore import Restorer
-from ckpt.loader.snapshot import INTERNALS, find_cycle
+from ckpt.loader.snapshot import INTERNALS
 from ckpt.loader.trust import STORED_HOOKS, Named, Trust
 from ckpt.loader.values import Decoder
 
@@ -110,10 +112,7 @@ class _Builder(Decoder):
         if tag == "$same":
             return self.same(content)
         if tag == "$partial":
-            function, arguments, keywords = map(self.decode, content)
-            if not isinstance(arguments, tuple) or not isinstance(keywords, dict):
-                raise TypeError("the arguments of a partial are no tuple and dict")
-            return functools.partial(function, *arguments, **keywords)
+            return _partial(*map(self.decode, content))
         return super(_Builder, self)._decode_tag(tag, content)
 
     def module(self, index: Any) -> nn.Module:
@@ -204,6 +203,16 @@ class _Builder(Decoder):
     def same(self, number: Any) -> Any:
         """The object with that number, which comes before all that refer to it."""
         return self._objects[number]
+
+
+def _partial(function: Any, arguments: Any, keywords: Any) -> Any:
+    """A partial; of a method of a module with that module alone, the bound method."""
+    if not isinstance(arguments, tuple) or not isinstance(keywords, dict):
+        raise TypeError("the arguments of a partial are no tuple and dict")
+    owner = arguments[0] if len(arguments) == 1 and not keywords else None
+    if isinstance(owner, nn.Module) and is_method(function, owner):
+        return types.MethodType(function, owner)
+    return functools.partial(function, *arguments, **keywords)
 
 
 def _check_hook(place: str, value: Any) -> None:

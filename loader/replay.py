@@ -18,12 +18,13 @@ from ckpt.loader.devices import DeviceMap
 from ckpt.loader.forward import (
     Inputs,
     Outputs,
+    Run,
     check_inputs,
     run_children,
     run_forward,
     used_devices,
 )
-from ckpt.loader.outputs import Comparison, all_equal, compare
+from ckpt.loader.outputs import Comparison, all_equal, compare, plain_difference
 from ckpt.loader.replica import copied_again
 from ckpt.loader.restore import Restorer
 from ckpt.loader.spaces import MemorySpace
@@ -107,18 +108,22 @@ class _Replay:
         state = self._state()
         self._outputs: Outputs = state["outputs"]
         self._reference: Outputs = state["reference"]
+        self._plain: dict[str, Any] | None = state.get("plain")  # of an older probe unknown
 
     def judge(self) -> Outcome:
         """Run, compare, and say what that proves."""
         with replaying(self._probe.conditions, full_precision=self._across):
             conditions = describe_conditions(self._place)
-            found = self._run()
-            if all_equal(self._outputs, found):
-                return Outcome("outputs-exact", self._unseen(), self._compare(found))
+            run = self._run()
+            other = "" if self._plain is None else plain_difference(self._plain, run.plain)
+            if all_equal(self._outputs, run.outputs) and not other:
+                return Outcome("outputs-exact", self._unseen(), self._compare(run.outputs))
             changed = differences(self._probe.conditions, conditions)
-            return self._judge_unequal(found, changed)
+            return self._judge_unequal(run, other, changed)
 
-    def _judge_unequal(self, found: Outputs, changed: tuple[str, ...]) -> Outcome:
+    def _judge_unequal(self, run: Run, other: str, changed: tuple[str, ...]) -> Outcome:
+        """``other`` says which plain value is another one, if one is."""
+        found = run.outputs
         if found.keys() != self._outputs.keys():
             names = sorted(found.keys() ^ self._outputs.keys())
             raise _differ(f"{names[0]} is on one side only", changed, "")
@@ -134,17 +139,18 @@ class _Replay:
         if same_form and drawn and changed:
             reason = f"the forward draws random numbers, and {', '.join(changed)}"
             return Outcome("structure", reason, outputs)
-        if not drawn and all(output.close for output in outputs):
+        whole = [str(output) for output in outputs if not output.close]
+        if not drawn and not whole and not other:
             reasons = [", ".join(changed) or "the last bits differ", self._unseen()]
             return Outcome("outputs-close", "; ".join(filter(None, reasons)), outputs)
-        whole = [output for output in outputs if not output.close]
-        if self._across and all(output.mismatches for output in whole):
-            return Outcome("structure", str(whole[0]), outputs)
-        if behaviour.once and not all_equal(found, self._run()):
+        if not whole and other and changed:  # it may tell last digits, or name the machine
+            return Outcome("structure", f"{other}; {', '.join(changed)}", outputs)
+        if self._across and all(output.close or output.mismatches for output in outputs):
+            return Outcome("structure", whole[0] if whole else other, outputs)
+        if behaviour.once and not run.gave_same(self._run()):
             return Outcome("structure", "the forward does not repeat itself", outputs)
-        raise _differ(
-            str(whole[0]) if whole else str(outputs[0]), changed, self._first_child(changed)
-        )
+        what = whole[0] if whole else other or str(outputs[0])
+        raise _differ(what, changed, self._first_child(changed))
 
     def _unseen(self) -> str:
         names = ", ".join(escape(name, 80) for name in self._skipped)
@@ -156,7 +162,7 @@ class _Replay:
             for name, recorded in self._outputs.items()
         )
 
-    def _run(self) -> Outputs:
+    def _run(self) -> Run:
         inputs: Inputs = check_inputs(self._state()["inputs"])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the user's forward, which said them before
@@ -170,19 +176,22 @@ class _Replay:
                     hint="its code may have changed; get the weights with pull",
                 ) from error
         self._skipped = run.skipped
-        return run.outputs
+        return run
 
     def _state(self) -> dict[str, Any]:
         """Inputs and outputs; built anew each time, for a forward may write to its inputs."""
         fresh = copied_again(self._document, self._spaces)
         state = Restorer(self._document, fresh, self._device).state()
-        if not isinstance(state, dict) or state.keys() != {"inputs", "outputs", "reference"}:
+        wanted = {"inputs", "outputs", "reference"}
+        if not isinstance(state, dict) or state.keys() - {"plain"} != wanted:
             raise _damaged("it has no inputs and outputs")
         for results in (state["outputs"], state["reference"]):
             if not isinstance(results, dict) or not all(
                 isinstance(tensor, torch.Tensor) for tensor in results.values()
             ):
                 raise _damaged("its outputs are no tensors by name")
+        if not isinstance(state.get("plain", {}), dict):
+            raise _damaged("its plain values have no names")
         if not isinstance(state["inputs"], (tuple, dict)) or not state["outputs"]:
             raise _damaged("it has no inputs or no outputs")
         return state

@@ -127,7 +127,16 @@ class WideRestorer(Restorer):
             wide = torch.complex128
         else:
             return made
-        widened = made.detach().to(wide)
+        widened = _converted(made.detach(), wide)
         if isinstance(made, nn.Parameter):
             return nn.Parameter(widened, requires_grad=made.requires_grad)
         return widened
+
+
+def _converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Another dtype of a tensor. A dimension of stride 0 is converted once: written out, it may be
+    larger than any memory."""
+    if tensor.layout != torch.strided or 0 not in tensor.stride():
+        return tensor.to(dtype)
+    once = tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())
+    return tensor[once].to(dtype).expand(tensor.shape)

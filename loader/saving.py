@@ -26,12 +26,13 @@ def save_file(state: Any, file: BinaryIO) -> None:
     """Write a state with ``torch.save``; what shares memory goes on sharing it.
 
     Raises:
+        UnwritableError: torch cannot write it, such as one memory as two dtypes.
         OSError: what the system said to the writing of it.
     """
     try:
         torch.save(state, file)
     except RuntimeError as error:
-        raise _system_error(error) or error from None
+        raise _system_error(error) or UnwritableError(str(error)) from None
 
 
 def save_shards(state: dict[str, Any], folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -18,13 +18,16 @@ from ckpt.core.errors import UsageError
 from ckpt.core.printable import escape
 from ckpt.loader.capture import Captured, TensorTable, capture
 from ckpt.loader.classes import (
+    container_of,
     describe_classes,
     has_slots,
+    is_method,
     is_of_torch,
     is_plain_class,
     reference_of,
     would_replace,
 )
+from ckpt.loader.cycles import find_cycle
 from ckpt.loader.trust import STORED_HOOKS
 from ckpt.loader.values import Encoder, Path, RefusedError
 from ckpt.loader.wrappers import HOOKS, unwrap
@@ -132,12 +135,22 @@ class _ModuleEncoder(Encoder):
         if isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
             raise RefusedError("an operator of torch.ops; use its function, such as torch.relu")
         if isinstance(value, types.MethodType):
-            raise RefusedError("a bound method; store its object and look the method up in forward")
+            return self._encode_method(value, path)
         if isinstance(value, type):
             return {"$class": self._refer(value)}
         if isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
             return {"$function": self._refer(value)}
         return self._encode_object(value, path)
+
+    def _encode_method(self, value: types.MethodType, path: Path) -> Any:
+        """A method of a module that is described already: its function, with that module as the
+        only argument of a partial."""
+        owner: Any = value.__self__
+        function = value.__func__
+        if id(owner) not in self._seen or not is_method(function, owner):
+            raise RefusedError("a bound method; store its object and look the method up in forward")
+        parts: list[Any] = [function, (owner,), {}]
+        return {"$partial": [self._encode(part, path) for part in parts]}
 
     def _encode_object(self, value: Any, path: Path) -> Any:
         """A plain object; one that several places refer to is described at the first of them,
@@ -208,6 +221,11 @@ class _ModuleEncoder(Encoder):
         if has_slots(kind):
             raise RefusedError(
                 f"{kind.__qualname__} has __slots__, whose values are not in its dict; remove them"
+            )
+        if container := container_of(kind):
+            raise RefusedError(
+                f"{kind.__qualname__} is a {container} too, whose items are not in its dict; "
+                "keep them in an attribute"
             )
         state = _state_of(module)
         parametrized = _parametrized(module)
@@ -336,29 +354,6 @@ def _attribute_path(path: Path) -> str:
     while parts and parts[-1].isdigit():
         parts.pop()
     return escape(".".join(parts), 80)
-
-
-def find_cycle(modules: Sequence[Module]) -> str | None:
-    """The path of a module that is a child of itself, at any depth: no state_dict can have it."""
-    done: set[int] = set()
-
-    def visit(index: int, above: frozenset[int]) -> str | None:
-        if index in above:
-            return modules[index].path
-        if index in done or not 0 <= index < len(modules):
-            return None
-        for _, child in modules[index].children:
-            found = None if child is None else visit(child, above | {index})
-            if found is not None:
-                return found
-        done.add(index)
-        return None
-
-    for index in range(len(modules)):
-        found = visit(index, frozenset())
-        if found is not None:
-            return found
-    return None
 
 
 def _is_parametrized(module: nn.Module) -> bool:

@@ -10,6 +10,9 @@ from typing import Any
 import numpy
 import torch
 
+from ckpt.core.errors import SpaceError
+from ckpt.core.printable import escape
+
 # Integers of each item size: bits are moved as these, because few kernels know every dtype.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 # The characters of the numpy dtypes that torch has, in native byte order.
@@ -84,15 +87,33 @@ def as_copied(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def laid_out(name: str, value: Any) -> MemoryTensor:
-    """Any restored tensor or array as plain values in C order; sparse and quantised ones dense."""
+    """Any restored tensor or array as plain values in C order; sparse and quantised ones dense.
+
+    Raises:
+        SpaceError: ``no-memory`` when what is sparse or repeated is too large for that.
+    """
     tensor = value if isinstance(value, torch.Tensor) else from_array(value)
     tensor = tensor.detach()
-    if tensor.is_quantized:
-        tensor = tensor.dequantize()
-    elif tensor.layout != torch.strided:
-        tensor = tensor.to_dense()
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return MemoryTensor(name, dtype, tensor.contiguous())
+    try:
+        if tensor.is_quantized:
+            tensor = tensor.dequantize()
+        elif tensor.layout != torch.strided:
+            tensor = tensor.to_dense()
+        plain = tensor.contiguous()
+    except RuntimeError as error:
+        raise no_room(name, error) or error from None
+    return MemoryTensor(name, str(tensor.dtype).removeprefix("torch."), plain)
+
+
+def no_room(name: str, error: Exception) -> SpaceError | None:
+    """The error for a tensor that torch found no memory for, if that is what it says."""
+    if not isinstance(error, RuntimeError) or "tried to allocate" not in str(error).lower():
+        return None
+    return SpaceError(
+        "no-memory",
+        f'there is no room for "{escape(name)}" ({escape(str(error).splitlines()[0])})',
+        hint="free some memory, or give device= another one",
+    )
 
 
 class RegionTensor:

@@ -11,12 +11,12 @@ import torch
 
 from ckpt.core.documents import Part, Tensor
 from ckpt.core.dtypes import ITEM_SIZES, QUANTIZED
-from ckpt.core.errors import CkptError, IntegrityError, SpaceError
+from ckpt.core.errors import CkptError, IntegrityError
 from ckpt.core.printable import escape
 from ckpt.core.tensors import CHUNK_BYTES
 from ckpt.loader.devices import DeviceMap, destination
 from ckpt.loader.huge_pages import use_huge_pages
-from ckpt.loader.sources import as_bits, as_bytes
+from ckpt.loader.sources import as_bits, as_bytes, no_room
 
 # Beyond any tensor; arithmetic on larger numbers would only take time.
 _SHAPE_BITS = 4096
@@ -236,13 +236,7 @@ def check_shape(entry: Tensor) -> None:
 
 def not_made(entry: Tensor, error: Exception) -> CkptError:
     """The error for a tensor that torch could not make: there was no room, or it cannot be one."""
-    if isinstance(error, RuntimeError) and "tried to allocate" in str(error).lower():
-        return SpaceError(
-            "no-memory",
-            f'there is no room for "{escape(entry.name)}" ({escape(str(error).splitlines()[0])})',
-            hint="free some memory, or give device= another one",
-        )
-    return damaged(f'"{entry.name}": {error}')
+    return no_room(entry.name, error) or damaged(f'"{entry.name}": {error}')
 
 
 def damaged(reason: str) -> IntegrityError:

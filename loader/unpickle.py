@@ -2,9 +2,10 @@
 
 It reads requests from its standard input, one line of JSON each, and answers on its standard
 output; it ends with its input. ``["open", path, bytes of memory]`` is answered by one line of JSON,
-``{"document": length}`` and the document, or ``{"failed": [kind, code, message, hint]}``. Then
-``["read", index, offset, length]`` is answered by exactly these bytes of that tensor. Nothing is
-loaded whole: tensors stay in the mapped file until they are read.
+``{"document": length, "notes": [what its user should know]}`` and the document, or
+``{"failed": [kind, code, message, hint]}``. Then ``["read", index, offset, length]`` is answered by
+exactly these bytes of that tensor. Nothing is loaded whole: tensors stay in the mapped file until
+they are read.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 import resource
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -71,6 +73,7 @@ _FORBIDDEN = (
     "ctypes.dlopen",
 )
 _VALUES = 10_000_000
+_NOTES = 20  # more than anybody reads, and few enough for a line
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -189,7 +192,14 @@ class _Session:
             failed = [_kind(error), error.code, error.message, error.hint]
             self._answers.write(json.dumps({"failed": failed}).encode() + b"\n")
             return
-        self._answers.write(json.dumps({"document": len(body)}).encode() + b"\n" + body)
+        answer = {"document": len(body), "notes": _first(self._captured.notes)}
+        self._answers.write(json.dumps(answer).encode() + b"\n" + body)
+
+
+def _first(notes: Sequence[str]) -> list[str]:
+    """The first notes, and how many more there are."""
+    more = [f"{len(notes) - _NOTES} more like these"] if len(notes) > _NOTES else []
+    return [escape(note, 1000) for note in notes[:_NOTES]] + more
 
 
 def _kind(error: CkptError) -> str:

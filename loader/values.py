@@ -69,6 +69,8 @@ class Encoder:
     refusals: list[tuple[Path, str]] = field(default_factory=list)
     _dicts: int = 0
     _open: set[int] = field(default_factory=set)
+    # By identity, kept alive as long as it counts: each generator, and the entry of its state.
+    _generators: dict[int, tuple[torch.Generator, int]] = field(default_factory=dict)
 
     def encode_root(self, state: Any) -> Any:
         """The JSON form of a whole state; what cannot be stored is noted in ``refusals``."""
@@ -103,9 +105,15 @@ class Encoder:
         if isinstance(value, numpy.generic):
             return _encode_numpy_scalar(value)
         if kind is torch.Generator:
-            state = self.tensors.take(value.get_state(), (*path, "state"))
-            return {"$generator": [str(value.device), state]}
+            return {"$generator": [str(value.device), self._take_generator(value, path)]}
         return self._encode_other(value, path)
+
+    def _take_generator(self, value: torch.Generator, path: Path) -> int:
+        """The entry of its state, which no other generator has."""
+        if id(value) not in self._generators:
+            state = self.tensors.take(value.get_state(), (*path, "state"))
+            self._generators[id(value)] = value, state
+        return self._generators[id(value)][1]
 
     def _encode_other(self, value: Any, path: Path) -> Any:
         """What is no plain value; a module's encoder knows more of it."""
@@ -356,6 +364,7 @@ class Decoder:
     order: Mapping[int, tuple[int, ...]]
     generator: Callable[[str, Any], torch.Generator]
     _dicts: int = 0
+    _generators: dict[int, torch.Generator] = field(default_factory=dict)
 
     def decode(self, value: Any) -> Any:
         """The Python value of a JSON value.
@@ -382,7 +391,7 @@ class Decoder:
         if tag == "$dict":
             return self._decode_dict(content)
         if tag == "$generator":
-            return self.generator(content[0], self.tensors(content[1]))
+            return self._decode_generator(*content)
         if tag == "$deque":
             return deque(self._decode_items(content[1]), maxlen=content[0])
         if tag == "$defaultdict":
@@ -401,6 +410,12 @@ class Decoder:
         if encode(made) != {tag: content}:
             raise ValueError(f"{tag} is not in its canonical form")
         return made
+
+    def _decode_generator(self, device: str, state: int) -> torch.Generator:
+        """One object for each state, however often it is referred to."""
+        if state not in self._generators:
+            self._generators[state] = self.generator(device, self.tensors(state))
+        return self._generators[state]
 
     def _decode_items(self, items: Any) -> list[Any]:
         if not isinstance(items, list):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckpt.core.errors import CkptError, UsageError
+from ckpt.core.errors import CkptError, CkptWarning, UsageError
 from ckpt.core.names import check_aliases
 from ckpt.core.printable import escape
 from ckpt.core.records import Version
@@ -156,6 +157,9 @@ class Exchange:
                 described, one = stack.enter_context(opening)
             except CkptError as error:
                 return Imported(replace(one, refused=error))
+            for note in one.notes:
+                said_of = f"{escape(one.path.name, 80)}: {note}"
+                warnings.warn(said_of, CkptWarning, stacklevel=3)
             step = one.step if said.step is None else said.step
             one = replace(one, step=step, labels={**one.labels, **said.labels})
             message = said.message or f"imported from {escape(one.path.name, 200)}"

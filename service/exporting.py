@@ -115,11 +115,15 @@ def _is_same(document: Document, path: Path) -> bool:
 
 def _write_file(version: Version, state: Any, destination: Path, force: bool) -> str:
     """Write a ``.pt`` file; returns the digest of what it holds."""
-    from ckpt.loader.saving import save_file, state_digest
+    from ckpt.loader.saving import UnwritableError, save_file, state_digest
 
     with new_file(destination, version.nbytes, force=force) as handle:
-        with os.fdopen(os.dup(handle), "wb") as file:
-            save_file(state, file)
+        try:
+            with os.fdopen(os.dup(handle), "wb") as file:
+                save_file(state, file)
+        except UnwritableError as error:
+            reason = f"is nothing that torch.save can write: {escape(str(error))}"
+            raise _cannot(version, reason, "give --format safetensors") from error
         with _readable(version), Unpickler(inherited=(handle,)) as unpickler:
             written = unpickler.open(Path(f"/dev/fd/{handle}")).with_digests()
         digest = digest_of(identity_bytes(written))

@@ -52,7 +52,8 @@ _CONVERT = "load the model and save it with save_pretrained(…, safe_serializat
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A file or folder that may be imported, or why it may not."""
+    """A file or folder that may be imported, or why it may not. ``notes`` says what of it an import
+    leaves out, once it was opened."""
 
     path: Path
     kind: Kind | None
@@ -60,6 +61,7 @@ class Checkpoint:
     step: int | None = None
     labels: dict[str, str] = field(default_factory=dict)
     refused: CkptError | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +256,7 @@ def opened(
             order=state.document.order,
             check=state.check_unchanged,
         )
-        yield described, _as_lightning(one, state.document.root)
+        yield described, replace(_as_lightning(one, state.document.root), notes=state.notes)
 
 
 def _of_files(opened: OpenFolder | OpenFile, **more: Any) -> Described:

@@ -66,12 +66,13 @@ class RemoteTensor:
 @dataclass(frozen=True, slots=True)
 class Unpickled:
     """A checkpoint as a document without digests, and its bytes; valid until the next one is
-    opened by the same child."""
+    opened by the same child. ``notes`` says what is lost of it."""
 
     path: Path
     document: Document
     sources: tuple[TensorBytes | None, ...]
     files: tuple[tuple[Path, tuple[int, int, int]], ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -116,12 +117,12 @@ class Unpickler:
         files = _statuses(path)
         nbytes = sum(size for _, (size, _, _) in files)
         try:
-            document = self._document(path, nbytes)
+            document, notes = self._document(path, nbytes)
             sources = tuple(
                 RemoteTensor(self, index, entry) if entry.has_bytes else None
                 for index, entry in enumerate(document.tensors)
             )
-            opened = Unpickled(path, document, sources, files)
+            opened = Unpickled(path, document, sources, files, notes)
             if opened.nbytes > 4 * nbytes:
                 raise _damaged("its tensors are larger than the file")
         except CkptError as error:
@@ -129,7 +130,7 @@ class Unpickler:
             raise
         return opened
 
-    def _document(self, path: Path, nbytes: int) -> Document:
+    def _document(self, path: Path, nbytes: int) -> tuple[Document, tuple[str, ...]]:
         with self._lock:
             process = self._running()
             timer = threading.Timer(_SECONDS, process.kill)
@@ -144,6 +145,7 @@ class Unpickler:
                     raise _ERRORS[kind](str(code), escape(str(message), 4000), hint=said)
                 if not 0 < answer["document"] <= _DOCUMENT_BYTES:
                     raise _damaged("it holds too many values")
+                notes = tuple(escape(str(note), 1000) for note in answer["notes"])
                 document = decode_document(bytes(self._exactly(answer["document"])))
             except (IndexError, KeyError, TypeError, ValueError) as error:
                 raise _damaged(f"it was answered with {error!r}") from None
@@ -151,7 +153,7 @@ class Unpickler:
                 timer.cancel()
         if document.state != "values" or document.modules or document.classes:
             raise _damaged("it is no state of plain values")
-        return document
+        return document, notes
 
     def read(self, index: int, offset: int, length: int) -> memoryview:
         """Bytes of one tensor of the checkpoint that is open; called from several threads."""

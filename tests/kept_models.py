@@ -211,3 +211,30 @@ class Defaulting(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.layer(x)
         return y
+
+
+class Calling(nn.Module):
+    """Keeps methods of itself and of a child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Delegating(nn.Linear(2, 2))
+        self.step: Any = self.inner.forward
+        self.steps: list[Any] = [self.scale, functools.partial(double)]
+
+    def scale(self, x: Tensor) -> Tensor:
+        return x * 3
+
+    @classmethod
+    def register(cls) -> None:
+        """A method of the class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.step(x)
+        for step in self.steps:
+            y = step(y)
+        return y
+
+
+class Listing(nn.Module, list[int]):
+    """A module that is a list too."""

@@ -151,3 +151,82 @@ class Hiding(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Any]:
         return {"y": x, "hidden": (x for _ in ()), "some": {x}, "who": self, "name": "y"}
+
+
+class Naming(nn.Module):
+    """Gives words and other plain values beside a tensor; some of them may be lost, or change."""
+
+    extra: Any = None
+
+    def __init__(self, label: str) -> None:
+        super().__init__()
+        self.label = label
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "label": "cat"}
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        words = numpy.array(["a", "b"])
+        plain = {"label": self.label, "raw": b"\0", "none": None, "large": 1 << 70}
+        return {"y": x, "words": words, "back": words[::-1], **plain, "extra": Naming.extra}
+
+
+class Timing(nn.Module):
+    """Gives another text each time."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, str]:
+        return x, os.urandom(1 + os.urandom(1)[0] % 8).hex()
+
+
+class Marked(Tensor):
+    """A tensor of another class."""
+
+
+class Dispatched(Tensor):
+    """A tensor whose class decides what is done with it."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, *given: Any) -> Any:
+        _, args, kwargs = given
+        return function(*args, **(kwargs or {}))
+
+
+class Giving(nn.Module):
+    """Gives a tensor, and what was made of it."""
+
+    def __init__(self, made: Any) -> None:
+        super().__init__()
+        self.made = made
+
+    def forward(self, x: Tensor) -> Any:
+        return x * 2, self.made(x)
+
+
+def as_marked(x: Tensor) -> Tensor:
+    """A tensor of another class, of the same values."""
+    return x.as_subclass(Marked)
+
+
+def as_dispatched(x: Tensor) -> Tensor:
+    """A tensor that only its class can read."""
+    return x.as_subclass(Dispatched)
+
+
+def as_quantised(x: Tensor) -> Tensor:
+    """A quantised tensor."""
+    return torch.quantize_per_tensor(x, 0.1, 3, torch.quint8)
+
+
+def as_nested(x: Tensor) -> Tensor:
+    """Rows of several lengths."""
+    return torch.nested.nested_tensor([x[0], x[1, :2]], layout=torch.jagged)
+
+
+def as_shape(x: Tensor) -> Tensor:
+    """A shape without values."""
+    return x.to("meta")
+
+
+def double(x: Tensor) -> Tensor:
+    """Twice as much."""
+    return x * 2

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 import ckpt
 from ckpt.cli import main as entry
 from ckpt.core.effects import observed
-from ckpt.core.errors import ConflictError, IntegrityError, StorageError, UsageError
+from ckpt.core.errors import ConflictError, IntegrityError, SpaceError, StorageError, UsageError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
@@ -64,6 +64,37 @@ def test_what_weights_only_would_refuse_is_not_exported(
     with pytest.raises(UsageError, match="cannot be carried by this format") as error:
         repo.export_file("net", tmp_path / "net.pt")
     assert error.value.code == "cannot-export"
+    assert [path.name for path in tmp_path.iterdir()] == [".ckpt"]
+
+
+def test_one_memory_of_two_dtypes_is_refused_by_torch_and_nothing_is_left(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    whole = torch.arange(4, dtype=torch.int32)
+    repo.push({"whole": whole, "bytes": whole.view(torch.uint8)}, "net")
+    with pytest.raises(UsageError, match=r"is nothing that torch\.save can write") as error:
+        repo.export_file("net", tmp_path / "net.pt")
+    assert error.value.code == "cannot-export"
+    assert [path.name for path in tmp_path.iterdir()] == [".ckpt"]
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1).expand(1 << 45),
+        torch.sparse_coo_tensor(
+            torch.tensor([[9]]), torch.ones(1), (1 << 45,), check_invariants=True
+        ),
+    ],
+    ids=["repeated", "sparse"],
+)
+def test_what_is_too_large_to_be_written_out_is_told_and_nothing_is_left(
+    repo: ckpt.Repository, tmp_path: Path, tensor: torch.Tensor
+) -> None:
+    repo.push({"large": tensor}, "net")
+    with pytest.raises(SpaceError, match='there is no room for "large"') as error:
+        repo.export_file("net", tmp_path / "net.safetensors")
+    assert error.value.code == "no-memory"
     assert [path.name for path in tmp_path.iterdir()] == [".ckpt"]
 
 

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 import ckpt
-from ckpt.core.errors import CkptError, UsageError
+from ckpt.core.errors import CkptError, CkptWarning, UsageError
 from ckpt.service.importing import find_checkpoints
 from ckpt.service.unpickling import Unpickler
 
@@ -83,6 +83,27 @@ def test_a_pull_after_an_import_loads_into_the_optimizer(
     optimizer.load_state_dict(back["optimizer"])
     for index, moments in state["optimizer"]["state"].items():
         assert torch.equal(back["optimizer"]["state"][index]["exp_avg"], moments["exp_avg"])
+
+
+def test_what_an_import_leaves_out_of_a_tensor_is_named_as_by_a_push(
+    repo: ckpt.Repository, tmp_path: Path
+) -> None:
+    weight: Any = torch.nn.Parameter(torch.rand(2))
+    weight.my_tag = "mine"
+    torch.save({"a": {"w": weight}}, tmp_path / "state.pt")
+    with pytest.warns(CkptWarning) as said:
+        repo.import_files(tmp_path / "state.pt", "net")
+    (note,) = [str(one.message) for one in said]
+    assert note == "state.pt: a.w: its attribute my_tag is not stored"
+    many: Any = torch.rand(2)
+    vars(many).update({f"tag{number}\x1b": "x" * 10_000 for number in range(3000)})
+    torch.save(many, tmp_path / "many.pt")
+    with pytest.warns(CkptWarning) as said:
+        repo.import_files(tmp_path / "many.pt", "many")
+    texts = [str(one.message) for one in said]
+    assert texts[-1] == "many.pt: 2980 more like these"
+    assert len(texts) == 21
+    assert all(text.isprintable() for text in texts)
 
 
 def lightning(step: int, epoch: int) -> dict[str, Any]:

@@ -79,6 +79,11 @@ def lora() -> Any:
     )
 
 
+def tuned(config: Any) -> Any:
+    """A model for generation, which keeps a method of the model inside it."""
+    return peft.get_peft_model(llama(False), config)
+
+
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "bert": (bert, TOKENS),
     "frozen bert": (frozen_bert, TOKENS),
@@ -86,6 +91,14 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (llama, TOKENS),
     "t5": (t5, {**TOKENS, "labels": TOKENS["input_ids"]}),
     "lora": (lora, TOKENS),
+    "lora to generate": (
+        lambda: tuned(peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")),
+        TOKENS,
+    ),
+    "prompt": (
+        lambda: tuned(peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")),
+        TOKENS,
+    ),
 }
 
 
@@ -103,6 +116,20 @@ def test_a_library_model_comes_back_proven(repo: ckpt.Repository, name: str) -> 
     assert all(one.requires_grad == after[key].requires_grad for key, one in before.items())
     assert net.state_dict().keys() == loaded.state_dict().keys()
     assert type(loaded) is type(net)
+
+
+def test_an_adapted_model_generates_as_before_and_may_be_pushed_again(
+    repo: ckpt.Repository,
+) -> None:
+    torch.manual_seed(0)
+    net = MODELS["lora to generate"][0]().eval()
+    repo.push(net, "m")
+    loaded: Any = repo.load("m", trust=["transformers", "peft"])
+    given = {"input_ids": TOKENS["input_ids"], "max_new_tokens": 4, "do_sample": False}
+    wanted = net.generate(**given, pad_token_id=0)
+    assert torch.equal(loaded.generate(**given, pad_token_id=0), wanted)
+    repo.push(loaded, "again")
+    assert repo.verify("again", trust=["transformers", "peft"]).verdict == "structure"
 
 
 def test_ties_of_a_library_model_hold(repo: ckpt.Repository) -> None:

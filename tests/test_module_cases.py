@@ -6,6 +6,7 @@ import functools
 import re
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ import pytest
 import torch
 from kept_models import (
     Backward,
+    Calling,
     Defaulting,
+    Delegating,
     Fresh,
     Keeping,
+    Listing,
     Locking,
     LockingAgain,
     NeedsArguments,
@@ -241,6 +245,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "method by a class": (forward_by_class, 'forward: attribute "forward" would replace a method'),
     "own partial": (lambda: with_attribute(OwnPartial(double)), "extra: a partial with a class"),
     "marked partial": (lambda: with_attribute(marked()), "extra: a partial with .*attributes"),
+    "list": (Listing, "<root>: Listing is a list too, whose items are not in its dict; keep them"),
+    "compiled function": (
+        lambda: with_attribute(torch.compile(double)),
+        "extra: a wrapped kept_models.double, .* wrap it where it is defined",
+    ),
     "slots": (Slotted, "<root>: Slotted has __slots__"),
     "flags": (
         lambda: with_attribute([re.IGNORECASE | re.MULTILINE]),
@@ -272,6 +281,41 @@ def test_an_object_that_several_modules_share_is_one_again(repo: ckpt.Repository
     assert (loaded.settings.width, loaded[2].settings[0].width) == (3, 3)
     net[0].settings = Shared(width=3)  # other values nowhere, and another structure
     assert repo.push(net, "m").number == 2
+
+
+def test_a_method_of_a_module_in_it_is_one_of_the_loaded_module(repo: ckpt.Repository) -> None:
+    net = Calling()
+    repo.push(net, "m", inputs=(torch.rand(1, 2),))
+    loaded: Any = repo.load("m", trust=TRUST, require="outputs-exact")
+    assert loaded.step == loaded.inner.forward
+    assert loaded.steps[0] == loaded.scale
+    assert isinstance(loaded.steps[1], functools.partial)
+    classes: list[Any] = [Calling, Delegating, double]
+    methods: list[Any] = [Calling.scale, Delegating.forward]
+    with pytest.raises(ckpt.CkptError, match=r"2 classes .*: kept_models:Calling\.scale, "):
+        repo.load("m", trust=classes)
+    repo.load("m", trust=[*classes, *methods])
+
+
+def test_a_bound_method_of_another_function_or_module_is_refused(repo: ckpt.Repository) -> None:
+    for value in (Calling().scale, types.MethodType(double, torch.ones(1)), Calling.register):
+        with pytest.raises(UsageError, match="extra: a bound method"):
+            repo.push(with_attribute(value), "m")
+    net: Any = with_attribute(None)
+    net.extra = types.MethodType(double, net)
+    with pytest.raises(UsageError, match="extra: a bound method"):
+        repo.push(net, "m")
+
+
+def test_a_generator_that_several_modules_hold_is_one_again(repo: ckpt.Repository) -> None:
+    net: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    net[0].draws = net[1].draws = net.draws = torch.Generator().manual_seed(3)
+    net[0].own = torch.Generator().manual_seed(3)
+    repo.push(net, "m")
+    loaded: Any = repo.load("m")
+    assert loaded[0].draws is loaded[1].draws is loaded.draws
+    assert loaded[0].own is not loaded.draws
+    assert repo.push(loaded, "m").number == 1
 
 
 def test_objects_that_live_only_while_they_are_described_are_not_taken_for_one(

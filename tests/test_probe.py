@@ -19,22 +19,32 @@ from probed_models import (
     Caching,
     Counting,
     Forgetting,
+    Giving,
     Hiding,
     Hookless,
     LargestOf,
     MakesTensors,
+    Naming,
     Noisy,
     Scaled,
     Slotted,
     Tail,
+    Timing,
     Unsteady,
     Writing,
+    as_dispatched,
+    as_marked,
+    as_nested,
+    as_quantised,
+    as_shape,
+    double,
 )
 from torch import Tensor, nn
 
 import ckpt
 from ckpt.core.documents import Behaviour
 from ckpt.core.errors import IntegrityError, UsageError
+from ckpt.loader.capture import Captured, capture
 from ckpt.loader.forward import run_forward
 from ckpt.loader.outputs import compare, named_tensors
 
@@ -163,6 +173,33 @@ class TestBehaviour:
         inner.gain = 1.0  # what its __setstate__ makes
         repo.push(net, "m", inputs=(torch.ones(4, 3),))
         assert (inner.calls, inner.seen) == (0, {})
+
+    def test_a_buffer_that_repeats_itself_without_end_takes_no_memory(
+        self, repo: ckpt.Repository
+    ) -> None:
+        net: Any = Giving(double)
+        net.register_buffer("mask", torch.ones(1, 3).expand(1 << 38, 3))
+        repo.push(net, "m", inputs=(torch.rand(2, 3),))
+        report = repo.verify("m", trust=TRUST)
+        assert report.verdict == "outputs-exact"
+        probe = repo.document("m").probe
+        assert probe is not None
+        assert {tensor.dtype for tensor in probe.tensors} == {"float32", "float64"}
+
+    def test_a_text_that_the_copy_gives_otherwise_is_refused(self, repo: ckpt.Repository) -> None:
+        with pytest.raises(UsageError, match=r"output\.label: 'cat' and not 'dog'") as caught:
+            repo.push(Naming("dog"), "m", inputs=(torch.ones(2),))
+        assert caught.value.code == "rebuild-failed"
+        repo.push(Naming("cat"), "m", inputs=(torch.ones(2),))
+
+    def test_a_text_that_is_another_each_time_is_not_compared(self, repo: ckpt.Repository) -> None:
+        repo.push(Timing(), "m", inputs=(torch.ones(2),))
+        assert behaviour_of(repo, "m") == Behaviour(repeats=False)
+        report = repo.verify("m", trust=TRUST)
+        assert (report.verdict, report.reason) == (
+            "structure",
+            "the forward does not repeat itself",
+        )
 
     def test_weights_at_any_address_give_the_outputs_of_their_copy(
         self, repo: ckpt.Repository
@@ -351,6 +388,45 @@ class TestVerdicts:
         ) as caught:
             repo.load("m", trust=TRUST)
         assert caught.value.code == "outputs-differ"
+
+    @pytest.mark.parametrize(
+        ("value", "other"), [("a", "b"), ("a", b"a"), (b"a", b"b"), ("a", None), (1 << 70, 1 << 71)]
+    )
+    def test_plain_values_are_compared_by_type_and_value(
+        self, repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch, value: Any, other: Any
+    ) -> None:
+        for before, now in ((value, other), (other, value)):
+            monkeypatch.setattr(Naming, "extra", before)
+            repo.push(Naming("cat"), "m", inputs=(torch.ones(2),))
+            assert repo.verify("m", trust=TRUST).verdict == "outputs-exact"
+            monkeypatch.setattr(Naming, "extra", now)
+            with pytest.raises(IntegrityError, match=r"outputs differ: output\.extra") as caught:
+                repo.load("m", trust=TRUST)
+            assert caught.value.code == "outputs-differ"
+
+    def test_another_text_on_another_machine_is_named_and_no_failure(
+        self, repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Naming, "extra", "0.1234")
+        repo.push(Naming("cat"), "m", inputs=(torch.ones(2),))
+        monkeypatch.setattr(Naming, "extra", "0.1235")
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "OTHER")
+        report = repo.verify("m", trust=TRUST)
+        assert report.verdict == "structure"
+        assert report.reason.startswith("output.extra: '0.1235' and not '0.1234'; ")
+
+    def test_a_probe_that_was_recorded_without_plain_values_is_compared_without(
+        self, repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def capture_without(state: Any) -> Captured:
+            if "plain" in state:
+                state = {key: value for key, value in state.items() if key != "plain"}
+            return capture(state)
+
+        monkeypatch.setattr("ckpt.loader.probe.capture", capture_without)
+        repo.push(Naming("cat"), "m", inputs=(torch.ones(2),))
+        monkeypatch.setattr(Naming, "extra", "other")
+        assert repo.verify("m", trust=TRUST).verdict == "outputs-exact"
 
     def test_a_changed_form_of_the_outputs_is_refused(
         self, repo: ckpt.Repository, monkeypatch: pytest.MonkeyPatch
@@ -602,6 +678,32 @@ class TestComparison:
         assert (report.verdict, report.reason) == (
             "outputs-exact",
             f"not compared: {', '.join(hidden)}",
+        )
+
+    @pytest.mark.usefixtures("proven_here")
+    @pytest.mark.parametrize("made", [as_quantised, as_marked])
+    def test_tensors_of_other_kinds_are_compared_by_their_values(
+        self, repo: ckpt.Repository, made: Any
+    ) -> None:
+        repo.push(Giving(made), "m", inputs=(torch.rand(2, 3),))
+        report = repo.verify("m", trust=TRUST)
+        assert [output.name for output in report.outputs] == ["output.0", "output.1"]
+        assert (report.verdict, report.reason) == ("outputs-exact", "")
+
+    @pytest.mark.usefixtures("proven_here")
+    @pytest.mark.parametrize(
+        ("made", "kind"),
+        [(as_nested, "NestedTensor"), (as_shape, "Tensor"), (as_dispatched, "Dispatched")],
+    )
+    def test_a_tensor_whose_values_nobody_can_read_is_named_and_the_others_compared(
+        self, repo: ckpt.Repository, made: Any, kind: str
+    ) -> None:
+        with pytest.warns(ckpt.CkptWarning, match=rf"output\.1 \(a {kind}\) cannot be looked into"):
+            repo.push(Giving(made), "m", inputs=(torch.rand(2, 3),))
+        report = repo.verify("m", trust=TRUST)
+        assert (report.verdict, report.reason) == (
+            "outputs-exact",
+            f"not compared: output.1 (a {kind})",
         )
 
     def test_results_whose_keys_read_alike_all_have_names(self) -> None:

@@ -238,6 +238,19 @@ class TestSharedMemory:
         got_tensor[0] = 42
         assert got_array[2] == 42
 
+    def test_a_conjugate_or_negative_view_that_shares_is_named_and_a_lone_one_is_not(
+        self, repo: ckpt.Repository
+    ) -> None:
+        x = torch.randn(3, dtype=torch.complex64)
+        lone = torch.randn(3, dtype=torch.complex64).conj()
+        state = {"x": x, "conj": x.conj(), "neg": x.conj().imag, "lone": lone}
+        with pytest.warns(ckpt.CkptWarning) as said:
+            repo.push(state, "m")
+        assert [str(one.message).partition(":")[0] for one in said] == ["conj", "neg"]
+        assert all("comes back with memory of its own" in str(one.message) for one in said)
+        for name, got in repo.pull("m").items():
+            assert_same(got, state[name])
+
     def test_two_parameters_over_one_storage_stay_two(self) -> None:
         one = torch.nn.Parameter(torch.randn(3))
         other = torch.nn.Parameter(one.detach(), requires_grad=False)

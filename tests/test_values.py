@@ -186,6 +186,16 @@ def test_a_generator_goes_on_where_it_was() -> None:
     assert torch.equal(torch.rand(4, generator=restored), wanted)
 
 
+def test_a_generator_in_two_places_is_one_and_another_of_the_same_state_is_another(
+    repo: ckpt.Repository,
+) -> None:
+    shared, other = torch.Generator(), torch.Generator()
+    got = repo.pull(repo.push({"a": shared, "b": [shared], "c": other}, "m"))
+    assert got["a"] is got["b"][0]
+    assert got["a"] is not got["c"]
+    assert torch.equal(got["a"].get_state(), got["c"].get_state())
+
+
 def test_a_deque_keeps_its_bound_and_a_defaultdict_its_factory() -> None:
     state = {"d": deque([1, 2], maxlen=2), "f": defaultdict(int, a=1), "n": defaultdict(None)}
     restored = round_trip(state)
