@@ -257,7 +257,8 @@ def test_a_save_is_done_although_nothing_could_be_kept_for_the_next(
     monkeypatch.setattr("ckpt.training.writer.keep_bases", fail)
     arena = Arena()
     setup = {"location": location_of(repo.location), "arena": arena.handle, "compress": "auto"}
-    writer = Writer({**setup, "model": "m", "run": "main", "holder": "h", "keep": []})
+    named = {"model": "m", "run": "main", "holder": "h", "keep": [], "spared": []}
+    writer = Writer(setup | named)
     captured = capture_state(state(0))
     sources = [source for source in captured.sources if source is not None]
     starts, _ = Stage(arena).copy(sources)
