@@ -40,6 +40,7 @@ def train_series(name: str) -> list[Path]:
     if not files[-1].exists():
         folder = files[0].parent
         folder.mkdir(parents=True, exist_ok=True)
+        print(f"training {name}, which takes minutes and is done once", flush=True)
         torch.manual_seed(0)
         {"gpt": _train_gpt, "minilm": _tune_minilm}[name](folder)
     return files

@@ -28,11 +28,11 @@ def make_once() -> None:
     """Make what is not there."""
     missing = [name for name in SERIES if not _is_made(name)]
     if missing:
-        print(f"making {', '.join(missing)}, which takes minutes and is done once", flush=True)
+        print(f"making all that is kept of {', '.join(missing)}", flush=True)
     makers = [subprocess.Popen([sys.executable, "-m", __name__, name]) for name in missing]
-    for maker in makers:
-        if maker.wait():
-            raise RuntimeError("a series could not be made; what is above says why")
+    ends = [maker.wait() for maker in makers]
+    if any(ends):
+        raise RuntimeError("a series could not be made; what is above says why")
 
 
 def kept_once(series: str, kind: str) -> Mapping[str, Kept]:

@@ -59,7 +59,7 @@ def measure(folder: Path) -> Table:
         axis="over the peer's (call: dcp.async_save; added: the best)",
         bars=tuple(_bars(call, added)),
         targets=tuple(_targets(call, added)),
-        absent=turns.absent,
+        absent={**alone.absent, **turns.absent},
         packages=("torch", "moonclip"),
         remark=f"A step takes {turns[NONE] / STEPS * 1e3:.0f} ms. Whatever saves in the background shares the two cores with the training, so that added time is not less than the processor time that the save takes.",
     )

@@ -192,14 +192,16 @@ def test_a_rebuild_that_was_stopped_is_run_again(
         assert repo.push(state(3), "a", step=3).number == 3
 
 
+@pytest.fixture
+def team(where: Path | str, tmp_path: Path) -> Location:
+    """Where a repository with one version is, over either database."""
+    with repository_over(where, tmp_path) as repo:
+        repo.push(state(1), "a", step=1)
+        return replace(repo.location, registry_place=where)
+
+
 class TestFailedRebuilds:
     """What a rebuild that fails leaves, over either database."""
-
-    @pytest.fixture
-    def team(self, where: Path | str, tmp_path: Path) -> Location:
-        with repository_over(where, tmp_path) as repo:
-            repo.push(state(1), "a", step=1)
-            return replace(repo.location, registry_place=where)
 
     @staticmethod
     def acts(team: Location, fails: int = -1) -> list[str]:
@@ -254,12 +256,6 @@ class TestFailedRebuilds:
 
 class TestTwoRebuilds:
     """Two at once, over either database, of which one replaces a registry."""
-
-    @pytest.fixture
-    def team(self, where: Path | str, tmp_path: Path) -> Location:
-        with repository_over(where, tmp_path) as repo:
-            repo.push(state(1), "a", step=1)
-            return replace(repo.location, registry_place=where)
 
     @staticmethod
     def rebuilt(team: Location, place: str, meanwhile: Callable[[], object]) -> None:

@@ -435,8 +435,9 @@ def test_what_cannot_be_stored_is_refused_with_its_path(refused: ckpt.Repository
 
 def test_a_metric_that_is_never_logged_is_told(refused: ckpt.Repository) -> None:
     checkpoint = CkptCheckpoint(refused, "gpt", monitor="val_los", quiet=True)
-    with pytest.raises(UsageError, match='"val_los"; logged are: loss step val/loss'):
+    with pytest.raises(UsageError, match='"val_los"; logged are: loss step val/loss') as caught:
         trained(checkpoint, seeded(), max_epochs=1)
+    assert caught.value.code == "monitor-missing"
 
 
 def test_bad_arguments_are_refused(refused: ckpt.Repository) -> None:

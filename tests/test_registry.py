@@ -32,7 +32,6 @@ from ckpt.core.errors import (
     StorageError,
     UsageError,
 )
-from ckpt.core.records import Version
 from ckpt.registry.engine import Database, Transaction
 from ckpt.registry.postgres import open_postgres
 from ckpt.registry.registry import Registry
@@ -96,72 +95,6 @@ def test_a_push_that_takes_long_renews_its_lease(
         repo.push({f"w{place}": torch.rand(100_000) for place in range(3)}, "net")
     first, *_, last = begun
     assert last > first
-
-
-class TestRuns:
-    """One job at a time has a run."""
-
-    def test_a_run_is_free_when_its_lease_has_ended(self, repo: ckpt.Repository) -> None:
-        held = repo._registry.runs
-        held.hold("net", "main", "a", 60)
-        with pytest.raises(ConflictError) as caught:
-            held.hold("net", "main", "b", 60)
-        assert caught.value.code == "run-live"
-        held.hold("net", "main", "a", -1)
-        held.hold("net", "main", "b", 60)
-
-    def test_only_its_holder_gives_a_run_up(self, repo: ckpt.Repository) -> None:
-        held = repo._registry.runs
-        held.hold("net", "main", "a", 60)
-        held.release("net", "main", "b")
-        with pytest.raises(ConflictError):
-            held.hold("net", "main", "b", 60)
-        held.release("net", "main", "a")
-        held.hold("net", "main", "b", 60)
-
-    @pytest.fixture
-    def first(self, repo: ckpt.Repository) -> Version:
-        """A version that no rule keeps: two newer ones are of the same run."""
-        versions = [repo.push({"w": torch.tensor(step)}, "net", step=step) for step in range(3)]
-        return versions[0]
-
-    @pytest.mark.parametrize("model", ["net", "other"])
-    def test_what_a_live_run_resumed_from_is_pruned_by_nobody(
-        self, repo: ckpt.Repository, first: Version, model: str
-    ) -> None:
-        repo._registry.runs.hold(model, "main", "a", 60, [first.push])
-        foreseen = repo.prune("net", keep=["last:1"], dry_run=True)
-        assert [version.number for version in foreseen.victims] == [2]
-        assert {version.number: why for version, why in foreseen.kept}[1] == ("resumed from",)
-        assert repo.prune("net", keep=["last:1"]).victims == foreseen.victims
-        repo.rm(first)  # whoever names it may
-
-    @pytest.mark.parametrize("end", ["released", "ended", "of another job"])
-    def test_what_a_run_resumed_from_is_free_when_it_is_live_no_more(
-        self, repo: ckpt.Repository, first: Version, end: str
-    ) -> None:
-        held = repo._registry.runs
-        held.hold("net", "main", "a", -1 if end == "ended" else 60, [first.push])
-        if end != "ended":
-            held.release("net", "main", "a")
-        if end == "of another job":
-            held.hold("net", "main", "b", 60)
-        pruned = repo.prune("net", keep=["last:1"])
-        assert [version.number for version in pruned.victims] == [1, 2]
-
-    def test_what_is_resumed_from_while_a_prune_is_under_way_stays(
-        self, repo: ckpt.Repository, first: Version, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        freed = repo._registry.usages.freed_by
-
-        def freed_by(pushes: set[str]) -> int:
-            repo._registry.runs.hold("net", "main", "a", 60, [first.push])
-            return freed(pushes)
-
-        monkeypatch.setattr(repo._registry.usages, "freed_by", freed_by)
-        pruned = repo.prune("net", keep=["last:1"])
-        assert [version.number for version in pruned.victims] == [2]
-        assert repo.get("net@1") == first
 
 
 def test_a_closed_repository_refuses_every_call(repo: ckpt.Repository) -> None:

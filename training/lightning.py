@@ -368,6 +368,7 @@ class _References(CheckpointIO):
 
 def _callbacks_of(trainer: Trainer) -> list[CkptCheckpoint]:
     """All that save here, in the order in which they are called."""
+    # Lightning sets the attribute from another object, where mypy does not see it.
     return [one for one in trainer.callbacks if isinstance(one, CkptCheckpoint)]  # type: ignore[attr-defined]
 
 
