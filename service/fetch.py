@@ -27,7 +27,7 @@ from ckpt.storage.store import Store
 _log = logging.getLogger(__name__)
 
 # Decoding takes memory beside the chunk, of which a pull may have 128 MiB, and the processors.
-_THREADS, _DECODING_THREADS = 4, 2
+_THREADS, _DECODING_THREADS = 6, 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ from ckpt.storage.store import (
     short,
 )
 
-RANGE_BYTES = 8 << 20
+RANGE_BYTES = 16 << 20
 _PIECE = 1 << 20  # urllib3 makes a copy of each piece that it reads
 _THREADS = 8
 _CONNECT_SECONDS, _READ_SECONDS = 10, 60

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckpt.core.errors import AccessError, CkptError, StorageError
@@ -54,14 +54,11 @@ def part_at(offset: int) -> Place:
 
 @dataclass(slots=True)
 class _Part:
-    """The bytes of one part. Memory that was not written yet is not taken from the system."""
+    """The bytes of one part."""
 
     place: Place
-    body: bytearray = field(init=False)
+    body: bytearray
     written: int = 0
-
-    def __post_init__(self) -> None:
-        self.body = bytearray(self.place.size)
 
 
 class S3Upload(Upload):
@@ -84,6 +81,7 @@ class S3Upload(Upload):
         self._room = threading.BoundedSemaphore(_PARTS_AHEAD)
         self._sending: list[Future[None]] = []
         self._sent: dict[int, Mapping[str, Any]] = {}
+        self._sent_bodies: list[bytearray] = []
         self._failure: BaseException | None = None
         self._over = False
 
@@ -93,11 +91,18 @@ class S3Upload(Upload):
             place = part_at(offset)
             piece = view[: place.start + place.size - offset]
             with self._lock:
-                part = self._parts.get(place.number) or _Part(place)
-                self._parts[place.number] = part
+                part = self._parts.get(place.number)
+                if part is None:
+                    part = self._parts[place.number] = _Part(place, self._room_for(place.size))
             part.body[offset - place.start : offset - place.start + len(piece)] = piece
             view, offset = view[len(piece) :], offset + len(piece)
             self._send_whole(part, len(piece), offset)
+
+    def _room_for(self, size: int) -> bytearray:
+        """The memory of a part that was sent, if one has this size: the system clears new memory,
+        and clearing takes longer than filling it."""
+        fitting = self._sent_bodies and len(self._sent_bodies[-1]) == size
+        return self._sent_bodies.pop() if fitting else bytearray(size)
 
     def publish(self, size: int) -> None:
         if not self._written == self._end == size:
@@ -113,7 +118,7 @@ class S3Upload(Upload):
         if self._begins > 1:
             self._sweep()  # what an earlier try began although its answer was lost
         self._over = True
-        self._parts.clear()
+        self._let_go()
 
     def abort(self) -> None:
         if self._over:
@@ -123,11 +128,15 @@ class S3Upload(Upload):
             "aborted", f"{self._key} was given up"
         )
         wait(self._sending)
-        self._parts.clear()
+        self._let_go()
         # A server that was asked in vain for minutes is not asked for as long once more: what is
         # left goes with a collection, as what a process leaves that dies.
         if self._begins and not (isinstance(failure, StorageError) and failure.code == "network"):
             self._sweep()
+
+    def _let_go(self) -> None:
+        self._parts.clear()
+        self._sent_bodies.clear()
 
     def _send_whole(self, part: _Part, count: int, end: int) -> None:
         """Note what was written, and send what is now whole."""
@@ -185,6 +194,8 @@ class S3Upload(Upload):
 
     def _send_part(self, number: int, body: bytearray) -> None:
         self._sent[number] = repeat(self._doing, lambda: self._put_part(number, body))
+        with self._lock:
+            self._sent_bodies.append(body)
 
     def _put_part(self, number: int, body: bytearray) -> Mapping[str, Any]:
         if self._failure is not None:  # between two tries, what they are for may have ended
