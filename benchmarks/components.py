@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import zstandard
@@ -107,14 +108,20 @@ def measure(folder: Path) -> Table:
     for series in SERIES:
         files = train_series(series)
         previous, current = (load_file(files[number]) for number in (_STEP - 1, _STEP))
+        found: dict[tuple[str, str], tuple[float, float]] = {}
         for component, part in parts(previous, current):
             for effort in EFFORTS:
-                row, ratio = _component(series, component, part, effort)
+                row, ratios = _component(series, component, part, effort)
                 rows.append(row)
-                bars.append(Bar(f"{series}, {component}, {effort}", ratio))
+                found[component, effort] = ratios
+                bars.append(Bar(f"{series}, {component}, {effort}", ratios[0]))
+        for effort in EFFORTS:
+            three = zip(*(found[component, effort] for component in COMPONENTS), strict=True)
+            changed, alone = (f"{fmean(ratios):.4f}" for ratios in three)
+            rows.append((series, changed, "the three in fp32", effort, alone, "", "", "", ""))
     return Table(
         title="Components of a checkpoint",
-        compared="One AdamW checkpoint of each series, ten steps after its base: the codecs alone, in memory, on two threads. *Alone* is without a base. Ceilings are a copy, and zstd level 1 on the raw bytes.",
+        compared="One AdamW checkpoint of each series, ten steps after its base: the codecs alone, in memory, on two threads. *Alone* is without a base. *The three* are what each checkpoint but the first would take if a base could be a difference. Ceilings are a copy, and zstd level 1 on the raw bytes.",
         columns=(
             "",
             "bytes over raw",
@@ -135,8 +142,9 @@ def measure(folder: Path) -> Table:
 
 def _component(
     series: str, component: str, part: Part, effort: Effort
-) -> tuple[tuple[str, ...], float]:
-    """The row of one component, beside what memory and zstd alone can do, and its ratio."""
+) -> tuple[tuple[str, ...], tuple[float, float]]:
+    """The row of one component, beside what memory and zstd alone can do, and its bytes over raw,
+    with its base and alone."""
     target, source = bytearray(part.nbytes), b"".join(part.chunks)
     with ThreadPoolExecutor(_THREADS) as pool:
         encoded = encode_all(part, effort, pool)
@@ -154,7 +162,8 @@ def _component(
         turns = take_turns(contestants)
     speeds = [f"{part.nbytes / turns[name] / 1e6:.0f}" for name in contestants]
     ratio = stored(part, encoded) / part.nbytes
-    return (series, f"{ratio:.4f}", component, effort, f"{alone_ratio:.4f}", *speeds), ratio
+    row = (series, f"{ratio:.4f}", component, effort, f"{alone_ratio:.4f}", *speeds)
+    return row, (ratio, alone_ratio)
 
 
 def _zstd(chunk: memoryview) -> int:

@@ -56,7 +56,7 @@ def measure(folder: Path) -> Table:
         "ceiling: cp + sync": lambda: _copy(source, copied),
         "an empty Python": runner("an empty Python", sys.executable, "-c", "pass"),
     }
-    turns = take_turns(contestants, between=os.sync)
+    turns = take_turns(contestants, between=os.sync, memory=GIB)
     largest = {name: max(values) / 2**20 for name, values in peaks.items()}
     ours = ("ckpt push", "ckpt pull")
     return Table(

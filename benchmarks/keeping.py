@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from benchmarks.archives import Archive
 from benchmarks.codec_states import train_series
-from benchmarks.measure import QUICK, shown_reason
+from benchmarks.measure import QUICK, bring_in, shown_reason
 from benchmarks.states import State
 
 OURS = "ckpt max"
@@ -75,11 +75,14 @@ def _fp32(path: Path) -> State:
 
 
 def _turn(archive: Archive, state: State, kept: Kept, *, check: bool) -> None:
+    nbytes = sum(tensor.nbytes for tensor in state.values())
+    bring_in(nbytes)
     start = time.perf_counter()
     archive.save(state)
-    saved = time.perf_counter()
+    kept.saves.append(time.perf_counter() - start)
+    bring_in(nbytes)
+    start = time.perf_counter()
     loaded: Mapping[str, Any] = archive.load()
-    kept.saves.append(saved - start)
-    kept.loads.append(time.perf_counter() - saved)
+    kept.loads.append(time.perf_counter() - start)
     if check and not all(torch.equal(loaded[name], state[name]) for name in state):
         raise AssertionError("a checkpoint did not come back")

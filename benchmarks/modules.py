@@ -13,7 +13,7 @@ from torch import nn
 
 import ckpt
 from benchmarks.measure import QUICK, Turns, take_turns
-from benchmarks.states import forget
+from benchmarks.states import GIB, forget
 from benchmarks.table import Bar, Table, Target
 
 _LAYERS = 8 if QUICK else 64
@@ -87,7 +87,7 @@ def _compare_loads(folder: Path, *, cold: bool) -> Turns:
             ready.load_state_dict(load_file(path), assign=False)
 
         contestants = {_LOAD: load, _FILL: fill}
-        return take_turns(contestants, rounds=_ROUNDS, between=between)
+        return take_turns(contestants, rounds=_ROUNDS, between=between, memory=GIB)
 
 
 def _compare_pushes(folder: Path) -> Turns:

@@ -25,6 +25,7 @@ _OURS, _MAPPED = "ckpt pull", "ckpt pull(mmap=True)"
 _PEERS = ("safetensors.load_file", "torch.load", "torch.load(mmap=True)", "dcp.load")
 _HASH, _COPY = "ceiling: BLAKE3, two threads", "ceiling: copy into new memory"
 _READ = "ceiling: read into new memory"
+_BOTH = "ceiling: the same, and BLAKE3, two threads"
 
 
 def measure(folder: Path) -> Table:
@@ -92,14 +93,15 @@ def _compare(repo: ckpt.Repository, folder: Path, state: State, *, cold: bool) -
         "torch.load": lambda: touch(torch.load(folder / "state.pt")),
         "torch.load(mmap=True)": lambda: touch(torch.load(folder / "state.pt", mmap=True)),
         "dcp.load": load_by_dcp,
-        _READ: lambda: _read(folder / "state.safetensors"),
+        _READ: lambda: _read(folder / "state.safetensors", _read_at),
+        _BOTH: lambda: _read(folder / "state.safetensors", _read_and_hash),
     }
     if not cold:
         contestants |= {_HASH: lambda: _hash(state), _COPY: lambda: _copy(state)}
-    return take_turns(contestants, between=between)
+    return take_turns(contestants, between=between, memory=GIB)
 
 
-def _read(path: Path) -> None:
+def _read(path: Path, read: Callable[[int, memoryview, int], None]) -> None:
     """Read a file by two threads in large pieces."""
     size = path.stat().st_size
     target = numpy.empty(size, numpy.uint8).data
@@ -107,7 +109,7 @@ def _read(path: Path) -> None:
     with path.open("rb", buffering=0) as file, ThreadPoolExecutor(2) as pool:
         list(
             pool.map(
-                lambda at: _read_at(file.fileno(), target[at : at + piece], at),
+                lambda at: read(file.fileno(), target[at : at + piece], at),
                 range(0, size, piece),
             )
         )
@@ -117,6 +119,11 @@ def _read_at(handle: int, target: memoryview, at: int) -> None:
     while target:
         got = os.preadv(handle, [target], at)
         target, at = target[got:], at + got
+
+
+def _read_and_hash(handle: int, target: memoryview, at: int) -> None:
+    _read_at(handle, target, at)
+    blake3(target).digest()
 
 
 def _hash(state: State) -> None:

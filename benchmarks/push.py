@@ -34,8 +34,9 @@ def measure(folder: Path) -> Table:
     rows: list[tuple[str, ...]] = []
     bars: list[Bar] = []
     targets = []
+    threads = _best_threads(folder)
     for size, nbytes in (("1 GiB", GIB), ("4 GiB", 4 * GIB)):
-        turns, threads = _compare(folder, nbytes, ceilings=nbytes == GIB)
+        turns = _compare(folder, nbytes, threads, ceilings=nbytes == GIB)
         peers = ("safetensors.save_file + fsync", "torch.save + fsync", _dcp_name(threads))
         rows += speed_rows(turns, _OURS, nbytes, size)
         bounds = {**dict.fromkeys(peers, 1.0), _RAW: 0.9}
@@ -63,8 +64,8 @@ def _dcp_name(threads: int) -> str:
     return f"dcp.save, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def _compare(folder: Path, nbytes: int, *, ceilings: bool) -> tuple[Turns, int]:
-    """Seconds of each way to make a state durable, and the best number of threads for DCP."""
+def _compare(folder: Path, nbytes: int, threads: int, *, ceilings: bool) -> Turns:
+    """Seconds of each way to make a state durable."""
     state = make_state(nbytes)
     target, repository, parts = folder / "out", folder / "repository", folder / "dcp"
     numbers = count(1)
@@ -85,7 +86,6 @@ def _compare(folder: Path, nbytes: int, *, ceilings: bool) -> tuple[Turns, int]:
                 file.write(as_bytes(tensor))
             os.fsync(file.fileno())
 
-    threads = _best_threads(state, parts, clean)
     contestants: dict[str, Callable[[], object]] = {
         _OURS: push,
         "safetensors.save_file + fsync": lambda: _saved(save_file, state, target),
@@ -96,18 +96,21 @@ def _compare(folder: Path, nbytes: int, *, ceilings: bool) -> tuple[Turns, int]:
     if ceilings:
         contestants["ceiling: BLAKE3, one thread"] = lambda: _hash(state)
         contestants["ceiling: copy into new memory"] = lambda: _copy(state)
-    turns = take_turns(contestants, between=clean)
+    turns = take_turns(contestants, between=clean, memory=GIB)
     clean()
-    return turns, threads
+    return turns
 
 
-def _best_threads(state: State, parts: Path, clean: Callable[[], None]) -> int:
+def _best_threads(folder: Path) -> int:
+    """The number of threads with which DCP is fastest."""
+    state, parts = make_state(), folder / "dcp"
     seconds = {}
     for threads in _DCP_THREADS:
-        clean()
         start = time.perf_counter()
         _save_by_dcp(state, parts, threads)
         seconds[threads] = time.perf_counter() - start
+        shutil.rmtree(parts)
+        os.sync()
     return min(seconds, key=seconds.__getitem__)
 
 

@@ -95,7 +95,8 @@ def _filled(folder: Path, server: PostgresServer | None, filling: Filling) -> ck
     repository = repository_over(where, folder)
     repository._registry._database.write(lambda transaction: fill(transaction, filling))
     if server is not None:
-        server.run("ANALYZE", name)  # as autovacuum does before long
+        server.run("ANALYZE", name)  # as autovacuum does before long, and this soon
+        server.run("CHECKPOINT")
     return repository
 
 

@@ -92,7 +92,7 @@ def _compare(place: Bucket) -> tuple[Turns, str]:
         _SERVER: lambda: get_all(place.server, _KEY, size),
     }
     with repo:
-        turns = take_turns(contestants, between=between)
+        turns = take_turns(contestants, between=between, memory=GIB)
     used = " ".join(of_s5cmd) or "its own settings"
     return (
         turns,

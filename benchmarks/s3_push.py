@@ -81,7 +81,7 @@ def _compare(place: Bucket) -> tuple[Turns, str]:
         _SERVER: lambda: put_all(place.server, data, "copied/parts"),
     }
     with repo:
-        turns = take_turns(contestants, between=between)
+        turns = take_turns(contestants, between=between, memory=GIB)
     used = " ".join(by_s5cmd) or "its own settings"
     return (
         turns,

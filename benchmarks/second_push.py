@@ -117,12 +117,15 @@ def _compare(
             absent[name] = shown_reason(error)
             del contestants[name]
 
-    def between() -> None:
+    def change_file() -> None:
         change(state, [_CHANGED])
         save_file(state, file)
-        os.sync()
 
-    turns = take_turns({name: one.push for name, one in contestants.items()}, between=between)
+    turns = take_turns(
+        {name: one.push for name, one in contestants.items()},
+        between=os.sync,
+        each_round=change_file,
+    )
     return Pushed(turns, added)
 
 

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from benchmarks.archives import Ckpt, Moonclip, restic_version, xor_zstd, zipnn
+from benchmarks.archives import Ckpt, Moonclip, Raw, restic_version, xor_zstd, zipnn
 from benchmarks.components import SERIES
 from benchmarks.keeping import CHECKPOINTS, OURS, WEIGHTS, WHOLE, Makers, Outcome, keep
 from benchmarks.once import RESTIC, Z4AI, kept_once, make_once
 from benchmarks.table import Bar, Table, Target
 
+_RAW = "ceiling: save_file + fsync; load_file and BLAKE3"
 _NAMES = {"gpt": "GPT", "minilm": "MiniLM"}
 
 
@@ -74,6 +75,7 @@ def _whole(place: Path) -> Makers:
         "ckpt auto": lambda: Ckpt(place / "auto", "auto"),
         "moonclip": lambda: Moonclip(place / "moonclip"),
         "ZipNN": zipnn,
+        _RAW: lambda: Raw(place / "raw"),
     }
 
 

@@ -35,7 +35,7 @@ OURS, RAW, NONE = "ckpt.Run", 'ckpt.Run(compress="none")', "no saving"
 THREAD, PROCESS = "dcp.async_save, thread", "dcp.async_save, process"
 MOONCLIP = "moonclip"
 COPY = "ceiling: copying the state once"
-STEPS, SAVES = (6, (1, 3)) if QUICK else (10, (1, 5))
+STEPS, SAVES = (6, (1, 3)) if QUICK else (8, (1, 5))
 _BATCH, _LENGTH = (1, 16) if QUICK else (4, 128)
 
 
