@@ -56,7 +56,8 @@ def take_turns(
 ) -> Turns:
     """Time every contestant once a round, in another order each time: who comes after whom decides
     whose memory and page cache are fresh. Untimed, ``each_round`` runs before each round and
-    ``between`` before each contestant; then ``memory`` bytes, about what one takes, are brought in.
+    ``between`` before each contestant. Each one begins with ``memory`` bytes, about what it takes,
+    :func:`at hand <bring_in>`; they are held between the turns, so that no host takes them.
 
     The first round only warms up. A peer that fails in it takes part no more, and is absent with
     the reason; ckpt may not fail.
@@ -64,6 +65,7 @@ def take_turns(
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     absent: dict[str, str] = {}
     order, chance = list(contestants), random.Random(0)
+    held = _hold(memory)
     for turn in range(rounds + 1):
         each_round()
         for name in order:
@@ -71,7 +73,7 @@ def take_turns(
             if name in absent:
                 continue
             between()
-            bring_in(memory)
+            held.close()
             start = time.perf_counter()
             try:
                 act()
@@ -81,6 +83,7 @@ def take_turns(
                 absent[name] = shown_reason(error)
             else:
                 seconds[name].append(time.perf_counter() - start)
+            held = _hold(memory)
         chance.shuffle(order)
     timings = {name: Timing(tuple(values[1:])) for name, values in seconds.items() if values}
     return Turns(timings, absent)
@@ -89,11 +92,16 @@ def take_turns(
 def bring_in(nbytes: int) -> None:
     """Have so much free memory at hand. A host takes the free memory of its virtual machines back,
     by 2 MiB; who touches that first waits twenty times as long as who comes next."""
-    if not nbytes:
-        return
-    with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as room:
-        room.madvise(mmap.MADV_HUGEPAGE)
-        numpy.frombuffer(room, numpy.uint8)[:: mmap.PAGESIZE] = 1
+    _hold(nbytes).close()
+
+
+def _hold(nbytes: int) -> mmap.mmap:
+    """Take so much memory, and at least a page."""
+    size = max(nbytes, mmap.PAGESIZE)
+    room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    room.madvise(mmap.MADV_HUGEPAGE)
+    numpy.frombuffer(room, numpy.uint8)[:: mmap.PAGESIZE] = 1
+    return room
 
 
 def shown_reason(error: BaseException) -> str:

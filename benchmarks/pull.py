@@ -98,7 +98,7 @@ def _compare(repo: ckpt.Repository, folder: Path, state: State, *, cold: bool) -
     }
     if not cold:
         contestants |= {_HASH: lambda: _hash(state), _COPY: lambda: _copy(state)}
-    return take_turns(contestants, between=between, memory=GIB)
+    return take_turns(contestants, between=between, memory=(2 if cold else 1) * GIB)
 
 
 def _read(path: Path, read: Callable[[int, memoryview, int], None]) -> None:
