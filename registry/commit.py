@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from functools import cache
+from itertools import chain
 from typing import Any
 
 from sqlalchemy import Select, Table, bindparam, delete, insert, select, update
@@ -78,8 +79,8 @@ def commit_push(
     model = lock_model(transaction, facts.model)
     for pack in finished:
         insert_pack(transaction, pack)
-    _check_packs(transaction, needed)
-    _check_decodable(transaction, document, needed)
+    _check_packs(transaction, needed, finished)
+    _check_decodable(transaction, document, needed, finished)
 
     run = run_id(transaction, model.id, facts.run)
     parent = facts.parent or _parent(transaction, model, run)
@@ -226,19 +227,30 @@ def _holding(table: Table, column: str) -> Select[Any]:
     return query.with_for_update(read=True, key_share=True)
 
 
-def _check_packs(transaction: Transaction, needed: Collection[str]) -> None:
-    found = lock_packs(transaction, needed)
+def _check_packs(
+    transaction: Transaction, needed: Collection[str], finished: Sequence[FinishedPack]
+) -> None:
+    # The rows that this transaction inserted are there, and nobody else sees them before it ends.
+    own = {one.pack.id for one in finished if one.pack.state is PackState.LIVE}
+    found = lock_packs(transaction, set(needed) - own)
     live = {pack.id for pack in found if pack.state is PackState.LIVE}
-    gone = sorted(set(needed) - live)
+    gone = sorted(set(needed) - own - live)
     if gone:
         raise ConflictError(
             "pack-gone", f"the pack {gone[0]} is not there any more", hint="run the push again"
         )
 
 
-def _check_decodable(transaction: Transaction, document: Document, needed: Collection[str]) -> None:
+def _check_decodable(
+    transaction: Transaction,
+    document: Document,
+    needed: Collection[str],
+    finished: Sequence[FinishedPack],
+) -> None:
     """Every digest of the document can be read from exactly these packs."""
-    lost = unreadable(document_chunks(document), places_in(transaction, needed))
+    own = {one.pack.id: one.chunks for one in finished if one.pack.id in needed}
+    others = places_in(transaction, set(needed) - own.keys())
+    lost = unreadable(document_chunks(document), chain(*own.values(), others))
     if lost:
         raise IntegrityError(
             "undecodable",
@@ -310,7 +322,9 @@ def insert_document(transaction: Transaction, digest: str, document: Document) -
     structure, body = split_document(document)
     name = digest_of(structure)
     insert_missing(transaction, structures, "digest", name, body=compress(structure))
-    insert_missing(transaction, documents, "digest", digest, structure=name, body=compress(body))
+    rest = {"structure": name, "body": compress(body)}
+    if not transaction.insert_absent(documents, {"digest": digest, **rest}):
+        insert_missing(transaction, documents, "digest", digest, **rest)
 
 
 def note_classes(transaction: Transaction, version: int, document: Document) -> None:

@@ -88,7 +88,7 @@ TELLING = (
         "commit without asking for its packs again",
         "a_commit_refuses_a_pack_that_is_gone",
         _COMMIT,
-        "    _check_packs(transaction, needed)\n",
+        "    _check_packs(transaction, needed, finished)\n",
         "",
     ),
     Mutant(
@@ -133,7 +133,7 @@ OTHERS = (
         "commit without looking whether all can be read",
         "a_commit_refuses_what_can_not_be_read",
         _COMMIT,
-        "    _check_decodable(transaction, document, needed)\n",
+        "    _check_decodable(transaction, document, needed, finished)\n",
         "",
     ),
     Mutant(
