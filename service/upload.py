@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from ckpt.core.digests import digest_of
+from ckpt.core.digests import digest_of_pieces
 from ckpt.core.dtypes import ITEM_SIZES
 from ckpt.core.errors import CkptError, UsageError
 from ckpt.core.printable import escape
@@ -40,8 +40,10 @@ Progress = Callable[[int, int], None]
 _THREADS = 2  # that hash and encode, and as many that wait for what they write
 _HASHED_AHEAD = 12
 _WRITES_AHEAD = 24
+_HELD_BYTES = CHUNK_BYTES  # of encoded chunks that wait to be written
 _ENCODED_AHEAD = 2 * CHUNK_BYTES  # beside each lie its base and what is made of them
 _FLUSH_BYTES = 16 << 20
+_PIECE_BYTES = 8 << 20  # of a file, read at once
 # Equal tensors up to this size are written under each name (docs/decisions/002).
 _REPEATED_BYTES = 1 << 20
 
@@ -104,7 +106,8 @@ class Upload:
         self._sharing = Sharing(store, books)
         self._pack: PackWriter | None = None
         self._packs = first_pack
-        self._writes: deque[Future[None]] = deque()
+        self._writes: deque[tuple[Future[None], int]] = deque()
+        self._held = 0
         self._renewed = time.monotonic()
         self._meter = _Meter(progress, sum(source.nbytes for source in sources))
         self._stack = ExitStack()
@@ -195,9 +198,15 @@ class Upload:
     def _digests_of(self, spans: Sequence[_Span]) -> list[str]:
         taken = []
         for index, _, offset, length in spans:
-            taken.append(digest_of(self._sources[index].read(offset, length)))
+            taken.append(digest_of_pieces(self._pieces(index, offset, length)))
             self._meter.add(length)
         return taken
+
+    def _pieces(self, index: int, offset: int, length: int) -> Iterator[memoryview]:
+        """Bytes of a source in order; of a file, one piece after the other is in memory."""
+        source, end = self._sources[index], offset + length
+        for at in range(offset, end, _PIECE_BYTES):
+            yield source.read(at, min(_PIECE_BYTES, end - at))
 
     def _collect(
         self, spans: Sequence[_Span], future: Future[list[str]], found: dict[int, list[str]]
@@ -358,7 +367,7 @@ class Upload:
         place = pack.add_chunk(
             name, digest, len(encoded.body), raw_length=length, codec=encoded.codec, base=base
         )
-        self._submit(lambda: self._put(pack, place, encoded.body, length))
+        self._submit(lambda: self._put(pack, place, encoded.body, length), len(encoded.body))
         return length
 
     def _put(self, pack: PackWriter, place: int, body: bytes, length: int) -> None:
@@ -366,10 +375,12 @@ class Upload:
         self._meter.add(length)
 
     def _write(self, pack: PackWriter, place: int, index: int, offset: int, length: int) -> None:
-        source = self._sources[index]
-
         def act() -> None:
-            pack.upload.write(place, source.read(offset, length))
+            at = place
+            for piece in self._pieces(index, offset, length):
+                pack.upload.write(at, piece)
+                at += len(piece)
+                del piece  # before the next one is read
             self._meter.add(length)
 
         if length <= _REPEATED_BYTES:
@@ -377,14 +388,23 @@ class Upload:
         else:
             self._submit(act)
 
-    def _submit(self, act: Callable[[], None]) -> None:
-        if len(self._writes) >= _WRITES_AHEAD:
-            self._writes.popleft().result()
-        self._writes.append(self._writers.submit(act))
+    def _submit(self, act: Callable[[], None], held: int = 0) -> None:
+        """Have it written, once few enough others wait; ``held`` bytes of memory wait with it."""
+        while self._writes and (
+            len(self._writes) >= _WRITES_AHEAD or self._held + held > _HELD_BYTES
+        ):
+            self._await_write()
+        self._held += held
+        self._writes.append((self._writers.submit(act), held))
+
+    def _await_write(self) -> None:
+        future, held = self._writes.popleft()
+        future.result()
+        self._held -= held
 
     def _drain(self) -> None:
         while self._writes:
-            self._writes.popleft().result()
+            self._await_write()
         if self.opened and time.monotonic() - self._renewed > LEASE_SECONDS / 4:
             self._books.renew(self.push)
             self._renewed = time.monotonic()

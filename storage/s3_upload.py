@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 MARK = "ckpt-upload"  # the metadata by which an upload knows its own object again
 SINGLE_BYTES = 64 << 20  # from here on an object is sent in parts
-PART_BYTES = 16 << 20
+PART_BYTES = 8 << 20
 _PARTS_OF_ONE_SIZE = 1000
 _MARKERS = ("KeyMarker", "UploadIdMarker")
-_PARTS_AHEAD = 8  # whole parts that may wait to be sent, or be on their way
+_PARTS_AHEAD = 5  # whole parts that may wait to be sent, or be on their way
 
 
 class Place(NamedTuple):
@@ -64,7 +64,7 @@ class _Part:
 class S3Upload(Upload):
     """An object on its way to ``store``.
 
-    The memory it takes: below 64 MiB the object; above, eight whole parts, the first one, and
+    The memory it takes: below 64 MiB the object; above, five whole parts, the first one, and
     those that still have gaps.
     """
 
@@ -216,7 +216,8 @@ class S3Upload(Upload):
         """Send what is left, the first part last, and make one object of all."""
         for number, part in sorted(self._parts.items()):
             if number > 1:
-                self._send(number, part.body[: size - part.place.start])
+                del part.body[size - part.place.start :]
+                self._send(number, part.body)
         self._drain()
         self._send(1, self._parts[1].body)
         self._drain()

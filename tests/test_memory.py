@@ -15,10 +15,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from servers import BUCKET, Server
 from torch import nn
 
 import ckpt
 
+pytest_plugins = ("servers",)
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
 _MOST = 256  # MiB
 # The peak as the process itself knows it: what a parent is told counts from before it began.
 _PEAK = """
@@ -33,28 +37,43 @@ finally:
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
-@pytest.mark.parametrize("compress", ["none", "auto", "max"])
-def test_a_large_file_goes_in_and_out_in_little_memory(tmp_path: Path, compress: str) -> None:
-    """Of more chunks than are in hand at once, on any number of processors."""
+def peaks_of(folder: Path, compress: str, *store: str) -> list[float]:
+    """MiB of two pushes from files and a pull to one, of more chunks than are in hand at once."""
     torch.manual_seed(0)
-    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    first, second = folder / "first.safetensors", folder / "second.safetensors"
     state = {f"w{number}": torch.randn(8 << 20) for number in range(5)}
     save_file(state, first)
     save_file({name: one + 1e-6 for name, one in state.items()}, second)
-    environment = {**os.environ, "CKPT_REPO": str(tmp_path / "repository")}
+    environment = {**os.environ, "CKPT_REPO": str(folder / "repository")}
 
     def peak(*command: str) -> float:
         program = [sys.executable, "-c", _PEAK, *command]
         done = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
         return int(done.stderr.split()[-1]) / 1024
 
-    peak("init", environment["CKPT_REPO"])
+    peak("init", environment["CKPT_REPO"], *store)
     peaks = [peak("push", str(path), "m", "--compress", compress) for path in (first, second)]
-    pulled = tmp_path / "pulled.safetensors"
+    pulled = folder / "pulled.safetensors"
     peaks.append(peak("pull", "m", str(pulled)))
-    assert max(peaks) <= _MOST
     assert pulled.read_bytes() == second.read_bytes()
+    return peaks
+
+
+@linux
+@pytest.mark.parametrize("compress", ["none", "auto", "max"])
+def test_a_large_file_goes_in_and_out_in_little_memory(tmp_path: Path, compress: str) -> None:
+    """On any number of processors."""
+    assert max(peaks_of(tmp_path, compress)) <= _MOST
+
+
+@linux
+@pytest.mark.parametrize("compress", ["none", "auto"])
+def test_a_large_file_goes_to_a_server_and_back_in_little_memory(
+    tmp_path: Path, compress: str, seaweedfs: Server
+) -> None:
+    store = f"s3://{BUCKET}/memory-{compress}"
+    peaks = peaks_of(tmp_path, compress, "--store", store, "--endpoint", seaweedfs.endpoint)
+    assert max(peaks) <= _MOST
 
 
 @pytest.fixture

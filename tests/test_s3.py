@@ -27,7 +27,7 @@ LARGE, MIDDLE = 70 << 20, 12 << 20
 
 @pytest.fixture(scope="session")
 def large() -> bytes:
-    """Bytes for five parts, no two of them alike."""
+    """Bytes for nine parts, no two of them alike."""
     return random.Random(5).randbytes(LARGE)
 
 
@@ -82,7 +82,7 @@ class TestParts:
         assert probed.s3.size("packs/ab/x") == LARGE
         assert probed.everything() == {"packs/ab/x"}
         assert watch.parts[-1] == 1
-        assert sorted(watch.parts) == [1, 2, 3, 4, 5]
+        assert sorted(watch.parts) == list(range(1, 10))
         read = bytearray(LARGE - 1)
         probed.s3.read_into("packs/ab/x", 1, memoryview(read))
         assert hashlib.sha256(read).digest() == hashlib.sha256(large[1:]).digest()
@@ -164,17 +164,17 @@ class TestParts:
     def test_memory_is_bounded_while_the_server_is_slow(
         self, moto: Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """At most eight parts wait; whoever writes more waits too."""
+        """At most five parts wait; whoever writes more waits too."""
         monkeypatch.setattr(s3_upload, "PART_BYTES", 1000)
         monkeypatch.setattr(s3_upload, "SINGLE_BYTES", 4000)
         answers = {"s3.begin": {"UploadId": "id"}, "s3.head": {"ContentLength": 41_000}}
-        written, most, together = 0, 0, threading.Barrier(8, timeout=30)
+        written, most, together = 0, 0, threading.Barrier(5, timeout=30)
 
         def slow(kind: str, act: Act, args: tuple[Any, ...]) -> Any:
             nonlocal most
             if kind == "s3.upload_part" and args[1]["PartNumber"] > 1:
                 together.wait()
-                most = max(most, written - 1000 * (len(watch.parts) - 8))
+                most = max(most, written - 1000 * (len(watch.parts) - 5))
                 together.wait()
             return answers.get(kind, {"ETag": ""})
 
@@ -185,7 +185,7 @@ class TestParts:
                 written += 500
             writer.publish(41_000)
         assert len(watch.parts) == 41
-        assert most <= 1000 * (8 + 2)  # eight, the first one, and the one that is being filled
+        assert most <= 1000 * (5 + 2)  # five, the first one, and the one that is being filled
 
 
 class TestLostAnswers:
