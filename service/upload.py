@@ -26,6 +26,7 @@ from ckpt.core.records import Added, Chunk, FinishedPack, Pack
 from ckpt.core.tensors import CHUNK_BYTES, TensorBytes, chunk_spans
 from ckpt.registry.books import LEASE_SECONDS, Books, push_expired
 from ckpt.service.bases import ENCODED_BYTES, Bases, Compress, Kept
+from ckpt.service.safetensors_file import FileTensor
 from ckpt.service.sharing import Sharing
 from ckpt.storage.packs import HEADER_BYTES, PackWriter, chunk_cost, header_cost
 from ckpt.storage.store import Store
@@ -203,10 +204,11 @@ class Upload:
         return taken
 
     def _pieces(self, index: int, offset: int, length: int) -> Iterator[memoryview]:
-        """Bytes of a source in order; of a file, one piece after the other is in memory."""
+        """A chunk, or what is shorter; of a file, one piece after the other is in memory."""
         source, end = self._sources[index], offset + length
-        for at in range(offset, end, _PIECE_BYTES):
-            yield source.read(at, min(_PIECE_BYTES, end - at))
+        most = _PIECE_BYTES if isinstance(source, FileTensor) else CHUNK_BYTES
+        for at in range(offset, end, most):
+            yield source.read(at, min(most, end - at))
 
     def _collect(
         self, spans: Sequence[_Span], future: Future[list[str]], found: dict[int, list[str]]
