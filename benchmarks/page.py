@@ -18,7 +18,7 @@ _HEAD = """\
 <!-- Written by `make bench`; do not edit. -->
 
 Contestants take turns in one run, after one round to warm up; medians count, of five rounds or more. The ratio comes first: how much faster ckpt is than the contestant of that row, or what the column says. Rows that begin with *ceiling* are
-what the machine itself gives in the same run. Everything is a ratio within one run on one machine: seconds of different tables do not compare.
+what the machine itself gives in the same run. Where states are large, everyone begins with free memory at hand, ceilings too: a host that took it back from its virtual machine makes whoever touches it first wait twenty times as long. Everything is a ratio within one run on one machine: seconds of different tables do not compare.
 """
 
 

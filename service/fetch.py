@@ -26,7 +26,8 @@ from ckpt.storage.store import Store
 
 _log = logging.getLogger(__name__)
 
-# Decoding takes memory beside the chunk, of which a pull may have 128 MiB, and the processors.
+# A pull may have 128 MiB beside its state. Chunks that go to a file wait in memory, 16 MiB each;
+# decoding takes memory beside the chunk, and the processors.
 _THREADS, _DECODING_THREADS = 6, 2
 
 
