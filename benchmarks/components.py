@@ -17,6 +17,7 @@ from benchmarks.measure import QUICK, take_turns
 from benchmarks.table import Bar, Table
 from ckpt.core.tensors import chunk_spans
 from ckpt.storage.codecs import Effort, Encoded, decode, encode, needs_base
+from ckpt.storage.scratch import scratch
 
 SERIES = ("gpt",) if QUICK else ("gpt", "minilm")
 _STEP = 5  # the checkpoint that is encoded, against the one before
@@ -70,18 +71,17 @@ def _chunks(arrays: Sequence[np.ndarray]) -> Chunks:
 def encode_all(part: Part, effort: Effort, pool: ThreadPoolExecutor) -> list[Encoded | None]:
     """Encode every chunk as a push would."""
     bases: Sequence[memoryview | None] = part.bases or [None] * len(part.chunks)
-    return list(
-        pool.map(
-            lambda pair: encode(pair[0], part.dtype, pair[1], effort=effort),
-            zip(part.chunks, bases, strict=True),
-        )
-    )
+
+    def act(chunk: memoryview, base: memoryview | None) -> Encoded | None:
+        return encode(chunk, part.dtype, base, scratch("chunk", len(chunk)), effort=effort)
+
+    return list(pool.map(act, part.chunks, bases))
 
 
 def stored(part: Part, encoded: Sequence[Encoded | None]) -> int:
     """The bytes of chunks in a pack."""
     pairs = zip(encoded, part.chunks, strict=True)
-    return sum(len(chunk) if one is None else len(one.body) for one, chunk in pairs)
+    return sum(len(chunk) if one is None else one.nbytes for one, chunk in pairs)
 
 
 def decode_all(
@@ -96,7 +96,12 @@ def decode_all(
         if one is None:
             into[:] = chunk
         else:
-            decode(one.codec, one.body, part.bases[index] if needs_base(one.codec) else None, into)
+            decode(
+                one.codec,
+                b"".join(one.parts),
+                part.bases[index] if needs_base(one.codec) else None,
+                into,
+            )
 
     list(pool.map(read, range(len(part.chunks))))
 

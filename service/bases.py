@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
 from ckpt.core.errors import IntegrityError, NotFoundError, UsageError
@@ -132,16 +133,15 @@ def encode_chunk(
     read whole is not relied on."""
     from ckpt.storage.codecs import encode
 
-    reference = None
+    reference, room = None, scratch("chunk", len(raw))
     if base is not None and base in kept:
         reference = kept[base] if len(kept[base]) == len(raw) else None
     elif base is not None and _length(places, base) == len(raw):
-        reference = scratch("reference", len(raw))
-        try:
-            read_chunk(store, places, base, reference)
-        except IntegrityError:  # fsck tells it; here the chunk is written without it
-            reference = None
-    return encode(raw, dtype, reference, effort="max" if compress == "max" else "auto")
+        # fsck tells what is wrong with it; here the chunk is written without it.
+        with suppress(IntegrityError):
+            read_chunk(store, places, base, room)
+            reference = room
+    return encode(raw, dtype, reference, room, effort="max" if compress == "max" else "auto")
 
 
 def _length(places: Places, digest: str) -> int:

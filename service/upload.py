@@ -25,7 +25,8 @@ from ckpt.core.printable import escape
 from ckpt.core.records import Added, Chunk, FinishedPack, Pack
 from ckpt.core.tensors import CHUNK_BYTES, TensorBytes, chunk_spans
 from ckpt.registry.books import LEASE_SECONDS, Books, push_expired
-from ckpt.service.bases import ENCODED_BYTES, Bases, Compress, Kept
+from ckpt.service.bases import Bases, Compress, Kept
+from ckpt.service.encoding import Encoding
 from ckpt.service.safetensors_file import FileTensor
 from ckpt.service.sharing import Sharing
 from ckpt.storage.packs import HEADER_BYTES, PackWriter, chunk_cost, header_cost
@@ -38,11 +39,9 @@ _log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
-_THREADS = 2  # that hash and encode, and as many that wait for what they write
+_THREADS = 2  # that hash, and as many that wait for what they write
 _HASHED_AHEAD = 12
 _WRITES_AHEAD = 24
-_HELD_BYTES = CHUNK_BYTES  # of encoded chunks that wait to be written
-_ENCODED_AHEAD = 2 * CHUNK_BYTES  # beside each lie its base and what is made of them
 _FLUSH_BYTES = 16 << 20
 _PIECE_BYTES = 8 << 20  # of a file, read at once
 # Equal tensors up to this size are written under each name (docs/decisions/002).
@@ -88,9 +87,6 @@ class Upload:
         self._books = books
         self._sources = sources
         self._apart = len(sources) if apart is None else apart
-        self._compress = compress
-        self._bases = bases or {}
-        self._kept = kept or {}
         sizes = [ITEM_SIZES[source.dtype] for source in sources]
         self._order = sorted(
             range(len(sources)), key=lambda index: (index >= self._apart, -sizes[index])
@@ -105,10 +101,12 @@ class Upload:
         self._mine: set[str] = set()
         self._hits: dict[str, tuple[list[Chunk], tuple[int, int]]] = {}
         self._sharing = Sharing(store, books)
+        self._encoding = Encoding(
+            store, sources, self._apart, self._sharing, compress, bases or {}, kept or {}
+        )
         self._pack: PackWriter | None = None
         self._packs = first_pack
-        self._writes: deque[tuple[Future[None], int]] = deque()
-        self._held = 0
+        self._writes: deque[Future[None]] = deque()
         self._renewed = time.monotonic()
         self._meter = _Meter(progress, sum(source.nbytes for source in sources))
         self._stack = ExitStack()
@@ -126,6 +124,7 @@ class Upload:
     ) -> None:
         for pool in (self._pool, self._writers):
             pool.shutdown(wait=True, cancel_futures=True)
+        self._encoding.close()
         self._stack.close()
 
     def hash(self) -> None:
@@ -233,7 +232,7 @@ class Upload:
         )
         own = len(set(digests)) == len(digests) and self._mine.isdisjoint(digests)
         own |= source.nbytes <= _REPEATED_BYTES
-        if fresh and own and not self._may_encode(index):
+        if fresh and own and not self._encoding.may_shrink(index):
             self._typed.append(index)
             self._typed_bytes += source.nbytes
             self._mine.update(digests)
@@ -253,19 +252,10 @@ class Upload:
         self._chunks.append((index, number))
         self._header_room += chunk_cost(self._sources[index].name)
 
-    def _may_encode(self, index: int) -> bool:
-        """Whether the chunks of a tensor are worth the try to make them smaller."""
-        if index >= self._apart or self._sources[index].nbytes < ENCODED_BYTES:
-            return False
-        return self._compress == "max" or any(self._bases.get(index, ()))
-
-    def _base(self, index: int, number: int) -> str | None:
-        return self._bases[index][number] if index in self._bases else None
-
     def _share(self) -> None:
         """Claim the packs of the hits and of the bases; a hit that cannot be relied on becomes a
         chunk to write."""
-        bases = {self._base(*place) for place in self._chunks} - {None}
+        bases = {self._encoding.base(*place) for place in self._chunks} - {None}
         hits = {digest: rows for digest, (rows, _) in self._hits.items()}
         relied_on = {base for base in bases if base is not None}
         settled = self._sharing.settle(hits, relied_on, self._claim)
@@ -303,49 +293,16 @@ class Upload:
 
     def _write_chunks(self, group: range) -> None:
         """Write the new chunks of those tensors of a group that are partly in the store, or may
-        be made smaller; encoded ahead while earlier ones are being written."""
-        running: deque[tuple[int, int, Future[Encoded | None]]] = deque()
-        room = _ENCODED_AHEAD
-        for index, number in self._chunks:
-            if index not in group:
-                continue
-            room -= self._length(index, number)
-            while running and room < 0:
-                room += self._write_chunk(*running.popleft())
-            running.append((index, number, self._begin_encoding(index, number)))
-        while running:
-            self._write_chunk(*running.popleft())
+        be made smaller."""
+        places = [place for place in self._chunks if place[0] in group]
+        self._encoding.encode_all(places, self._write_chunk)
 
     def _length(self, index: int, number: int) -> int:
         return chunk_spans(self._sources[index].nbytes)[number][1]
 
-    def _begin_encoding(self, index: int, number: int) -> Future[Encoded | None]:
-        if self._sources[index].nbytes > _REPEATED_BYTES:
-            return self._pool.submit(self._encode, index, number)
-        done: Future[Encoded | None] = Future()  # a hand-over would cost more
-        done.set_result(self._encode(index, number))
-        return done
-
-    def _encode(self, index: int, number: int) -> Encoded | None:
-        """The chunk in a smaller form, if there is one."""
-        if not self._may_encode(index):
-            return None
-        from ckpt.service.bases import encode_chunk
-
-        source, base = self._sources[index], self._base(index, number)
-        if base is not None and self._sharing.base_pack(base) is None:
-            base = None
-        if base is None and self._compress != "max":
-            return None
-        raw = source.read(*chunk_spans(source.nbytes)[number])
-        places = self._sharing.base_places()
-        return encode_chunk(
-            self._store, places, raw, source.dtype, base, self._compress, self._kept
-        )
-
-    def _write_chunk(self, index: int, number: int, task: Future[Encoded | None]) -> int:
-        """Write a chunk as its task made it; returns how long it is as it is."""
-        encoded, source = task.result(), self._sources[index]
+    def _write_chunk(self, index: int, number: int, encoded: Encoded | None) -> None:
+        """Write a chunk, in its encoded form if there is one."""
+        source = self._sources[index]
         offset, length = chunk_spans(source.nbytes)[number]
         self._raw_bytes += length
         pack = self._pack_for(chunk_cost(source.name))
@@ -354,26 +311,24 @@ class Upload:
             self._store.check_room(length)
             place = pack.add_chunk(name, digest, length)
             self._write(pack, place, index, offset, length)
-            return length
-        self._store.check_room(len(encoded.body))
+            return
+        self._store.check_room(encoded.nbytes)
         from ckpt.storage.codecs import needs_base
 
-        base = self._base(index, number) if needs_base(encoded.codec) else None
+        base = self._encoding.base(index, number) if needs_base(encoded.codec) else None
         if base is not None:
             relied_on = self._sharing.base_pack(base)
             assert relied_on is not None
             self.needed.add(relied_on)
-            self._by_differences += length - len(encoded.body)
+            self._by_differences += length - encoded.nbytes
         else:
-            self._by_coding += length - len(encoded.body)
+            self._by_coding += length - encoded.nbytes
         place = pack.add_chunk(
-            name, digest, len(encoded.body), raw_length=length, codec=encoded.codec, base=base
+            name, digest, encoded.nbytes, raw_length=length, codec=encoded.codec, base=base
         )
-        self._submit(lambda: self._put(pack, place, encoded.body, length), len(encoded.body))
-        return length
-
-    def _put(self, pack: PackWriter, place: int, body: bytes, length: int) -> None:
-        pack.upload.write(place, body)
+        for part in encoded.parts:  # by this thread, so that no other body waits
+            pack.upload.write(place, part)
+            place += len(part)
         self._meter.add(length)
 
     def _write(self, pack: PackWriter, place: int, index: int, offset: int, length: int) -> None:
@@ -390,23 +345,14 @@ class Upload:
         else:
             self._submit(act)
 
-    def _submit(self, act: Callable[[], None], held: int = 0) -> None:
-        """Have it written, once few enough others wait; ``held`` bytes of memory wait with it."""
-        while self._writes and (
-            len(self._writes) >= _WRITES_AHEAD or self._held + held > _HELD_BYTES
-        ):
-            self._await_write()
-        self._held += held
-        self._writes.append((self._writers.submit(act), held))
-
-    def _await_write(self) -> None:
-        future, held = self._writes.popleft()
-        future.result()
-        self._held -= held
+    def _submit(self, act: Callable[[], None]) -> None:
+        while len(self._writes) >= _WRITES_AHEAD:
+            self._writes.popleft().result()
+        self._writes.append(self._writers.submit(act))
 
     def _drain(self) -> None:
         while self._writes:
-            self._await_write()
+            self._writes.popleft().result()
         if self.opened and time.monotonic() - self._renewed > LEASE_SECONDS / 4:
             self._books.renew(self.push)
             self._renewed = time.monotonic()

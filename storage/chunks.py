@@ -86,9 +86,9 @@ def _decode(store: Store, places: Places, place: Chunk, target: memoryview) -> N
     base = None
     if place.base is not None:
         # A base is never itself a difference, so this goes no deeper.
-        base = scratch("base", place.raw_length)
+        base = target
         rows = [row for row in places.rows.get(place.base, ()) if row.base is None]
         _read_any(store, places, place.base, rows, base)
-    body = scratch("body", place.length)  # after the base, which may need the same room
+    body = target[: place.length] if base is None else scratch("body", place.length)
     store.read_into(key, place.offset, body)
     decode(place.codec, body, base, target)

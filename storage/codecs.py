@@ -8,6 +8,7 @@ section 3; a name that is given out once stays readable for good.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -28,15 +29,21 @@ _DIFFERENCE_GAIN = 0.98
 _PCO_GAIN = 0.998
 _SAMPLES, _SAMPLE_LENGTH = 16, {"auto": 512, "max": 2048}  # elements
 _LEAST = 4096  # bytes; what a shorter chunk saves, its description in the pack costs
+_LARGE = 1 << 20  # bytes; the parts of a shorter chunk are joined, to be written at once
 _SCALE = struct.Struct("<f")
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A chunk in encoded form."""
+    """A chunk in encoded form: the parts of its body, not joined, since a join would take as much
+    memory again."""
 
     codec: str
-    body: bytes
+    parts: tuple[bytes, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(len, self.parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +87,13 @@ def needs_base(codec: str) -> bool:
 
 
 def encode(
-    raw: memoryview, dtype: str, base: memoryview | None, *, effort: Effort
+    raw: memoryview, dtype: str, base: memoryview | None, room: memoryview, *, effort: Effort
 ) -> Encoded | None:
     """The shortest form of a chunk that pays, or None where it is stored raw.
 
     ``base`` is the chunk at the same place of the same tensor in an earlier version, of the same
-    dtype and length. ``effort`` trades time for bytes. Releases the GIL for most of its time.
+    dtype and length. It may lie in ``room``, which has the chunk's length too and any content
+    afterwards. ``effort`` trades time for bytes. Releases the GIL for most of its time.
     """
     if base is not None and len(base) != len(raw):
         raise ValueError(f"a base of {len(base)} bytes for a chunk of {len(raw)}")
@@ -97,14 +105,22 @@ def encode(
     plan = _choose(values, reference, element, effort)
     if plan is None:
         return None
-    body = _written(plan, values, reference, effort)
-    if len(body) > _MOST[effort] * len(raw):
-        return None
-    return Encoded(plan.codec.name, body)
+    parts: list[bytes] = []
+    left = _MOST[effort] * len(raw)
+    codes = np.frombuffer(room, element.dtype)
+    for part in _parts(plan, values, reference, codes, effort):
+        left -= len(part)
+        if left < 0:
+            return None
+        parts.append(bytes(part))
+    if len(raw) < _LARGE:
+        parts = [b"".join(parts)]
+    return Encoded(plan.codec.name, tuple(parts))
 
 
 def decode(codec: str, body: bytes | memoryview, base: memoryview | None, into: memoryview) -> None:
-    """Fill ``into``, which has the raw chunk's length, from an encoded body.
+    """Fill ``into``, which has the raw chunk's length, from an encoded body. The base may lie
+    there, and the body of a codec that needs none.
 
     Raises:
         IntegrityError: the body is damaged, or the codec is not known. ``into`` may then have
@@ -164,7 +180,8 @@ def _choose(
 
 def _length(plan: _Plan, sample: Numbers, base: Numbers | None) -> float:
     """The bytes of a sample by that plan; a difference counts for some more."""
-    length = len(_written(plan, sample, base, "auto"))
+    codes = np.empty_like(sample)
+    length = sum(map(len, _parts(plan, sample, base, codes, "auto")))
     return length / _DIFFERENCE_GAIN if plan.codec.difference else length
 
 
@@ -185,34 +202,39 @@ def _plans(values: Numbers, base: Numbers | None, element: Element) -> list[_Pla
     return [alone, *(_Plan(_Codec("planes", True, element), scale) for scale in scales)]
 
 
-def _written(plan: _Plan, values: Numbers, base: Numbers | None, effort: Effort) -> bytes:
+def _parts(
+    plan: _Plan, values: Numbers, base: Numbers | None, codes: Numbers, effort: Effort
+) -> Iterator[bytes | memoryview]:
+    """The body, one part after the other, so that little of it lies in memory twice."""
     reference = base if plan.codec.difference else None
-    head = _SCALE.pack(plan.scale) if _has_scale(plan.codec) else b""
+    if _has_scale(plan.codec):
+        yield _SCALE.pack(plan.scale)
     if plan.codec.coder == "pco":
-        return b"".join([head, *_pco_parts(plan, values, reference)])
-    return b"".join([head, *_plane_parts(plan, values, reference, effort)])
+        yield from _pco_parts(plan, values, reference, codes)
+    else:
+        yield from _plane_parts(plan, values, reference, codes, effort)
 
 
 def _plane_parts(
-    plan: _Plan, values: Numbers, base: Numbers | None, effort: Effort
-) -> list[bytes | memoryview]:
+    plan: _Plan, values: Numbers, base: Numbers | None, codes: Numbers, effort: Effort
+) -> Iterator[bytes | memoryview]:
     element = plan.codec.element
-    rows = np.frombuffer(scratch("elements", values.nbytes), np.uint8).reshape(element.size, -1)
     for part in blocks(len(values)):
-        codes, spare = _room(values[part])
         if base is None:
-            codes = differences.rotated(values[part], element)
+            codes[part] = differences.rotated(values[part], element)
         else:
             expected = differences.predicted(base[part], element, plan.scale)
-            np.subtract(values[part], expected, out=codes)
-            differences.zigzag(codes, spare)
-        planes.split(codes, rows[:, part], spare)
-    return planes.write_planes(rows, effort)
+            np.subtract(values[part], expected, out=codes[part])
+            differences.zigzag(codes[part], _room(values[part])[0])
+    return planes.write_planes(codes, effort)
 
 
 def _read_planes(plan: _Plan, body: memoryview, base: Numbers | None, target: Numbers) -> None:
     element = plan.codec.element
-    rows = planes.read_planes(body, element.size, len(target))
+    rows = [
+        row.copy() if base is None and np.may_share_memory(row, target) else row
+        for row in planes.read_planes(body, element.size, len(target))
+    ]
     for part in blocks(len(target)):
         codes, spare = _room(target[part])
         planes.join([row[part] for row in rows], codes, spare)
@@ -229,36 +251,38 @@ def _room(block: Numbers) -> tuple[Numbers, Numbers]:
     return room[: len(block)], room[len(block) :]
 
 
-def _pco_parts(plan: _Plan, values: Numbers, base: Numbers | None) -> list[bytes | memoryview]:
+def _pco_parts(
+    plan: _Plan, values: Numbers, base: Numbers | None, codes: Numbers
+) -> Iterator[bytes]:
     element = plan.codec.element
-    numbers = np.frombuffer(scratch("elements", values.nbytes), element.dtype)
     if base is None:
         for part in blocks(len(values)):
-            numbers[part] = differences.rotated(values[part], element)
-        return groups.write_groups(numbers, groups.whole(len(values)))
-    order = groups.Order(base, element)
-    for index, part in enumerate(blocks(len(values))):
+            codes[part] = differences.rotated(values[part], element)
+        return groups.write_groups([codes] if len(codes) else [])
+    order = groups.Order(element)
+    for part in blocks(len(values)):
         change, _ = _room(values[part])
         np.subtract(
             values[part], differences.predicted(base[part], element, plan.scale), out=change
         )
-        order.put(index, change, numbers)
-    return groups.write_groups(numbers.view(_signed(element)), order.groups)
+        codes[part] = change[order.add(base[part])]
+    return groups.write_groups(order.gather(codes.view(_signed(element))))
 
 
 def _read_pco(plan: _Plan, body: memoryview, base: Numbers | None, target: Numbers) -> None:
     element = plan.codec.element
-    numbers = np.frombuffer(scratch("elements", target.nbytes), element.dtype)
     if base is None:
-        groups.read_groups(body, groups.whole(len(target)), numbers)
+        groups.read_groups(body, groups.whole(len(target)), target)
         for part in blocks(len(target)):
-            target[part] = differences.rotated_back(numbers[part], element)
+            target[part] = differences.rotated_back(target[part], element)
         return
-    order = groups.Order(base, element)
+    numbers = np.frombuffer(scratch("elements", target.nbytes), element.dtype)
+    order = groups.Order(element)
+    places = [order.add(base[part]).astype(np.uint16) for part in blocks(len(base))]
     groups.read_groups(body, order.groups, numbers.view(_signed(element)))
     for index, part in enumerate(blocks(len(target))):
         expected = differences.predicted(base[part], element, plan.scale)
-        np.add(order.take(index, numbers), expected, out=target[part])
+        np.add(order.take(index, places[index], numbers), expected, out=target[part])
 
 
 def _signed(element: Element) -> np.dtype[Any]:

@@ -16,6 +16,7 @@ from ckpt.storage.scratch import scratch
 # What a disk's own blocks divide; and no page of the cache has bytes that are written past it.
 BLOCK = max(4096, mmap.PAGESIZE)
 _LEAST = 1 << 20
+_PIECE = 8 << 20  # written at once: as fast as more, in less memory
 _FLAG = getattr(os, "O_DIRECT", None)
 
 
@@ -32,11 +33,19 @@ class DirectFile:
         """Write as much of ``view`` as are whole blocks from its beginning on, ``offset`` being
         where a block begins; returns how many bytes that were: none where it is little, or where
         the filesystem has no way past the cache."""
-        length = len(view) // BLOCK * BLOCK
+        length, done = len(view) // BLOCK * BLOCK, 0
         if length < _LEAST or (handle := self._opened()) is None:
             return 0
-        room = scratch("direct", length)  # where the disk's own alignment is kept
-        room[:] = view[:length]
+        while done < length:
+            room = scratch("direct", _PIECE)[: length - done]  # the disk's own alignment is kept
+            room[:] = view[done : done + len(room)]
+            count = self._write(handle, room, offset + done)
+            done += count
+            if count < len(room):
+                break
+        return done
+
+    def _write(self, handle: int, room: memoryview, offset: int) -> int:
         try:
             return perform("write", os.pwrite, handle, room, offset)
         except OSError as error:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
 from ckpt.core.errors import IntegrityError
+from ckpt.storage.differences import Numbers, blocks
+from ckpt.storage.scratch import scratch
 
 _RAW, _ZSTD = 0, 1
 _HEAD = 5  # the kind, and the length as 4 bytes
@@ -25,7 +26,6 @@ _SAMPLES, _SAMPLE_BYTES = 4, 4096
 _WORTH = 0.90  # with "auto", what a plane may have of its bytes: more is all but noise, and slow
 
 Bytes = NDArray[np.uint8]
-Numbers = NDArray[np.unsignedinteger[Any]]
 
 
 class _Coders(threading.local):
@@ -40,18 +40,9 @@ class _Coders(threading.local):
 _coders = _Coders()
 
 
-def split(codes: Numbers, planes: Bytes, spare: Numbers) -> None:
-    """Put the bytes of ``codes`` into the planes, one row for each rank, the lowest first;
-    ``spare`` is room for as many numbers."""
-    planes[0] = codes
-    for rank in range(1, len(planes)):
-        # Shifts of whole numbers use the processor's vectors; picking every nth byte does not.
-        np.right_shift(codes, codes.dtype.type(8 * rank), out=spare)
-        planes[rank] = spare
-
-
 def join(planes: Sequence[Bytes], codes: Numbers, spare: Numbers) -> None:
-    """The inverse of :func:`split`: fill ``codes``."""
+    """Fill ``codes`` from the planes of their bytes, the lowest first; ``spare`` is room for as
+    many numbers."""
     if len(planes) > 4:  # vectors hold too few of such large numbers
         np.stack(planes, axis=1, out=codes.view(np.uint8).reshape(len(codes), -1))
         return
@@ -62,9 +53,20 @@ def join(planes: Sequence[Bytes], codes: Numbers, spare: Numbers) -> None:
         codes |= spare
 
 
-def write_planes(planes: Bytes, effort: str) -> list[bytes | memoryview]:
-    """Encode each row of ``planes``; the parts of the body, to be joined."""
-    return [part for plane in planes for part in _written(plane, effort, alone=len(planes) == 1)]
+def write_planes(codes: Numbers, effort: str) -> Iterator[bytes | memoryview]:
+    """Encode the bytes of equal rank of ``codes`` together, the lowest first; yields the parts of
+    the body, each of which is of use until the next one is asked for."""
+    alone = codes.itemsize == 1
+    for rank in range(codes.itemsize):
+        yield from _written(codes if alone else _plane(codes, rank), effort, alone=alone)
+
+
+def _plane(codes: Numbers, rank: int) -> Bytes:
+    plane = np.frombuffer(scratch("part", len(codes)), np.uint8)
+    for part in blocks(len(codes)):
+        # Shifts of whole numbers use the processor's vectors; picking every nth byte does not.
+        plane[part] = codes[part] >> codes.dtype.type(8 * rank) if rank else codes[part]
+    return plane
 
 
 def _written(plane: Bytes, effort: str, *, alone: bool) -> tuple[bytes, bytes | memoryview]:

@@ -231,7 +231,7 @@ class S3Store(Store):
             self._checks = Probe(self).refuses_wrong_checksum()
         return bool(self._checks)
 
-    def write_whole(self, key: str, body: bytes, mark: str) -> bool:
+    def write_whole(self, key: str, body: bytes | bytearray, mark: str) -> bool:
         """Write an object by one request; False when the key is taken, and not by ``mark``."""
 
         def send(condition: Mapping[str, str]) -> object:

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from ckpt.storage.s3 import S3Store
 
 MARK = "ckpt-upload"  # the metadata by which an upload knows its own object again
-SINGLE_BYTES = 64 << 20  # from here on an object is sent in parts
+SINGLE_BYTES = 24 << 20  # from here on an object is sent in parts
 PART_BYTES = 8 << 20
 _PARTS_OF_ONE_SIZE = 1000
 _MARKERS = ("KeyMarker", "UploadIdMarker")
-_PARTS_AHEAD = 5  # whole parts that may wait to be sent, or be on their way
+_PARTS_AHEAD = 4  # whole parts that may wait to be sent, or be on their way
 
 
 class Place(NamedTuple):
@@ -64,7 +64,7 @@ class _Part:
 class S3Upload(Upload):
     """An object on its way to ``store``.
 
-    The memory it takes: below 64 MiB the object; above, five whole parts, the first one, and
+    The memory it takes: below 24 MiB the object; above, four whole parts, the first one, and
     those that still have gaps.
     """
 
@@ -111,14 +111,21 @@ class S3Upload(Upload):
             with self._noting():
                 published = self._finish(size)
         else:
-            body = b"".join(part.body for _, part in sorted(self._parts.items()))[:size]
-            published = self._store.write_whole(self._key, body, self._mark)
+            published = self._store.write_whole(self._key, self._joined(size), self._mark)
         if not published:
             raise differs(self._store, self._key)
         if self._begins > 1:
             self._sweep()  # what an earlier try began although its answer was lost
         self._over = True
         self._let_go()
+
+    def _joined(self, size: int) -> bytearray:
+        """All parts as one, one after the other let go, so that no byte is kept twice."""
+        body = bytearray()
+        for number in sorted(self._parts):
+            body += self._parts.pop(number).body
+        del body[size:]
+        return body
 
     def abort(self) -> None:
         if self._over:

@@ -31,9 +31,10 @@ def scratch(use: str, nbytes: int) -> memoryview:
 
 
 def _pages(nbytes: int) -> mmap.mmap:
-    size = max(1, -(-nbytes // _HUGE)) * _HUGE
+    unit = _HUGE if nbytes >= _HUGE else mmap.PAGESIZE
+    size = max(1, -(-nbytes // unit)) * unit
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    if unit == _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
     return pages

@@ -67,7 +67,7 @@ def test_a_large_file_goes_in_and_out_in_little_memory(tmp_path: Path, compress:
 
 
 @linux
-@pytest.mark.parametrize("compress", ["none", "auto"])
+@pytest.mark.parametrize("compress", ["none", "auto", "max"])
 def test_a_large_file_goes_to_a_server_and_back_in_little_memory(
     tmp_path: Path, compress: str, seaweedfs: Server
 ) -> None:
@@ -97,17 +97,20 @@ state = {f"w{number}": torch.randn(8 << 20) for number in range(10)}
 with ckpt.open(sys.argv[1]) as repo:
     repo.push({"w": torch.ones(10)}, "first")  # what is imported is not of the next push
     peak(lambda: repo.push(state, "m", compress=sys.argv[2]))
+    for tensor in state.values():
+        tensor.add_(torch.randn(8 << 20), alpha=1e-5)
+    peak(lambda: repo.push(state, "m", compress=sys.argv[2]))
     peak(lambda: repo.pull("m"))
 """
 
 
 @linux
-@pytest.mark.parametrize(
-    ("store", "compress"), [("local", "none"), ("local", "max"), ("S3", "none")]
-)
+@pytest.mark.parametrize("store", ["local", "S3"])
+@pytest.mark.parametrize("compress", ["none", "auto", "max"])
 def test_a_call_takes_little_memory_beside_its_state(
     tmp_path: Path, store: str, compress: str, request: pytest.FixtureRequest
 ) -> None:
+    """The first push, one that changes everything, and a pull."""
     folder, size = tmp_path / "repository", 320
     if store == "S3":
         server: Server = request.getfixturevalue("seaweedfs")
@@ -116,8 +119,8 @@ def test_a_call_takes_little_memory_beside_its_state(
         subprocess.run([command, "init", folder, *place], capture_output=True, check=True)
     program = [sys.executable, "-c", _PEAK_BESIDE, str(folder), compress]
     done = subprocess.run(program, capture_output=True, text=True, check=True)
-    push, pull = map(float, done.stderr.split())
-    assert max(push, pull - size) <= _BESIDE
+    first, second, pull = map(float, done.stderr.split())
+    assert max(first, second, pull - size) <= _BESIDE
 
 
 @pytest.fixture

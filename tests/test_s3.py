@@ -164,17 +164,17 @@ class TestParts:
     def test_memory_is_bounded_while_the_server_is_slow(
         self, moto: Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """At most five parts wait; whoever writes more waits too."""
+        """At most four parts wait; whoever writes more waits too."""
         monkeypatch.setattr(s3_upload, "PART_BYTES", 1000)
         monkeypatch.setattr(s3_upload, "SINGLE_BYTES", 4000)
         answers = {"s3.begin": {"UploadId": "id"}, "s3.head": {"ContentLength": 41_000}}
-        written, most, together = 0, 0, threading.Barrier(5, timeout=30)
+        written, most, together = 0, 0, threading.Barrier(4, timeout=30)
 
         def slow(kind: str, act: Act, args: tuple[Any, ...]) -> Any:
             nonlocal most
             if kind == "s3.upload_part" and args[1]["PartNumber"] > 1:
                 together.wait()
-                most = max(most, written - 1000 * (len(watch.parts) - 5))
+                most = max(most, written - 1000 * (len(watch.parts) - 4))
                 together.wait()
             return answers.get(kind, {"ETag": ""})
 
@@ -185,7 +185,7 @@ class TestParts:
                 written += 500
             writer.publish(41_000)
         assert len(watch.parts) == 41
-        assert most <= 1000 * (5 + 2)  # five, the first one, and the one that is being filled
+        assert most <= 1000 * (4 + 2)  # four, the first one, and the one that is being filled
 
 
 class TestLostAnswers:
