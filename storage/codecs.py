@@ -29,7 +29,7 @@ _DIFFERENCE_GAIN = 0.98
 _PCO_GAIN = 0.998
 _SAMPLES, _SAMPLE_LENGTH = 16, {"auto": 512, "max": 2048}  # elements
 _LEAST = 4096  # bytes; what a shorter chunk saves, its description in the pack costs
-_LARGE = 1 << 20  # bytes; the parts of a shorter chunk are joined, to be written at once
+_LARGE = 8 << 20  # bytes; a shorter body is joined, to be written at once
 _SCALE = struct.Struct("<f")
 
 
@@ -112,7 +112,7 @@ def encode(
         left -= len(part)
         if left < 0:
             return None
-        parts.append(bytes(part))
+        parts.append(part)
     if len(raw) < _LARGE:
         parts = [b"".join(parts)]
     return Encoded(plan.codec.name, tuple(parts))
@@ -204,7 +204,7 @@ def _plans(values: Numbers, base: Numbers | None, element: Element) -> list[_Pla
 
 def _parts(
     plan: _Plan, values: Numbers, base: Numbers | None, codes: Numbers, effort: Effort
-) -> Iterator[bytes | memoryview]:
+) -> Iterator[bytes]:
     """The body, one part after the other, so that little of it lies in memory twice."""
     reference = base if plan.codec.difference else None
     if _has_scale(plan.codec):
@@ -217,16 +217,20 @@ def _parts(
 
 def _plane_parts(
     plan: _Plan, values: Numbers, base: Numbers | None, codes: Numbers, effort: Effort
-) -> Iterator[bytes | memoryview]:
+) -> Iterator[bytes]:
     element = plan.codec.element
+    split_blocks = codes.view(np.uint8)
     for part in blocks(len(values)):
+        numbers, spare = _room(values[part])
         if base is None:
-            codes[part] = differences.rotated(values[part], element)
+            numbers = differences.rotated(values[part], element)
         else:
             expected = differences.predicted(base[part], element, plan.scale)
-            np.subtract(values[part], expected, out=codes[part])
-            differences.zigzag(codes[part], _room(values[part])[0])
-    return planes.write_planes(codes, effort)
+            np.subtract(values[part], expected, out=numbers)
+            differences.zigzag(numbers, spare)
+        rows = split_blocks[part.start * element.size : part.stop * element.size]
+        planes.split(numbers, rows.reshape(element.size, -1), spare)
+    return planes.write_planes(split_blocks, element.size, effort)
 
 
 def _read_planes(plan: _Plan, body: memoryview, base: Numbers | None, target: Numbers) -> None:

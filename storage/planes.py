@@ -10,7 +10,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from ckpt.core.errors import IntegrityError
-from ckpt.storage.differences import Numbers, blocks
+from ckpt.storage.differences import BLOCK, Numbers, blocks
 from ckpt.storage.scratch import scratch
 
 _RAW, _ZSTD = 0, 1
@@ -40,9 +40,18 @@ class _Coders(threading.local):
 _coders = _Coders()
 
 
+def split(codes: Numbers, planes: Bytes, spare: Numbers) -> None:
+    """Put the bytes of a block into its planes, one row for each rank, the lowest first; ``spare``
+    is room for as many numbers."""
+    planes[0] = codes
+    for rank in range(1, len(planes)):
+        # Shifts of whole numbers use the processor's vectors; picking every nth byte does not.
+        np.right_shift(codes, codes.dtype.type(8 * rank), out=spare)
+        planes[rank] = spare
+
+
 def join(planes: Sequence[Bytes], codes: Numbers, spare: Numbers) -> None:
-    """Fill ``codes`` from the planes of their bytes, the lowest first; ``spare`` is room for as
-    many numbers."""
+    """The inverse of :func:`split`: fill ``codes``."""
     if len(planes) > 4:  # vectors hold too few of such large numbers
         np.stack(planes, axis=1, out=codes.view(np.uint8).reshape(len(codes), -1))
         return
@@ -53,44 +62,58 @@ def join(planes: Sequence[Bytes], codes: Numbers, spare: Numbers) -> None:
         codes |= spare
 
 
-def write_planes(codes: Numbers, effort: str) -> Iterator[bytes | memoryview]:
-    """Encode the bytes of equal rank of ``codes`` together, the lowest first; yields the parts of
-    the body, each of which is of use until the next one is asked for."""
-    alone = codes.itemsize == 1
-    for rank in range(codes.itemsize):
-        yield from _written(codes if alone else _plane(codes, rank), effort, alone=alone)
+def write_planes(split_blocks: Bytes, size: int, effort: str) -> Iterator[bytes]:
+    """Encode the planes of numbers of ``size`` bytes, which are split block by block; yields the
+    parts of the body."""
+    count = len(split_blocks) // size
+    for rank in range(size):
+        pieces = []
+        for part in blocks(count):
+            length = part.stop - part.start
+            begin = part.start * size + rank * length
+            pieces.append(split_blocks.data[begin : begin + length])
+        body = _shorter(pieces, effort, alone=size == 1)
+        yield bytes([_RAW if body is None else _ZSTD])
+        body = b"".join(pieces) if body is None else body
+        yield len(body).to_bytes(4, "little")
+        yield body
 
 
-def _plane(codes: Numbers, rank: int) -> Bytes:
-    plane = np.frombuffer(scratch("part", len(codes)), np.uint8)
-    for part in blocks(len(codes)):
-        # Shifts of whole numbers use the processor's vectors; picking every nth byte does not.
-        plane[part] = codes[part] >> codes.dtype.type(8 * rank) if rank else codes[part]
-    return plane
-
-
-def _written(plane: Bytes, effort: str, *, alone: bool) -> tuple[bytes, bytes | memoryview]:
-    body: bytes | memoryview
+def _shorter(pieces: Sequence[memoryview], effort: str, *, alone: bool) -> bytes | None:
+    """The plane of these pieces as a zstd frame, where that pays."""
+    if effort == "auto" and not alone and not _is_worth(pieces):
+        return None
+    plane = _joined(pieces)
     if alone:
-        body = zstandard.ZstdCompressor(level=_LEVELS[effort]).compress(plane.data)
-    elif effort == "auto" and not _is_worth(plane):
-        body = plane.data
+        body = zstandard.ZstdCompressor(level=_LEVELS[effort]).compress(plane)
     else:
-        body = _coders.entropy.compress(plane.data)
+        body = _coders.entropy.compress(plane)
         if effort == "max" and len(body) < len(plane):  # there may be runs of zeros
-            body = min(body, _coders.runs.compress(plane.data), key=len)
-    if len(body) < len(plane):
-        return bytes([_ZSTD]) + len(body).to_bytes(4, "little"), body
-    return bytes([_RAW]) + len(plane).to_bytes(4, "little"), plane.data
+            body = min(body, _coders.runs.compress(plane), key=len)
+    return body if len(body) < len(plane) else None
 
 
-def _is_worth(plane: Bytes) -> bool:
-    """Whether pieces of a long plane become enough shorter."""
-    if len(plane) < 4 * _SAMPLES * _SAMPLE_BYTES:
+def _joined(pieces: Sequence[memoryview]) -> memoryview:
+    if len(pieces) == 1:
+        return pieces[0]
+    room, at = scratch("part", sum(map(len, pieces))), 0
+    for piece in pieces:
+        room[at : at + len(piece)] = piece
+        at += len(piece)
+    return room
+
+
+def _is_worth(pieces: Sequence[memoryview]) -> bool:
+    """Whether samples of a long plane become enough shorter."""
+    length = sum(map(len, pieces))
+    if length < 4 * _SAMPLES * _SAMPLE_BYTES:
         return True
-    starts = np.linspace(0, len(plane) - _SAMPLE_BYTES, _SAMPLES).astype(int)
-    pieces = np.concatenate([plane[at : at + _SAMPLE_BYTES] for at in starts])
-    return len(_coders.entropy.compress(pieces.data)) <= _WORTH * len(pieces)
+    samples = []
+    for start in np.linspace(0, length - _SAMPLE_BYTES, _SAMPLES).astype(int):
+        index, at = divmod(int(start), BLOCK)
+        samples.append(pieces[index][at : at + _SAMPLE_BYTES])
+    sample = b"".join(samples)
+    return len(_coders.entropy.compress(sample)) <= _WORTH * len(sample)
 
 
 def read_planes(body: memoryview, planes: int, length: int) -> list[Bytes]:
