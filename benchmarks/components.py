@@ -96,12 +96,8 @@ def decode_all(
         if one is None:
             into[:] = chunk
         else:
-            decode(
-                one.codec,
-                b"".join(one.parts),
-                part.bases[index] if needs_base(one.codec) else None,
-                into,
-            )
+            (body,) = one.parts
+            decode(one.codec, body, part.bases[index] if needs_base(one.codec) else None, into)
 
     list(pool.map(read, range(len(part.chunks))))
 
@@ -152,7 +148,11 @@ def _component(
     with its base and alone."""
     target, source = bytearray(part.nbytes), b"".join(part.chunks)
     with ThreadPoolExecutor(_THREADS) as pool:
-        encoded = encode_all(part, effort, pool)
+        # As a pull finds them: in one piece.
+        encoded = [
+            None if one is None else Encoded(one.codec, (b"".join(one.parts),))
+            for one in encode_all(part, effort, pool)
+        ]
         alone = Part(part.dtype, part.chunks, [])
         alone_ratio = stored(alone, encode_all(alone, effort, pool)) / part.nbytes
         decode_all(part, encoded, target, pool)

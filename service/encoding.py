@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from ckpt.core.tensors import CHUNK_BYTES, TensorBytes, chunk_spans
-from ckpt.service.bases import ENCODED_BYTES, Bases, Compress, Kept
+from ckpt.service.bases import ENCODED_BYTES, Bases, Compress, Kept, encode_chunk
 from ckpt.service.sharing import Sharing
 from ckpt.storage.store import Store
 
@@ -66,25 +66,22 @@ class Encoding:
     def encode_all(self, places: Iterable[Place], use: Use) -> None:
         """Have ``use`` called for each place, in order, while later ones are being encoded."""
         running: deque[_Running] = deque()
+        room = len(self._coders) * CHUNK_BYTES
         for place in places:
             length = self._length(*place)
-            while running and sum(coder.held for coder in self._coders) + length > self._room:
+            while running and sum(coder.held for coder in self._coders) + length > room:
                 running.popleft().hand_over(use)
             running.append(self._begin(place, length))
         while running:
             running.popleft().hand_over(use)
 
-    @property
-    def _room(self) -> int:
-        return len(self._coders) * CHUNK_BYTES
-
     def _length(self, index: int, number: int) -> int:
         return chunk_spans(self._sources[index].nbytes)[number][1]
 
     def _begin(self, place: Place, length: int) -> _Running:
-        """Have it done by the coder that holds least. One that waits for its work to be used gets
-        no more: the C library returns memory of a thread to that thread, and else would take
-        more."""
+        """Have it done by the coder that holds least, so that one whose work is not yet used gets
+        no more: what a thread frees, the C library keeps for that thread, and what it takes beside
+        that stays taken."""
         coder = min(self._coders, key=lambda one: one.held)
         coder.held += length
         if self._sources[place[0]].nbytes > _SMALL_BYTES:
@@ -97,8 +94,6 @@ class Encoding:
         """The chunk in a smaller form, if there is one."""
         if not self.may_shrink(index):
             return None
-        from ckpt.service.bases import encode_chunk
-
         source, base = self._sources[index], self.base(index, number)
         if base is not None and self._sharing.base_pack(base) is None:
             base = None

@@ -145,9 +145,10 @@ def _by_blocks(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
 @pytest.mark.parametrize("effort", _EFFORTS)
 def test_planes_come_back_and_noise_stays_raw(effort: Effort) -> None:
     noise = np.frombuffer(random.Random(2).randbytes(5000), np.uint8)
-    rows = np.stack([noise, np.zeros(5000, np.uint8), noise % 7, noise])
+    zeros = np.zeros(5000, np.uint8)
+    rows = np.stack([noise, zeros, noise % 7, zeros])
     body = b"".join(planes.write_planes(_by_blocks(rows), 4, effort))
-    assert len(body) < 5000 + 3000 + 5000
+    assert len(body) < 5000 + 3000
     assert np.array_equal(planes.read_planes(memoryview(body), 4, 5000), rows)
 
 

@@ -58,11 +58,26 @@ def ways() -> dict[str, Callable[[Any, tuple[Any, ...]], Any]]:
         handle, view, offset = given
         return act(handle, view[: len(view) // 2 // BLOCK * BLOCK], offset)
 
-    return {"takes all": do, "refuses": refuse, "takes half": write_half}
+    taken = itertools.count()
+
+    def refuse_later(act: Any, given: tuple[Any, ...]) -> Any:
+        return do(act, given) if next(taken) == 0 else refuse(act, given)
+
+    return {
+        "takes all": do,
+        "refuses": refuse,
+        "refuses later": refuse_later,
+        "takes half": write_half,
+    }
 
 
+@pytest.mark.parametrize("piece", [MIB, 8 * MIB])
 @pytest.mark.parametrize("way", ways())
-def test_every_byte_is_where_it_was_written_to(store: LocalStore, way: str) -> None:
+def test_every_byte_is_where_it_was_written_to(
+    store: LocalStore, way: str, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one write takes several pieces."""
+    monkeypatch.setattr("ckpt.storage.direct._PIECE", piece)
     act_on_direct = ways()[way]
     direct = []
 
